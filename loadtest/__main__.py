@@ -121,7 +121,7 @@ async def _run(
 
 @contextlib.asynccontextmanager
 async def _adapters(http: httpx.AsyncClient, spec: Scenario, model_dir: Path | None) -> AsyncIterator[list[str]]:
-    """The names that requests choose among; adapters made for the run are uploaded, and deleted at its end."""
+    """The adapters for the requests, by name; those made for the run are uploaded, and deleted at its end."""
     wanted = max((point.adapters.count for point in spec.points()), default=0)
     if not wanted:
         yield spec.adapters.names
@@ -153,7 +153,7 @@ async def _get(http: httpx.AsyncClient, path: str) -> Any:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=notes, refresh_per_second=2)  # the server needs the cores more
+    return Progress(*columns, console=notes, refresh_per_second=2)  # leaves the cores to the server
 
 
 # --- compare -------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def show_registered(
     rounds: Annotated[int, typer.Option(min=1, help="Questions to each server.")] = 500,
     out: Annotated[Path | None, typer.Option(help="File for the result, in JSON.")] = None,
 ) -> None:
-    """Compare a server that knows few adapters with one that knows many: looking a model up, admitting a request."""
+    """Compare a server with few adapters and one with many: looking up a model, admitting a request."""
     measured = registered.run(few_url, many_url, model_dir, few=few, many=many, rounds=rounds)
     typer.echo(json.dumps(measured, indent=1))
     if out is not None:
@@ -211,7 +211,7 @@ def show_training(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
     out: Out = None,
 ) -> None:
-    """Training beside PEFT's: speed and peak memory in both memory modes, and two jobs together beside one."""
+    """Training compared with PEFT's: speed and peak memory in both memory modes, and two joint jobs with one."""
     threads = len(os.sched_getaffinity(0))
     measured = training.run(model_dir or _default_model(), _cache_dir(), threads=threads, rounds=rounds, steps=1)
     _show_measured("training", measured, training.table(measured), out)
@@ -219,7 +219,7 @@ def show_training(
 
 @app.command("mixture")
 def show_mixture(rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5, out: Out = None) -> None:
-    """Decoding a mixture of experts beside transformers with bitsandbytes, and beside what its bytes need."""
+    """Decoding a mixture of experts, compared with transformers and bitsandbytes, and with the memory bandwidth."""
     with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
         measured = mixture.run(
             Path(folder),
@@ -239,13 +239,13 @@ def show_beside(
     model_dir: ModelDir = None,
     out: Out = None,
 ) -> None:
-    """The cost of a fine-tuning job to the requests beside it, and of these to the job."""
+    """The cost of a fine-tuning job to concurrent requests, and of these to the job."""
     _measure(partial(beside.measure, minutes=minutes, flags=flag or []), beside.table, "beside", model_dir, out)
 
 
 @app.command("speculation")
 def show_speculation(rounds: Rounds = 3, model_dir: ModelDir = None, out: Out = None) -> None:
-    """The gain of drafts by prompt lookup on texts that repeat their prompt, and the cost on those that do not."""
+    """The gain of drafts by prompt lookup on texts that repeat their prompt, and the cost on other texts."""
     _measure(partial(speculation.measure, rounds=rounds), speculation.table, "speculation", model_dir, out)
 
 
@@ -256,7 +256,7 @@ def show_constrained(
     model_dir: ModelDir = None,
     out: Out = None,
 ) -> None:
-    """The cost and the gain of answers that follow a grammar, and the cost to others of compiling it."""
+    """The cost and the gain of answers under a grammar, and the cost of compiling it to other requests."""
     _measure(
         partial(constrained.measure, rounds=rounds, flags=flag or []),
         constrained.table,
@@ -274,7 +274,7 @@ def show_fairness(
     model_dir: ModelDir = None,
     out: Out = None,
 ) -> None:
-    """What a tenant that floods the server costs one that asks once a second, and what that costs the flood."""
+    """The cost of a tenant that floods the server to one with a request a second, and the reverse."""
     _measure(partial(fairness.measure, rounds=rounds, seconds=seconds), fairness.table, "fairness", model_dir, out)
 
 
@@ -286,7 +286,7 @@ def show_loading(
     model_dir: ModelDir = None,
     out: Out = None,
 ) -> None:
-    """The cost of loading and uploading adapters to the requests beside them; a cold adapter's first token."""
+    """The cost of loading and uploading adapters to concurrent requests; a cold adapter's first token."""
     _measure(
         partial(loading.measure, rounds=rounds, every=every, flags=flag or []),
         loading.table,
@@ -302,7 +302,7 @@ def show_capacity(
     comparison: Annotated[Path, typer.Option(help="A result of `bench`, for the speeds.")],
     out: Out = None,
 ) -> None:
-    """What one GPU holds, by arithmetic; the throughput of 1 to 64 replicas with 10,000 adapters, by simulation."""
+    """The capacity of one GPU, calculated; the throughput of 1 to 64 replicas with 10,000 adapters, simulated."""
     measured = capacity.measure(comparison, capacity.Demand())
     Console().print(capacity.table(measured))
     if out is not None:
@@ -345,7 +345,7 @@ def _measure(
 
 
 def _show_measured(kind: str, measured: dict[str, Any], shown: Table, out: Path | None) -> None:
-    """A table, a verdict for each promise, and the file."""
+    """Print a table and a verdict for each promise, and write the file."""
     Console().print(shown)
     for verdict in measured["verdicts"]:
         typer.echo(f"{'holds' if verdict['holds'] else 'FAILS'}  {verdict['claim']}: {verdict['value']}")
@@ -354,7 +354,7 @@ def _show_measured(kind: str, measured: dict[str, Any], shown: Table, out: Path 
 
 
 def _cache_dir() -> Path:
-    """Where the server keeps quantised bases, unless told otherwise."""
+    """The server's default folder of quantised bases."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakeet"
 
 
@@ -431,14 +431,14 @@ def _show(result: dict[str, Any], out: Path | None) -> None:
 
 @peers_app.command("list")
 def list_peers() -> None:
-    """Which sides can run here."""
+    """List the sides, and whether each can run here."""
     for name, side in SIDES.items():
         typer.echo(f"{name:16} {side().missing() or 'ready'}")
 
 
 @peers_app.command("install")
 def install_peer(name: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")]) -> None:
-    """Install one peer, anew if it is there."""
+    """Install one peer, replacing an existing installation."""
     if name not in RECIPES:
         raise typer.BadParameter(f"one of {', '.join(RECIPES)}")
     with notes.status(f"installing {name}; this takes minutes"):
@@ -457,8 +457,8 @@ def write_docs(
 
 
 def main() -> None:
-    """Run the command. An error that the user can fix is printed in one line, without a traceback."""
-    # Ended from outside, it must still stop the servers that it started: as Ctrl-C does.
+    """Run the command. Errors that the user can fix are printed in one line, without a traceback."""
+    # SIGTERM must stop the started servers, too, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         app()

@@ -1,7 +1,7 @@
-"""The cost of training to requests served meanwhile, and of serving to training.
+"""The cost of training to concurrent requests, and of serving to training.
 
 One server: the request rate that keeps 8 clients busy is measured, then Poisson arrivals at half of it, without and
-with a fine-tuning job, the very same requests both times. The job's speed beside them is compared with its speed alone.
+with a fine-tuning job, with the same requests. The job's speed beside them is compared with its speed alone.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class _Window:
-    """Some time of serving, training, or both."""
+    """A period of serving, training, or both."""
 
     timelines: list[Timeline]
     seconds: float
@@ -44,7 +44,7 @@ class _Window:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of training."""
+        """Training speed."""
         return self.trained_tokens / self.seconds
 
     @property
@@ -53,7 +53,7 @@ class _Window:
 
 
 async def measure(kit: Kit, *, minutes: float, flags: list[str], report: Report) -> dict[str, Any]:
-    """Run everything; JSON values."""
+    """Run all measurements; return JSON values."""
     side = Lorakeet(flags=flags)
     names = [adapter_name(adapter) for adapter in kit.adapters][:SLOTS]
     try:
@@ -90,7 +90,7 @@ async def measure(kit: Kit, *, minutes: float, flags: list[str], report: Report)
 
 
 async def _saturation(client: Client, names: list[str]) -> float:
-    """Requests per second that `SLOTS` clients get through, each sending the next when the last one ended."""
+    """Measure the requests per second of `SLOTS` clients in a closed loop."""
     load = Closed(concurrency=SLOTS, requests=6 * SLOTS)
     begin = time.perf_counter()
     await drive(client, plan(_scenario(load, seed=1), names), load, base="base")
@@ -98,7 +98,7 @@ async def _saturation(client: Client, names: list[str]) -> float:
 
 
 async def _serve(client: Client, http: httpx.AsyncClient, names: list[str], load: Open) -> _Window:
-    """The standing load, once. The same requests each time, but for their words: no prefix cache helps the second."""
+    """Serve the standing load once: the same requests each time, with other tokens, so that no prefix is cached."""
     seed = time.monotonic_ns() % 2**31
     requests = plan(_scenario(load, seed=7), names)
     words = plan(_scenario(load, seed=seed), names)
@@ -110,7 +110,7 @@ async def _serve(client: Client, http: httpx.AsyncClient, names: list[str], load
 
 
 async def _watch(http: httpx.AsyncClient, seconds: float) -> _Window:
-    """Only look at the training for a while."""
+    """Watch the training alone for a while."""
     begin, tokens = time.perf_counter(), await _trained(http)
     await asyncio.sleep(seconds)
     return _Window([], time.perf_counter() - begin, await _trained(http) - tokens)
@@ -123,7 +123,7 @@ def _scenario(load: Open | Closed, seed: int) -> Scenario:
 
 
 async def _start_job(http: httpx.AsyncClient) -> str:
-    """A job that goes on for as long as anyone looks; its id once it has made a step."""
+    """Start a job that outlasts the measurement; return its id after its first step."""
     choose = random.Random(0)
     lines = [
         json.dumps(
@@ -147,7 +147,7 @@ async def _start_job(http: httpx.AsyncClient) -> str:
 
 
 async def _trained(http: httpx.AsyncClient) -> float:
-    """Tokens trained on so far, by the server's own count."""
+    """Return the tokens trained so far, from the server's metrics."""
     text = (await http.get("/metrics")).text
     found = re.search(r"^lorakeet:finetune_trained_tokens_total (\S+)$", text, re.MULTILINE)
     return float(found[1]) if found else 0.0
@@ -158,7 +158,7 @@ def _p99(window: _Window) -> float:
 
 
 def _spread(window: _Window) -> dict[str, float]:
-    """Inter-token latencies in milliseconds."""
+    """Return percentiles of the inter-token latency, in milliseconds."""
     p50, p90, p99 = np.percentile(window.gaps, [50, 90, 99]).tolist()
     return {"p50": p50 * 1e3, "p90": p90 * 1e3, "p99": p99 * 1e3}
 

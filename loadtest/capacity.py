@@ -1,23 +1,23 @@
-"""What one GPU holds, by arithmetic; and how throughput grows with replicas, by simulation.
+"""The capacity of one GPU, calculated, and the throughput of many replicas, simulated.
 
-The arithmetic is the server's own (tests hold it equal): rank rows, KV blocks, the numbers that a job keeps.
+The calculation equals the server's own (tests compare them): rank rows, KV blocks, a job's numbers.
 
-The simulation's model of cost, all of it from committed measurements of the default model on two CPU cores:
+The simulation's costs, all from committed measurements of the default model on two CPU cores:
 
 - A step that decodes b sequences takes `step_seconds + b * token_seconds`: a line through the decode speeds of one
   request and of eight on eight adapters.
-- A prompt takes `prompt_seconds` of its replica's time, between steps: the whole requests' time less their decoding.
-- An adapter that is not on the device is loaded, one at a time per replica, in `load_seconds`, beside the steps; its
-  request waits, and others go on. A replica's device holds `device_adapters`, the least recently used go first, and
-  those in use stay. From disk a load takes `DISK_SECONDS` for each MiB of an adapter of rank 16 in fp32, as measured
-  for docs/guides/operating.md (reading and SHA-256); from an object store it is assumed to take a second.
+- A prompt takes `prompt_seconds` of its replica's time, between steps: the time of whole requests less their decoding.
+- A cold adapter is loaded, one at a time per replica, in `load_seconds`, concurrently with steps; its request waits,
+  and others continue. A replica's device holds `device_adapters`, of which the least recently used unused one is
+  evicted first. From disk a load takes `DISK_SECONDS` for each MiB of an adapter of rank 16 in fp32, as measured for
+  docs/guides/operating.md (reading and SHA-256); from an object store it is assumed to take a second.
 
-Clients ask one after the other, a fixed number for each replica, so that the load grows with the replicas. Adapters are
-drawn by Zipf's law. Requests are routed in one of two ways:
+Each client sends its requests one after the other; the number of clients is fixed per replica, so the load grows with
+the replicas. Adapters are drawn by Zipf's law. Requests are routed in one of two ways:
 
-- residency: to the least busy of the replicas that hold the adapter. When none does, or these have `most_requests`
-  each, to the one that holds the fewest adapters of those with room. This is what Ray Serve's multiplexing does.
-- queue: to the less busy of two replicas drawn at random ("power of two choices"), whatever they hold.
+- residency: to the least busy of the replicas that hold the adapter. If there is none, or these have `most_requests`
+  each, to the one with the fewest adapters among those with room, as Ray Serve's multiplexing does.
+- queue: to the less busy of two random replicas ("power of two choices"), independent of adapters.
 
 Not modelled: the network, the router's own time, prefix caching, and failures.
 """
@@ -40,12 +40,12 @@ Routing = Literal["residency", "queue"]
 ROUTINGS: tuple[Routing, ...] = ("residency", "queue")
 REPLICAS = (1, 2, 4, 8, 16, 32, 64)
 STORE_SECONDS = 1.0
-DISK_SECONDS = 0.0011  # a MiB
+DISK_SECONDS = 0.0011  # per MiB
 
 # --- one GPU -------------------------------------------------------------------------------------------------------
 
 GIB = 2**30
-LLAMA_8B: dict[str, Any] = {  # of its config.json
+LLAMA_8B: dict[str, Any] = {  # from its config.json
     "name": "Llama-3.1-8B",
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -55,44 +55,44 @@ LLAMA_8B: dict[str, Any] = {  # of its config.json
     "vocab_size": 128256,
     "tie_word_embeddings": False,
 }
-SMOLLM2: dict[str, Any] = {  # the default model, whose speeds are measured
+SMOLLM2: dict[str, Any] = {  # the default model, the measured one
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 30,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
 }
-NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # a weight: its code, and scales quantised once more
-RESERVED = GIB  # for CUDA's context and libraries, and what torch's allocator leaves over; an assumption
-KV_SHARE, ADAPTER_SHARE = 0.7, 0.1  # of what is free once the base is loaded, as the server divides it
-UNIT_BYTES = 2  # a number of a bf16 rank row
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # per weight: its code, and doubly quantised scales
+RESERVED = GIB  # for CUDA's context and libraries, and torch's allocator; an assumption
+KV_SHARE, ADAPTER_SHARE = 0.7, 0.1  # of the free memory after loading the base, as in the server
+UNIT_BYTES = 2  # per number of a bf16 rank row
 
 
 def row_bytes(config: dict[str, Any]) -> int:
-    """One rank row in bf16 on all linears."""
+    """Return the bytes of one rank row in bf16 on all linears."""
     return sum(UNIT_BYTES * (inputs + outputs) for inputs, outputs in linear_shapes(config).values())
 
 
 def kv_bytes(config: dict[str, Any], width: int) -> int:
-    """Keys and values of one token, of `width` bytes each."""
+    """Return the bytes of one token's keys and values, numbers of `width` bytes."""
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return int(config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * head * width)
 
 
 def base_bytes(config: dict[str, Any]) -> int:
-    """The NF4 base: its linears in four bits, embeddings and head in bf16."""
+    """Return the bytes of the NF4 base: linears in four bits, embeddings and head in bf16."""
     weights = sum(inputs * outputs for inputs, outputs in linear_shapes(config).values())
     embeddings = config["vocab_size"] * config["hidden_size"] * (1 if config["tie_word_embeddings"] else 2)
     return round(weights * NF4_BYTES + 2 * embeddings)
 
 
 def job_bytes(config: dict[str, Any], rank: int) -> int:
-    """Numbers that a job with AdamW keeps: adapter, gradients and two moments in fp32. Activations come on top."""
+    """Return the bytes of a job with AdamW: adapter, gradients and two moments in fp32, without activations."""
     return 16 * rank * sum(inputs + outputs for inputs, outputs in linear_shapes(config).values())
 
 
 def gpu(config: dict[str, Any], memory: int) -> dict[str, Any]:
-    """What a card of so many bytes holds, divided as the server does unless told otherwise."""
+    """Divide a GPU's memory, in bytes, as the server does by default; return JSON values."""
     free = memory - RESERVED - base_bytes(config)
     rows = int(free * ADAPTER_SHARE) // row_bytes(config)
     kv = int(free * KV_SHARE)
@@ -112,19 +112,19 @@ def gpu(config: dict[str, Any], memory: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds that things take, and how much a replica holds."""
+    """Times of operations, in seconds, and a replica's limits."""
 
     step_seconds: float
     token_seconds: float
     prompt_seconds: float
     load_seconds: float
     device_adapters: int = 64
-    most_requests: int = 32  # as deploy/ray has it
+    most_requests: int = 32  # as in deploy/ray
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What is asked for."""
+    """The load."""
 
     adapters: int = 10_000
     exponent: float = 1.0
@@ -135,7 +135,7 @@ class Demand:
 
 
 def cost_of(comparison: dict[str, Any], load_seconds: float) -> Cost:
-    """From a result of `python -m loadtest bench`, and the time of a load."""
+    """Derive costs from a result of `python -m loadtest bench` and the time of a load."""
     cells = {case: comparison["cells"][case]["lorakeet"] for case in ("one", "eight", "whole")}
     one, eight = (1 / cells["one"]["decode"]["median"], 8 / cells["eight"]["decode"]["median"])
     token = (eight - one) / 7
@@ -152,22 +152,24 @@ def cost_of(comparison: dict[str, Any], load_seconds: float) -> Cost:
 
 @dataclass
 class _Replica:
-    """One server: what waits, what runs (tokens left for each request), which adapters it holds."""
+    """One server: waiting and running requests, and resident adapters."""
 
     requests: int = 0
-    held: OrderedDict[int, int] = field(default_factory=OrderedDict)  # adapter -> requests that use it, oldest first
+    held: OrderedDict[int, int] = field(
+        default_factory=OrderedDict
+    )  # adapter -> its requests, least recently used first
     loading: deque["_Request"] = field(default_factory=deque)
     prompts: deque["_Request"] = field(default_factory=deque)
     running: list["_Request"] = field(default_factory=list)
     stepping: bool = False
-    coming: bool = False  # an adapter is being loaded
+    coming: bool = False  # whether an adapter is being loaded
 
 
 @dataclass(eq=False)
 class _Request:
     adapter: int
     left: int
-    repeats: int  # that its client makes after it
+    repeats: int  # further requests of its client
     asked: float = 0.0
     resident: bool = True
 
@@ -184,12 +186,12 @@ class _World:
         self.popularity = list(accumulate(weights))
         self.now = 0.0
         self.events: list[tuple[float, int, Any]] = []
-        self.number = count()  # of an event: those of one moment happen in their order
-        self.finished: list[tuple[float, _Request, float]] = []  # when, which, seconds to the first token
+        self.number = count()  # of events, to order those of one time
+        self.finished: list[tuple[float, _Request, float]] = []  # end, request, seconds to the first token
         self.first: dict[_Request, float] = {}
 
     def run(self) -> None:
-        """Until every client has had all of its answers."""
+        """Run until all clients have all their answers."""
         clients = self.demand.clients_per_replica * len(self.replicas)
         for _ in range(clients):
             self.ask(self.demand.requests_per_client - 1)
@@ -228,11 +230,11 @@ class _World:
         return self.random.choice([place for place in free if len(self.replicas[place].held) == fewest])
 
     def load(self, place: int) -> None:
-        """Begin the next load, if there is room for it."""
+        """Start the next load, if there is room for it."""
         replica = self.replicas[place]
         while replica.loading and not replica.coming:
             adapter = replica.loading[0].adapter
-            if adapter in replica.held:  # somebody else's wish brought it
+            if adapter in replica.held:  # loaded for another request
                 self.arrived(place)
                 continue
             if len(replica.held) >= self.cost.device_adapters:
@@ -242,7 +244,7 @@ class _World:
                 del replica.held[idle]
                 self.holders[idle].discard(place)
             replica.coming = True
-            self.holders.setdefault(adapter, set()).add(place)  # from now on others may follow
+            self.holders.setdefault(adapter, set()).add(place)  # from now on other requests are routed here
             self.at(self.cost.load_seconds, self.loaded, place)
 
     def loaded(self, place: int) -> None:
@@ -261,7 +263,7 @@ class _World:
         self.step(place)
 
     def step(self, place: int) -> None:
-        """Begin a step: the prompt that came first, if one waits, and a token of each that runs."""
+        """Start a step: the oldest waiting prompt, if any, and a token of each running request."""
         replica = self.replicas[place]
         if replica.stepping or not (replica.prompts or replica.running):
             return
@@ -299,10 +301,9 @@ class _World:
 
 
 def simulate(replicas: int, routing: Routing, cost: Cost, demand: Demand) -> dict[str, float]:
-    """Tokens a second, the share of requests that found their adapter on the device, and first tokens, once warm.
+    """Return tokens per second, the share of requests with a resident adapter, and TTFT, of warm replicas.
 
-    The first third of the answers warms the replicas, and the last clients' ends are not counted: what is, lies between
-    the ends of the first third and of the last tenth.
+    The first third of the answers, which warms the replicas, and the last tenth are not counted.
     """
     world = _World(replicas, routing, cost, demand)
     world.run()
@@ -319,7 +320,7 @@ def simulate(replicas: int, routing: Routing, cost: Cost, demand: Demand) -> dic
 
 
 def measure(comparison: Path, demand: Demand, replicas: tuple[int, ...] = REPLICAS) -> dict[str, Any]:
-    """Both halves of the page; JSON values."""
+    """Calculate and simulate; return JSON values."""
     measured = json.loads(comparison.read_text())
     size = 4 * 16 * sum(inputs + outputs for inputs, outputs in linear_shapes(SMOLLM2).values())
     loads = {"disk": size / 2**20 * DISK_SECONDS, "store": STORE_SECONDS}
@@ -338,7 +339,7 @@ def measure(comparison: Path, demand: Demand, replicas: tuple[int, ...] = REPLIC
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The simulation for a terminal."""
+    """Return the simulation as a table for the terminal."""
     shown = Table(
         "Replicas", title="Tokens/s (of one replica: x), share of requests that found their adapter, P99 TTFT"
     )
@@ -356,7 +357,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def markdown(result: dict[str, Any]) -> list[str]:
-    """The two tables of docs/capacity.md."""
+    """Return the two tables of docs/capacity.md."""
     columns = result["gpus"].values()
     ranks = next(iter(columns))["adapters"]
     cards = [

@@ -1,6 +1,6 @@
-"""The comparison's standing cases and the sides that take part in each.
+"""The comparison's cases, and the sides in each.
 
-Adapters have rank 16 on all linears; prompts are of 64 tokens unless a case says more.
+Adapters have rank 16 on all linears; prompts have 64 tokens by default.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ _WHOLE = ("lorakeet", "lorakeet-int8", *_LLAMA, "vllm", "peft-switching")
 _CASES = (
     Case("one", "1 request, 1 adapter (fp32 file)", 1, "one", "float32", 65, _ALL),
     Case("eight", "8 requests, 8 adapters (fp32 files)", 8, "distinct", "float32", 65, _ALL),
-    # Only these keep a half-width file as it is; the others would measure the same twice.
+    # Only these sides keep a half-width file as it is; the others would measure the same twice.
     Case("one-bf16", "1 request, 1 adapter (bf16 file)", 1, "one", "bfloat16", 65, _HALF_WIDTH),
     Case("eight-bf16", "8 requests, 8 adapters (bf16 files)", 8, "distinct", "bfloat16", 65, _HALF_WIDTH),
     Case("base", "8 requests, no adapter", 8, "none", "float32", 65, _BASE),
     Case("whole", "8 whole requests (64 in, 33 out)", 8, "distinct", "float32", 33, _WHOLE),
-    # Long enough that the first still decodes when the last one's prompt has been read.
+    # Long enough that the first request still decodes when the last one's prefill ends.
     Case("one-512", "1 request of 512 tokens, 1 adapter", 1, "one", "float32", 33, _LONG, 512),
     Case("eight-512", "8 requests of 512 tokens, 8 adapters", 8, "distinct", "float32", 65, _LONG, 512),
     Case("one-2048", "1 request of 2,048 tokens, 1 adapter", 1, "one", "float32", 33, _LONG, 2048),
@@ -36,7 +36,7 @@ NAMES = [case.name for case in _CASES]
 
 
 def select(names: Sequence[str], output_tokens: int | None = None) -> list[Case]:
-    """Cases by name, in their standing order; `output_tokens` instead of each one's own when given."""
+    """Return cases by name, in the order above; `output_tokens` replaces each case's own."""
     chosen = [case for case in _CASES if case.name in names]
     if output_tokens is None:
         return chosen
@@ -44,7 +44,7 @@ def select(names: Sequence[str], output_tokens: int | None = None) -> list[Case]
 
 
 def default_sides(machine: dict[str, Any]) -> list[str]:
-    """Every side that is worth running on this machine: bf16 only where the CPU has instructions for it."""
+    """Return the sides for this machine: bf16 ones only if the CPU has instructions for it."""
     sides = dict.fromkeys(side for case in _CASES for side in case.sides)
     fast_bf16 = {"avx512_bf16", "amx_bf16"} & set(machine["vector_extensions"])
     return [side for side in sides if fast_bf16 or not side.endswith("-bf16")]

@@ -1,7 +1,4 @@
-"""The ratios that the project promises, with a verdict each.
-
-Reads result files (plain JSON values); measures nothing. A claim whose figures were not measured says so.
-"""
+"""The ratios promised by the project, with a verdict each, computed from result files (JSON values)."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -32,31 +29,31 @@ class Claim:
         return "met" if met else "missed"
 
     def show(self, number: float | None) -> str:
-        """A value or the target in the claim's unit."""
+        """Format a value or the target in the claim's unit."""
         if number is None:
             return "-"
         return f"{100 * number:.0f}%" if self.percent else f"{number:.2f}x"
 
 
 def figure(result: Result, case: str, side: str, quantity: str = "decode") -> float | None:
-    """The median of one cell's quantity, if it was measured."""
+    """Return the median of one cell's quantity, if it was measured."""
     cell = result.get("cells", {}).get(case, {}).get(side, {})
     value: float | None = cell.get(quantity, {}).get("median")
     return value
 
 
 def claims(result: Result) -> list[Claim]:
-    """Every promise of the project, checked against one result."""
+    """Check all promises of the project against one result."""
     ours, half = "lorakeet", "lorakeet-kv16"
 
     def over(case: str, *peers: str, quantity: str = "decode", side: str = ours) -> float | None:
-        """Ours as a multiple of the best of `peers`."""
+        """Return our figure as a multiple of the best of `peers`."""
         rivals = [value for peer in peers if (value := figure(result, case, peer, quantity)) is not None]
         mine = figure(result, case, side, quantity)
         return None if mine is None or not rivals else mine / max(rivals)
 
     def tax(case: str, against: str, side: str = ours) -> float | None:
-        """The share of decode speed that `case` costs against another case (of `side`)."""
+        """Return the share of decode speed lost in `case`, compared with another case (of `side`)."""
         return _apply(lambda mine, free: 1 - mine / free, figure(result, case, ours), figure(result, against, side))
 
     llama, static = ("llama", "llama-q4_0"), ("llama-static", "llama-q4_0-static")
@@ -96,7 +93,7 @@ def claims(result: Result) -> list[Claim]:
 
 
 def http_share(result: Result) -> float | None:
-    """Decode rate through HTTP as a share of the engine's own."""
+    """Return the decode rate through HTTP as a share of the engine's own."""
     return _apply(
         lambda http, offline: http / offline,
         figure(result, "eight", "lorakeet"),
@@ -105,7 +102,7 @@ def http_share(result: Result) -> float | None:
 
 
 def prefix_ratio(result: Result) -> float | None:
-    """TTFT with a cached prefix over TTFT without, medians."""
+    """Return the ratio of TTFT with a cached prefix to TTFT without, medians."""
     measured = result.get("lorakeet_prefix_cache")
     if not measured or "error" in measured:
         return None
@@ -113,7 +110,7 @@ def prefix_ratio(result: Result) -> float | None:
 
 
 def kernel_claims(result: Result) -> list[Claim]:
-    """NF4 linears, the worst of the measured shapes, and attention against the roofline."""
+    """Check NF4 linears (the worst measured shape) and attention against the roofline."""
     lines = result.get("kernels", {}).get("lines", [])
 
     def worst(rows: int, bound: str) -> float | None:
@@ -161,7 +158,7 @@ _SUMMARY = (("one", "decode"), ("eight", "decode"), ("whole", "whole"))
 
 
 def summary(result: Result) -> str:
-    """A small table: our median and, for each peer, its best one and ours as a multiple of it."""
+    """Return a small table: our median and, for each peer, its best median and our multiple of it."""
     titles = {case["name"]: case["title"] for case in result["cases"]}
     rows = []
     for case, quantity in _SUMMARY:
@@ -176,7 +173,7 @@ def summary(result: Result) -> str:
 
 
 def markdown(result: Result) -> str:
-    """The tables of a result: every case's figures, then every claim with its verdict."""
+    """Return a result's tables: the figures of all cases, the claims with verdicts, the kernels and the sides."""
     return "\n\n".join(filter(None, [_cases(result), _claims(result), _kernels(result), _sides(result)])) + "\n"
 
 

@@ -1,8 +1,8 @@
-"""A streaming HTTP client that times arrivals and does nothing else meanwhile.
+"""A streaming HTTP client that only records arrival times during the run.
 
-On a small machine the client competes with the server for cores. So bytes are stamped as the socket delivers them
-(httptools parses the HTTP framing in C) and are parsed only after the run, as server-sent events in one of two
-dialects of completions. `metrics` turns the times into latencies.
+On a small machine the client competes with the server for cores. So bytes are stamped as they arrive at the socket
+(httptools parses the HTTP framing in C), and are parsed as server-sent events, in one of two dialects of completions,
+only after the run. `metrics` turns the times into latencies.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ class Timeline:
     sent: float
     expected_tokens: int
     adapter: str | None = None
-    # (arrival, tokens that had arrived by then): one entry for each event that carried tokens.
+    # (arrival, tokens arrived up to then): one entry for each event with tokens.
     tokens: list[tuple[float, float]] = field(default_factory=list)
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -38,12 +38,12 @@ class Timeline:
 
 
 class ProtocolError(Exception):
-    """The server's answer does not follow its dialect."""
+    """A server's answer that violates its dialect."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How a server is asked, and how its events are read into a timeline."""
+    """The format of a server's requests and events."""
 
     path: str
     body: Callable[..., dict[str, Any]]  # (model, prompt, output_tokens, **extra) -> JSON body
@@ -67,8 +67,8 @@ def _openai_body(model: str, prompt: list[int], output_tokens: int, **extra: Any
 def _read_openai(timeline: Timeline, events: list[tuple[float, bytes]]) -> None:
     """Read `/v1/completions` events.
 
-    The protocol says how many tokens there were in all, not which event carried how many, so the total is spread
-    evenly over the events that carried any. A last event that only tells the finish reason carried none.
+    The protocol reports the total of tokens, not the number in each event, so the total is spread evenly over the
+    events with tokens. A last event with only a finish reason has none.
     """
     arrivals: list[float] = []
     ended = False
@@ -103,7 +103,7 @@ def _llama_body(model: str, prompt: list[int], output_tokens: int, **extra: Any)
 
 
 def _read_llama(timeline: Timeline, events: list[tuple[float, bytes]]) -> None:
-    """Read llama-server's `/completion` events, whose `timings.predicted_n` counts tokens exactly."""
+    """Read llama-server's `/completion` events, in which `timings.predicted_n` counts tokens exactly."""
     ended = False
     for arrival, data in events:
         event = _decode_json(data)
@@ -128,7 +128,7 @@ LLAMA = Dialect("/completion", _llama_body, _read_llama)
 
 
 class _Exchange(asyncio.Protocol):
-    """Collects (arrival, bytes) of one response's body. Method names are asyncio's and httptools'."""
+    """One request, and (arrival, bytes) of its response's body. Method names are asyncio's and httptools'."""
 
     def __init__(self, request: bytes) -> None:
         self.chunks: list[tuple[float, bytes]] = []
@@ -171,10 +171,10 @@ class _Exchange(asyncio.Protocol):
 
 
 class Client:
-    """Sends completion requests to one server and times their streams."""
+    """A client that sends completion requests to one server and times their streams."""
 
     def __init__(self, url: str, dialect: Dialect = OPENAI, *, api_key: str | None = None, timeout: float = 600.0):
-        """`url` is the server's root (http or https), without `/v1`; `timeout` is for one whole request, seconds."""
+        """`url`: the server's root (http or https), without `/v1`; `timeout`: of one whole request, seconds."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"not an http(s) address: {url}")
@@ -191,7 +191,7 @@ class Client:
     async def complete(
         self, model: str, prompt: list[int], output_tokens: int, *, scheduled: float | None = None, **extra: Any
     ) -> Timeline:
-        """Send one request on its own connection and wait for its end; never raises for what the server does.
+        """Send one request on its own connection and wait for its end; a server's errors are in the timeline.
 
         The timeline is complete only after `read_all`.
         """
@@ -212,14 +212,14 @@ class Client:
             timeline.error = str(error) or type(error).__name__
         finally:
             timeline.finished = perf_counter()
-            exchange.done.cancel()  # from here on nobody waits for it
+            exchange.done.cancel()  # not awaited any more
             if transport is not None:
                 transport.close()
         self._unread.append((timeline, exchange))
         return timeline
 
     def read_all(self) -> None:
-        """Take the collected streams apart: fill in every timeline made since the last call."""
+        """Parse the collected streams and complete all timelines made since the last call."""
         for timeline, exchange in self._unread:
             if timeline.error is None:
                 self._read(timeline, exchange)
@@ -239,7 +239,7 @@ class Client:
 
 
 def server_sent_events(chunks: list[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
-    """(arrival, data) of each event; an event has arrived when its last byte has. One `data:` line an event."""
+    """Yield (arrival of the last byte, data) of each event. Events have one `data:` line each."""
     buffer = b""
     for arrival, chunk in chunks:
         *lines, buffer = (buffer + chunk).split(b"\n")

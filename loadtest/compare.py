@@ -1,9 +1,9 @@
 """The same work for every side, in interleaved rounds: medians and spread.
 
-A *case* is a burst of equal requests sent at once (how many, on which adapters, how long). A *cell* is one side's
+A *case* is a burst of equal requests sent at once: their number, adapters and lengths. A *cell* is one side's
 measurements of one case. Rounds go through all cases and, within a case, through all sides in rotating order, so that
-a machine that slows down meanwhile slows everybody. Every request must return its full token count; a cell with an
-error has no figures. `peers` has the sides, `claims` the verdicts.
+a slower period of the machine affects all sides. Every request must return its full token count; a cell with an error
+has no figures. `peers` has the sides, `claims` the verdicts.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from loadtest.peers.base import AdapterId, Kit, Side, SideError, Work
 from loadtest.synthetic import Dtype, random_prompts
 
 PROMPT_TOKENS = 64
-QUIET_CORES = 0.2  # a machine that is busier than this before the first round gives no figures worth keeping
+QUIET_CORES = 0.2  # most busy cores before the first round; beyond it the figures are unreliable
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One burst: `requests` at once, on no adapter, one for all, or a different one each."""
+    """One burst: concurrent `requests` without an adapter, with one for all, or with a different one each."""
 
     name: str
     title: str
@@ -36,7 +36,7 @@ class Case:
     prompt_tokens: int = PROMPT_TOKENS
 
     def works(self, seed: int) -> list[Work]:
-        """The burst's requests; prompts follow from the seed, the same for every side."""
+        """Return the burst's requests; prompts follow from the seed, so all sides get the same."""
         prompts = random_prompts(self.requests, self.prompt_tokens, seed)
         return [Work(prompt, self.output_tokens, self._adapter(i)) for i, prompt in enumerate(prompts)]
 
@@ -57,7 +57,7 @@ class Figure:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Figure | None":
-        """None when nothing was measured."""
+        """Summarise values; None if there are none."""
         return cls(statistics.median(values), min(values), max(values), len(values)) if values else None
 
 
@@ -66,13 +66,13 @@ class Cell:
     """One side's figures in one case."""
 
     decode: list[float] = field(default_factory=list)  # tokens/s, see metrics.decode_rate
-    whole: list[float] = field(default_factory=list)  # output tokens / (first sending to last end)
+    whole: list[float] = field(default_factory=list)  # output tokens / (seconds from first sending to last end)
     ttft: list[float] = field(default_factory=list)  # seconds, mean over the burst
     seconds: float = 0.0  # spent in all rounds
     error: str | None = None
 
     def add(self, timelines: Sequence[Timeline]) -> None:
-        """Take in one round."""
+        """Add one round."""
         sent = min(timeline.sent for timeline in timelines)
         self.seconds += max(timeline.finished for timeline in timelines) - sent
         if errors := [timeline.error for timeline in timelines if timeline.error]:
@@ -85,12 +85,12 @@ class Cell:
         self.ttft.append(statistics.fmean(metrics.ttft(timeline) for timeline in timelines))
 
     def latest(self) -> str:
-        """The newest round in a few words."""
+        """Return a short text about the newest round."""
         rate = f"{self.decode[-1]:.1f} tokens/s" if self.decode else "no second token"
         return self.error or rate
 
     def to_json(self) -> dict[str, Any]:
-        """Figures (median, low, high, rounds) and the raw values behind them; no figures after an error."""
+        """Return figures (median, low, high, rounds) with their raw values; no figures after an error."""
         if self.error is not None:
             return {"error": self.error}
         raw = {"decode": self.decode, "whole": self.whole, "ttft": self.ttft}
@@ -100,19 +100,19 @@ class Cell:
 
 @dataclass(slots=True)
 class Comparison:
-    """All that was measured."""
+    """All measurements of a comparison."""
 
     cases: list[Case]
     sides: dict[str, dict[str, Any]]  # name -> describe()
-    missing: dict[str, str]  # name -> why it did not take part
+    missing: dict[str, str]  # name -> reason why it did not take part
     cells: dict[str, dict[str, Cell]]  # case -> side -> cell
     answers: dict[str, int] = field(default_factory=dict)  # side -> distinct answers of all adapters to one prompt
     extras: dict[str, Any] = field(default_factory=dict)
-    busy_cores: float = 0.0  # machine's load from others while every side idled
+    busy_cores: float = 0.0  # the machine's load while all sides were idle
     client_cpu_share: float = 0.0  # of one core, while bursts ran
 
     def to_json(self) -> dict[str, Any]:
-        """The result file's part."""
+        """Return the comparison's part of the result file."""
         return {
             "cases": [asdict(case) for case in self.cases],
             "sides": self.sides,
@@ -137,11 +137,11 @@ async def compare(
     report: Report,
     idle_seconds: float = 2.0,
 ) -> Comparison:
-    """Start every side that is there, measure, stop them all.
+    """Start all installed sides, measure, and stop them.
 
-    A cell gets `rounds` rounds, fewer when these would take more than `cell_seconds` in all (one at least): a slow
-    side must not make everybody wait. Its count of rounds is part of its figures. Before the first round, the machine's
-    load is watched for `idle_seconds`: started sides and strangers should leave it alone.
+    A cell gets `rounds` rounds, or fewer (at least one) if these would take more than `cell_seconds` in total, so that
+    a slow side does not delay the others; its count of rounds is part of its figures. Before the first round, the
+    machine's load is measured for `idle_seconds`: sides and other programs should be idle.
     """
     running: dict[str, Side] = {}
     result = Comparison(list(cases), {}, {}, {case.name: {} for case in cases})
@@ -150,7 +150,7 @@ async def compare(
             reason = side.missing()
             if reason is None:
                 report(f"starting {side.name}")
-                running[side.name] = side  # already: whatever happens, it is stopped
+                running[side.name] = side  # before the start, so that it is stopped in any case
                 try:
                     await side.start(kit)
                     result.sides[side.name] = side.describe()
@@ -185,9 +185,9 @@ async def compare(
 
 
 async def _warm_up(side: Side, cases: Sequence[Case], kit: Kit, result: Comparison) -> None:
-    """A few tokens of every case (lazy loading and compiling happen now), and a look at the answers.
+    """Run a few tokens of every case, for lazy loading and compiling, and count distinct answers.
 
-    Every adapter answers one and the same prompt: a side whose answers do not differ applies no adapters.
+    All adapters answer the same prompt: a side with equal answers applies no adapters.
     """
     for case in cases:
         if side.name in case.sides:

@@ -1,8 +1,8 @@
-"""The cost and the gain of answers that follow a grammar, and of compiling it, beside free ones.
+"""The cost and the gain of answers under a grammar, and of compiling it, compared with free answers.
 
-One server. First eight streams on eight adapters, while others ask for one token each, without a schema and with a new
-one of 10 kB every time. Then eight requests on eight adapters; free and constrained bursts alternate, and neighbours
-are compared. Where llama.cpp's server is installed, both answer the same schema on the base, in turns.
+One server. First eight streams on eight adapters, beside requests for one token each, without a schema and with a new
+one of 10 kB every time. Then eight requests on eight adapters; free and constrained bursts alternate, and adjacent
+bursts are compared. If llama.cpp's server is installed, both answer the same schema on the base, in turns.
 """
 
 import asyncio
@@ -23,16 +23,16 @@ from loadtest.peers.llama import Llama
 from loadtest.peers.lorakeet import Lorakeet, adapter_name
 
 TOGETHER = 8
-TOKENS = 96  # of an answer that a grammar never ends
+TOKENS = 96  # of an answer under a grammar without an end
 LEAST_DECODE, LEAST_FORCED, MOST_SLOWER = 0.95, 1.4, 1.1
 SCHEMA_BYTES = 10_000
-STREAMED = 400  # tokens of each stream beside which schemas are compiled
-PAUSE = 0.25  # seconds between those
+STREAMED = 400  # tokens of each stream during which schemas are compiled
+PAUSE = 0.25  # seconds between schemas
 WORDS = ("order", "customer", "delivery", "address", "quantity", "article", "priority", "remark", "storage", "invoice")
 
-# Nothing of it is forced, and nearly every token is allowed, as within a string.
+# No token is forced, and nearly every token is allowed, as within a string.
 OPEN = {"structured_outputs": {"regex": r"[^\x00]{4000}"}}
-# About half of the tokens are forced: names and punctuation are, values are not.
+# About half of the tokens are forced: names and punctuation, but not values.
 _VALUE = {"type": "string", "pattern": "^[a-z]{12}$"}
 _NAMES = (
     *("name_of_customer", "city_of_delivery", "article_number", "preferred_colour", "contact_person"),
@@ -51,12 +51,12 @@ Body = dict[str, Any]
 
 
 def of_schema(schema: Body) -> Body:
-    """The field of a request whose answer follows a JSON Schema."""
+    """Return a request's field for an answer under a JSON Schema."""
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}}
 
 
 def large_schema(seed: int) -> Body:
-    """One of about `SCHEMA_BYTES` that nobody has asked for yet."""
+    """Return a schema of about `SCHEMA_BYTES`, different for each seed."""
     draws = random.Random(seed)
     schema: Body = {"type": "object", "properties": {}, "required": []}
     while len(json.dumps(schema)) < SCHEMA_BYTES:
@@ -75,20 +75,20 @@ def large_schema(seed: int) -> Body:
 
 @dataclass
 class Pairs:
-    """Output tokens/s of neighbouring bursts."""
+    """Output tokens/s of adjacent bursts."""
 
     free: list[float] = field(default_factory=list)
     constrained: list[float] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
-        """Constrained speed as a multiple of the free one: the median over pairs."""
+        """Constrained speed as a multiple of free speed: the median over pairs."""
         return statistics.median(mine / other for mine, other in zip(self.constrained, self.free, strict=True))
 
 
 @dataclass
 class Streams:
-    """Seconds between tokens of the streams, and to the other requests' only token."""
+    """Seconds between the streams' tokens, and to the other requests' only token."""
 
     gaps: list[float] = field(default_factory=list)
     answers: list[float] = field(default_factory=list)
@@ -99,7 +99,7 @@ class Streams:
 
 
 async def measure(kit: Kit, *, rounds: int, flags: Sequence[str], report: Report) -> dict[str, Any]:
-    """Run everything; JSON values."""
+    """Run all measurements; return JSON values."""
     side = Lorakeet(flags=flags)
     names = [adapter_name(adapter) for adapter in kit.adapters][:TOGETHER]
     try:
@@ -117,12 +117,12 @@ async def measure(kit: Kit, *, rounds: int, flags: Sequence[str], report: Report
 
 
 async def decode(http: httpx.AsyncClient, names: Sequence[str], more: Body, *, rounds: int, report: Report) -> Pairs:
-    """Bursts that follow a grammar, and free ones of as many tokens."""
+    """Run bursts under a grammar, alternating with free ones of as many tokens."""
     bodies = [{"model": name, "messages": _MESSAGES, "temperature": 1.0, "seed": 1} for name in names]
     ended = more is not OPEN
     most = [4 * TOKENS if ended else TOKENS] * len(bodies)
     for body in bodies:
-        await _ask(http, body | more | {"max_tokens": 1})  # its prompt into the prefix cache, its grammar compiled
+        await _ask(http, body | more | {"max_tokens": 1})  # caches its prompt and compiles its grammar
     pairs = Pairs()
     for index in range(rounds):
         constrained, tokens = await _burst(http, [body | more for body in bodies], most, ended=ended)
@@ -139,10 +139,10 @@ async def decode(http: httpx.AsyncClient, names: Sequence[str], more: Body, *, r
 async def _burst(
     http: httpx.AsyncClient, bodies: Sequence[Body], limits: Sequence[int], *, ended: bool | None
 ) -> tuple[float, list[int]]:
-    """Every body at once: output tokens/s, and the tokens of each answer.
+    """Send all bodies at once; return output tokens/s, and the tokens of each answer.
 
     Args:
-        ended: whether a grammar must have ended them, or the limit; either, with None.
+        ended: whether the grammar (True) or the limit (False) must have ended the answers; None: either.
     """
     begin = time.perf_counter()
     limited = [body | {"max_tokens": limit} for body, limit in zip(bodies, limits, strict=True)]
@@ -157,7 +157,7 @@ async def _burst(
 async def beside_streams(
     http: httpx.AsyncClient, names: Sequence[str], *, rounds: int, report: Report
 ) -> tuple[Streams, Streams]:
-    """Streams, while others ask for one token: first without a schema, then with one that is new each time."""
+    """Measure streams beside requests for one token: without a schema, then with a new one each time."""
     without, with_schema = Streams(), Streams()
     for index in range(rounds):
         for kind, found in (("without", without), ("with", with_schema)):
@@ -202,7 +202,7 @@ async def _stream(http: httpx.AsyncClient, name: str, found: Streams) -> None:
 
 
 async def beside_llama(kit: Kit, *, rounds: int, flags: Sequence[str], report: Report) -> dict[str, Any]:
-    """Output tokens/s of the same schema on the base, one request and eight, by both servers in turns."""
+    """Measure output tokens/s of one and of eight requests under one schema on the base, on both servers in turn."""
     sides: list[ServerSide] = [Lorakeet(upload=False, flags=flags), Llama()]
     if missing := sides[1].missing():
         return {"missing": missing}
@@ -217,7 +217,7 @@ async def beside_llama(kit: Kit, *, rounds: int, flags: Sequence[str], report: R
                     await _ask(http, body | {"max_tokens": 1})
                     for count, found in rates[side.name].items():
                         bodies = [body | {"seed": seed} for seed in range(count)]
-                        # Tokens/s are compared: an answer in many short tokens may meet the limit.
+                        # Tokens/s are compared, so an answer of many short tokens may reach the limit.
                         rate, _ = await _burst(http, bodies, [4 * TOKENS] * count, ended=None)
                         found.append(rate)
                         report(f"round {index + 1}/{rounds}  {side.name}, {count} at once: {rate:.1f} tokens/s")
@@ -234,7 +234,7 @@ async def _ask(http: httpx.AsyncClient, body: Body) -> Any:
 
 
 def summary(pairs: dict[str, Pairs], without: Streams, with_schema: Streams) -> dict[str, Any]:
-    """Figures and verdicts."""
+    """Return figures and verdicts."""
     least = {"nothing forced": LEAST_DECODE, "half forced": LEAST_FORCED}
     slower = with_schema.p99 / without.p99
     first, usual = statistics.median(with_schema.answers), statistics.median(without.answers)
@@ -262,7 +262,7 @@ def summary(pairs: dict[str, Pairs], without: Streams, with_schema: Streams) -> 
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result for a terminal."""
+    """Return the result as a table for the terminal."""
     shown = Table("", "free", "constrained", title=f"Output tokens/s of {result['requests']} requests, medians")
     for kind, rates in result["decode"].items():
         shown.add_row(kind, *(f"{statistics.median(rates[which]):.1f}" for which in ("free", "constrained")))

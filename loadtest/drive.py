@@ -1,4 +1,4 @@
-"""Runs planned requests against a server: an open loop by the clock, a closed loop by its clients.
+"""Running of planned requests against a server: an open loop by the clock, a closed loop by its clients.
 
 `metrics` has the definitions of the figures, `report` their display.
 """
@@ -16,7 +16,7 @@ from loadtest.workload import Request
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The timelines of one run, in the order of the plan, and the CPU seconds that the client itself used."""
+    """The timelines of one run, in the order of the plan, and the client's own CPU seconds."""
 
     timelines: list[Timeline]
     client_cpu: float
@@ -31,10 +31,10 @@ async def drive(
     ignore_eos: bool = True,
     on_end: Callable[[Timeline], None] = lambda timeline: None,
 ) -> Run:
-    """Send every request and wait for all of them.
+    """Send all requests and wait for them.
 
-    `base` is the model name of requests without an adapter. `on_end` hears of each request's end (for a progress bar;
-    only its error, if the transport failed, is known by then).
+    `base`: the model name for requests without an adapter. `on_end`: called at each request's end, for a progress bar;
+    at that time, the timeline has only the transport's error, if any.
     """
     extra: dict[str, Any] = {"ignore_eos": True} if ignore_eos else {}
     cpu = time.process_time()

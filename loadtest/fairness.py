@@ -1,7 +1,7 @@
-"""One tenant that floods the server beside one that asks once a second.
+"""A tenant that floods the server beside one with a request a second.
 
-The flood is a closed loop of ten times as many requests as run at once. Each round measures the quiet tenant alone, the
-flood alone, and both together; a whole prompt step is timed for what an arrival may have to wait for.
+The flood is a closed loop of ten times as many requests as can run at once. Each round measures the quiet tenant alone,
+the flood alone, and both together. A step full of prompt tokens is timed, too: an arrival may have to wait for one.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ PLACES = 16  # sequences that run at once
 STEP_TOKENS = 256  # of one step
 FLOOD = 10 * PLACES
 PROMPT, ANSWER = 64, 32  # tokens of every request of the flood
-QUIET_PROMPT, QUIET_ANSWER = 32, 4  # of the quiet tenant's: what it computes, the flood cannot keep
+QUIET_PROMPT, QUIET_ANSWER = 32, 4  # tokens of every request of the quiet tenant; they reduce the flood's share
 INTERVAL = 1.0  # seconds between the quiet tenant's requests
 MOST_SLOWER, LEAST_KEPT = 1.3, 0.9
 _ADMIN = "loadtest-admin"
@@ -47,7 +47,7 @@ class Fair(Lorakeet):
 
 
 async def measure(kit: Kit, *, rounds: int, seconds: float, report: Report) -> dict[str, Any]:
-    """Run everything; JSON values."""
+    """Run all measurements; return JSON values."""
     side = Fair()
     try:
         await side.start(kit)
@@ -77,7 +77,7 @@ async def measure(kit: Kit, *, rounds: int, seconds: float, report: Report) -> d
 
 
 async def _key(url: str, tenant: str) -> str:
-    """A new tenant's key."""
+    """Create a tenant and return a key for it."""
     headers = {"Authorization": f"Bearer {_ADMIN}"}
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=30) as http:
         (await http.post("/v1/admin/tenants", json={"id": tenant})).raise_for_status()
@@ -96,12 +96,12 @@ async def _ask(client: Client, seed: int, prompt: int = PROMPT, answer: int = AN
 
 
 async def _whole_step(client: Client) -> float:
-    """Seconds of a step full of prompt tokens, with all around it."""
+    """Return the seconds of a step full of prompt tokens, overhead included."""
     return statistics.median([metrics.ttft(await _ask(client, 100 + n, STEP_TOKENS, 1)) for n in range(5)])
 
 
 async def _asked_quietly(client: Client, seconds: float, seed: int) -> list[float]:
-    """Times to the first token of a request each second, whatever became of the one before."""
+    """Send a request every second, without waiting for the previous one; return their TTFTs."""
     asked = []
     for n in range(round(seconds / INTERVAL)):
         asked.append(asyncio.create_task(_ask(client, seed + n, QUIET_PROMPT, QUIET_ANSWER)))
@@ -110,7 +110,7 @@ async def _asked_quietly(client: Client, seconds: float, seed: int) -> list[floa
 
 
 async def _flooded(client: Client, seconds: float, seed: int) -> float:
-    """Tokens/s of the flood, the first and last of which are left out: it is full in between."""
+    """Return the tokens/s of the flood, without its beginning and end."""
     return (await _while_flooded(client, seed, asyncio.sleep(seconds)))[1]
 
 
@@ -119,7 +119,7 @@ async def _both(quiet: Client, flood: Client, seconds: float, seed: int) -> tupl
 
 
 async def _while_flooded(client: Client, seed: int, what: Any) -> tuple[Any, float]:
-    """What comes of an awaitable in the middle of a flood, and the flood's tokens/s meanwhile."""
+    """Await something in the middle of a flood; return its result, and the flood's tokens/s in the meantime."""
     timelines: list[Timeline] = []
     ended = False
     number = seed
@@ -131,7 +131,7 @@ async def _while_flooded(client: Client, seed: int, what: Any) -> tuple[Any, flo
             timelines.append(await _ask(client, number))
 
     loops = [asyncio.create_task(one()) for _ in range(FLOOD)]
-    await asyncio.sleep(3)  # until it is full
+    await asyncio.sleep(3)  # until all places are taken
     begin = time.perf_counter()
     result = await what
     end = time.perf_counter()
@@ -153,9 +153,9 @@ def _p99(values: list[float]) -> float:
 def summary(
     alone: list[float], beside: list[float], rates: dict[str, list[float]], kept: list[float], step: float
 ) -> dict[str, Any]:
-    """Figures and verdicts."""
+    """Return figures and verdicts."""
     slower, part = (_p99(beside) - step) / _p99(alone), statistics.median(kept)
-    work = (PROMPT + ANSWER) / ANSWER  # tokens computed for one of the flood's tokens
+    work = (PROMPT + ANSWER) / ANSWER  # computed tokens per output token of the flood
     quiet = (QUIET_PROMPT + QUIET_ANSWER) / INTERVAL
     return {
         "places": PLACES,
@@ -163,7 +163,7 @@ def summary(
         "step_ms": step * 1e3,
         "ttft_ms": {"alone": [1e3 * one for one in alone], "beside": [1e3 * one for one in beside]},
         "flood_tokens_per_second": rates,
-        # Prompts too: on a slow machine the quiet tenant's own tokens are a larger part.
+        # With prompts, since on a slow machine the quiet tenant's tokens are a larger part.
         "all_tokens_per_second": {
             "alone": [rate * work for rate in rates["alone"]],
             "beside": [rate * work + quiet for rate in rates["beside"]],
@@ -184,7 +184,7 @@ def summary(
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result for a terminal."""
+    """Return the result as a table for the terminal."""
     shown = Table("", "alone", "together", title=f"{result['flood']} requests at once beside one a second")
     times, rates = result["ttft_ms"], result["flood_tokens_per_second"]
     for name, part in (("P50", 50), ("P99", 99)):

@@ -1,7 +1,6 @@
-"""Each kernel beside its library counterpart and the machine's roofline, all measured in one process.
+"""Each kernel compared with its library counterpart and the machine's roofline, all measured in one process.
 
-The measuring is done where the kernels live (`python -m adapters.kernels.bench`, which prints JSON): this package
-imports none of them. Here its lines are read and shown.
+Measured by `python -m adapters.kernels.bench`, which prints JSON, since this package does not import the kernels.
 """
 
 import json
@@ -15,7 +14,7 @@ MODULE = "adapters.kernels.bench"
 
 
 class KernelsError(Exception):
-    """The benchmark did not run; the message says why."""
+    """A failed benchmark; the message has the reason."""
 
 
 def measure() -> dict[str, Any]:
@@ -24,7 +23,7 @@ def measure() -> dict[str, Any]:
 
 
 def roofline() -> dict[str, Any]:
-    """What the machine can do: `{"read_gb_s", "fp32_gflop_s", "threads", "instruction_set"}`."""
+    """Measure the machine's limits: `{"read_gb_s", "fp32_gflop_s", "threads", "instruction_set"}`."""
     found: dict[str, Any] = _run("--roofline")["roofline"]
     return found
 
@@ -38,7 +37,7 @@ def _run(*arguments: str) -> dict[str, Any]:
 
 
 def table(measured: dict[str, Any]) -> Table:
-    """The terminal's table."""
+    """Return the result as a table for the terminal."""
     roof = measured["roofline"]
     libraries = dict.fromkeys(f"{line['kernel'].split(',')[0]}: {line['library']}" for line in measured["lines"])
     result = Table(

@@ -1,9 +1,9 @@
-"""Do requests notice that adapters are loaded beside them? And how long does a cold adapter's first token take?
+"""The cost of loading adapters to concurrent requests, and the time to a cold adapter's first token.
 
-One server whose device holds the adapters of some steady streams and little more, and no host memory for others. In
-interleaved rounds the streams run alone, beside loads from disk, beside uploads, and beside uploads that are loaded at
-once; what counts is the gap between their tokens, round by round. Then, on the idle server, first tokens with a
-resident adapter and with one on disk.
+One server with device memory for the adapters of some steady streams and little more, and no host memory for others.
+In interleaved rounds the streams run alone, beside loads from disk, beside uploads, and beside uploads loaded at once;
+the gaps between their tokens are compared round by round. Then, on the idle server, first tokens with a resident
+adapter and with one on disk.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from loadtest.peers.lorakeet import Lorakeet, adapter_name
 from loadtest.synthetic import random_prompts
 
 STREAMS = 4
-SPARE = 2  # adapters that fit beside those of the streams
+SPARE = 2  # adapters that fit on the device beside those of the streams
 PROMPT, OUTPUT = 64, 160
 MOST_SLOWER, MOST_LATE = 1.1, 1.15
 MODES = ("alone", "loads", "uploads", "both")
@@ -37,8 +37,8 @@ Report = Callable[[str], None]
 
 
 class Uploads:
-    """Distinct adapters out of one: its last numbers are others each time. One request body, so that the client, which
-    shares the machine, has next to nothing to do."""
+    """Uploads of distinct adapters made from one, by changing its last number each time. They share one request body,
+    so that the client, on the same machine, has almost nothing to do."""
 
     def __init__(self, url: str, folder: Path) -> None:
         parts = urlsplit(url)
@@ -57,7 +57,7 @@ class Uploads:
         self._numbers = itertools.count(1)
 
     def post(self, path: str, body: bytes | bytearray = b"", kind: str = "application/json") -> dict[str, Any]:
-        """One request on a connection of its own. Blocks, but hardly holds the interpreter."""
+        """Send a request on its own connection. Blocks, mostly without the interpreter's lock."""
         connection = http.client.HTTPConnection(*self._address, timeout=120)
         try:
             connection.request("POST", path, body, {"Content-Type": kind})
@@ -71,22 +71,22 @@ class Uploads:
         return result
 
     def fresh(self) -> None:
-        """Upload an adapter that the server has not seen."""
+        """Upload an adapter new to the server."""
         self._body[self._end - 4 : self._end] = np.float32(next(self._numbers) * 1e-4).tobytes()
         self.post("/v1/adapters", self._body, f"multipart/form-data; boundary={self._boundary}")
 
     def fresh_and_warm(self) -> None:
-        """The same, and see it onto the device."""
+        """Upload a new adapter and bring it onto the device."""
         self.fresh()
         self.warm("fresh")
 
     def warm(self, name: str) -> float:
-        """See an adapter onto the device; the seconds it took."""
+        """Bring an adapter onto the device; return the seconds taken."""
         return float(self.post(f"/v1/adapters/{name}/warm")["seconds"])
 
 
 async def measure(kit: Kit, *, rounds: int, every: float, flags: list[str], report: Report) -> dict[str, Any]:
-    """Run everything; JSON values. `every`: seconds from the beginning of one load to that of the next."""
+    """Run all measurements; return JSON values. `every`: seconds from the start of one load to that of the next."""
     names = [adapter_name(adapter) for adapter in kit.adapters]
     streams, cold = names[:STREAMS], names[STREAMS:]
     size = (next(iter(kit.adapters.values())) / "adapter_model.safetensors").stat().st_size
@@ -104,7 +104,7 @@ async def measure(kit: Kit, *, rounds: int, every: float, flags: list[str], repo
             "uploads": uploads.fresh,
             "both": uploads.fresh_and_warm,
         }
-        await _stream(client, streams, seed=0)  # everything is warm from here on
+        await _stream(client, streams, seed=0)  # warms up
         for turn in range(rounds):
             for mode in MODES:
                 with _repeated(work[mode], every) as seconds:
@@ -141,7 +141,7 @@ async def measure(kit: Kit, *, rounds: int, every: float, flags: list[str], repo
 
 @contextmanager
 def _repeated(work: Callable[[], object] | None, every: float) -> Iterator[list[float]]:
-    """Do it again and again in a thread; gives the seconds that each time took, once the block is over."""
+    """Repeat `work` in a thread during the block; yield the list of its durations, complete after the block."""
     over = threading.Event()
     faults: list[Exception] = []
     took: list[float] = []
@@ -169,7 +169,7 @@ def _repeated(work: Callable[[], object] | None, every: float) -> Iterator[list[
 
 
 async def _stream(client: Client, names: list[str], seed: int) -> list[Timeline]:
-    """One long answer per name, all at once."""
+    """Request one long answer per name, all at once."""
     prompts = random_prompts(len(names), PROMPT, seed=seed + int(time.time()))
     timelines = list(
         await asyncio.gather(
@@ -186,9 +186,9 @@ async def _stream(client: Client, names: list[str], seed: int) -> list[Timeline]
 
 
 async def _first_tokens(client: Client, uploads: Uploads, names: list[str], trials: int) -> dict[str, float]:
-    """Median seconds to the first token with a resident adapter and with one on disk, and of a load by itself.
+    """Return median seconds to the first token with a resident adapter and with one on disk, and of a load alone.
 
-    Asked for in turn, more adapters than fit: whichever comes next was evicted.
+    More adapters than fit are requested in turn, so the next one is always evicted.
     """
     seconds: dict[str, list[float]] = {"warm": [], "cold": [], "load": []}
     turn = itertools.cycle(names)
@@ -214,7 +214,7 @@ def _verdict(claim: str, value: float, most: float) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result for a terminal."""
+    """Return the result as a table for the terminal."""
     size, every = result["adapter_bytes"] / 1e6, result["every_seconds"]
     title = f"{result['streams']} streams, an adapter of {size:.0f} MB every {every:g} s; medians of rounds"
     shown = Table("", "ITL P50", "P90", "P99", "adapters", "each took", title=title)

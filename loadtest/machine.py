@@ -16,7 +16,7 @@ _PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "peft", "numpy",
 
 
 def describe(command: list[str] | None = None) -> dict[str, Any]:
-    """The circumstances of a run, as JSON values. `command` defaults to this process's own."""
+    """Return the circumstances of a run, as JSON values. `command` defaults to this process's own."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command if command is not None else ["python", "-m", "loadtest", *sys.argv[1:]]),
@@ -32,18 +32,18 @@ def describe(command: list[str] | None = None) -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """The processor's name as the system gives it."""
+    """Return the processor's name from the system."""
     found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """A file name part for a machine: `amd-epyc-2-cores`."""
+    """Return a part of a file name for a machine: `amd-epyc-2-cores`."""
     return re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['cores']} cores".lower()).strip("-")
 
 
 def busy_cores(seconds: float) -> float:
-    """How many cores' worth of work the machine does over the next seconds (Linux; elsewhere 0)."""
+    """Measure the machine's load over the next seconds, in busy cores (Linux; elsewhere 0)."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0
@@ -75,7 +75,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with `+` when files differ from it; None outside of a checkout."""
+    """Return the checkout's commit, with `+` if files differ from it; None outside of a checkout."""
     root = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,19 +1,19 @@
-"""From timelines to latencies and throughput. The definitions are those of vLLM's benchmark; times are seconds.
+"""Latencies and throughput from timelines. The definitions are those of vLLM's benchmark; times are in seconds.
 
 For one request with n output tokens:
 
 - TTFT, time to first token: sending the request (connecting included) -> arrival of the event with the first token.
 - E2E, end-to-end latency: sending -> arrival of the event with the last token.
 - TPOT, time per output token: (E2E - TTFT) / (n - 1); undefined for n = 1.
-- ITL, inter-token latencies: the gaps between successive events that carry tokens.
+- ITL, inter-token latencies: the gaps between successive events with tokens.
 
-For a run, whose duration lasts from the first request's sending to the last one's end:
+For a run, from the first request's sending to the last request's end:
 
 - output throughput: all output tokens of successful requests / duration.
 - goodput: successful requests that meet every limit of the SLO / duration (requests per second).
-- an error: a refused, broken or timed-out request, or one that did not return its full token count. Errors have no
-  latencies and count for nothing but the error count.
-- lateness: actual minus planned sending time; a large one means that the client, not the server, was the limit.
+- an error: a refused, broken or timed-out request, or one without its full token count. Errors have no latencies and
+  appear in the error count only.
+- lateness: actual minus planned sending time; if it is large, the client was the limit, not the server.
 
 Decode rate: see `decode_rate`.
 """
@@ -31,30 +31,30 @@ from loadtest.scenario import Slo
 
 
 def ttft(timeline: Timeline) -> float:
-    """Time to first token, seconds."""
+    """Return the time to first token, in seconds."""
     return timeline.tokens[0][0] - timeline.sent
 
 
 def e2e(timeline: Timeline) -> float:
-    """End-to-end latency, seconds."""
+    """Return the end-to-end latency, in seconds."""
     return timeline.tokens[-1][0] - timeline.sent
 
 
 def tpot(timeline: Timeline) -> float | None:
-    """Time per output token after the first, seconds; None for a single token."""
+    """Return the time per output token after the first, in seconds; None for a single token."""
     if timeline.output_tokens < 2:
         return None
     return (e2e(timeline) - ttft(timeline)) / (timeline.output_tokens - 1)
 
 
 def itl(timeline: Timeline) -> list[float]:
-    """Gaps between successive token-carrying events, seconds."""
+    """Return the gaps between successive events with tokens, in seconds."""
     arrivals = [arrival for arrival, _ in timeline.tokens]
     return [later - earlier for earlier, later in itertools.pairwise(arrivals)]
 
 
 def meets(timeline: Timeline, slo: Slo) -> bool:
-    """Whether a successful request meets every limit given. One token has no TPOT and meets its limit."""
+    """Whether a successful request meets all limits. A single token has no TPOT and meets that limit."""
     return (
         (slo.ttft is None or ttft(timeline) <= slo.ttft)
         and (slo.tpot is None or (tpot(timeline) or 0.0) <= slo.tpot)
@@ -63,14 +63,14 @@ def meets(timeline: Timeline, slo: Slo) -> bool:
 
 
 def decode_rate(timelines: Sequence[Timeline]) -> float | None:
-    """Tokens per second, over all streams, in the window in which every stream decodes.
+    """Return the tokens per second over all streams, in the window in which all streams decode.
 
-    The window opens at the arrival of the last stream's first token and closes at the first stream's last token.
-    Counted are the tokens that arrive after it opens, so the first token of every stream, which is prefill's, is not.
+    The window starts at the last arrival of a first token and ends at the first arrival of a last token. Tokens after
+    its start count, so every stream's first token, which belongs to prefill, does not.
     For one stream: (tokens after the first) / (time after the first).
 
-    A server that takes requests one after another has no such window. Then the window is all the time in which any
-    stream decodes, prefill between them left out. None when no stream has a second token.
+    A server that runs requests one after another has no such window. Then the window is the time in which any stream
+    decodes, without the prefill between them. None if no stream has a second token.
     """
     start = max(timeline.tokens[0][0] for timeline in timelines)
     end = min(timeline.tokens[-1][0] for timeline in timelines)
@@ -81,7 +81,7 @@ def decode_rate(timelines: Sequence[Timeline]) -> float | None:
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:
-    """How much time lies in at least one of the spans."""
+    """Return the total time covered by the spans."""
     total, until = 0.0, -math.inf
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))
@@ -90,7 +90,7 @@ def _covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def _arrived(timeline: Timeline, moment: float) -> float:
-    """Tokens that had arrived by `moment`."""
+    """Return the number of tokens that had arrived by `moment`."""
     count = 0.0
     for arrival, total in timeline.tokens:
         if arrival > moment:
@@ -111,7 +111,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread | None":
-        """None when there are no values."""
+        """Summarise values; None if there are none."""
         array = np.fromiter(values, dtype=np.float64)
         if not array.size:
             return None
@@ -121,7 +121,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One run in numbers; units and definitions as in the module's docstring."""
+    """The figures of one run; units and definitions as in the module's docstring."""
 
     requests: int
     errors: int
@@ -138,15 +138,15 @@ class Summary:
     e2e: Spread | None
     lateness: Spread | None
     adapters: int  # distinct ones named by requests
-    client_cpu: float  # CPU seconds that this client used
+    client_cpu: float  # CPU seconds of this client
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return asdict(self)
 
 
 def summarise(timelines: Sequence[Timeline], slo: Slo, client_cpu: float = 0.0) -> Summary:
-    """The numbers of one run; raises ValueError when it has no requests."""
+    """Compute the figures of one run. Raises ValueError for a run without requests."""
     if not timelines:
         raise ValueError("a run without requests has no numbers")
     good = [t for t in timelines if t.error is None]

@@ -1,9 +1,9 @@
-"""Decoding a mixture of experts: our engine beside transformers with bitsandbytes, and beside what its bytes need.
+"""Decoding a mixture of experts: our engine compared with transformers and bitsandbytes, and with the read bandwidth.
 
-One checkpoint of Qwen3-MoE's shape with random weights, the engine without a server around it. Every side is a process
-of its own with the model loaded; rounds go through them in turn. The bound is the time in which this machine, by its
-measured read bandwidth, reads once each weight that a step needs: the experts that tokens are routed to, as if
-routers chose evenly, every other linear, and the head by its sketch.
+One checkpoint of Qwen3-MoE's shape with random weights; the engine without a server. Every side is a process of its own
+with the model loaded; rounds go through them in turn. The bound is the time, at this machine's measured read bandwidth,
+for reading once the weights of a step: the experts of its tokens, assuming even routing, all other linears, and the
+head's int8 screening copy.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ SHAPE: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "hidden_size": 512,
     "moe_intermediate_size": 384,
-    "intermediate_size": 384,  # of dense layers, of which there are none
+    "intermediate_size": 384,  # of dense layers, not used
     "num_hidden_layers": 8,
     "num_experts": 64,
     "num_experts_per_tok": 8,
@@ -40,7 +40,7 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
-NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight with its scales, which are doubly quantised
+NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight with its doubly quantised scales
 COUNTS = (1, 8)  # requests at once
 PROMPT, TOKENS = 32, 17
 LEAST_FASTER = 3.0
@@ -51,7 +51,7 @@ Report = Callable[[str], None]
 
 @dataclass
 class Side:
-    """One row: a configuration and its milliseconds per step, one a round."""
+    """One row: a configuration and its milliseconds per step, one value a round."""
 
     name: str
     module: str
@@ -63,7 +63,7 @@ class Side:
 
 
 def sides(cache_dir: Path) -> list[Side]:
-    """Ours, exact and with int8 activations; the peer with each layout of experts, in fp32 and bf16."""
+    """Return our sides, exact and with int8 activations; the peer with each layout of experts, in fp32 and bf16."""
     ours = {"cache_dir": str(cache_dir), "adapters": {}}
     return [
         Side("lorakeet", OURS, ours | {"engine": {"device": "cpu"}}),
@@ -77,7 +77,7 @@ def sides(cache_dir: Path) -> list[Side]:
 
 
 def active_bytes(shape: dict[str, Any], tokens: int) -> float:
-    """What a step of so many requests reads at least."""
+    """Return the bytes that a step of `tokens` requests reads at least."""
     hidden, inner, experts = shape["hidden_size"], shape["moe_intermediate_size"], shape["num_experts"]
     heads, kv_heads, head = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
     attention = hidden * head * (2 * heads + 2 * kv_heads) * NF4
@@ -88,7 +88,7 @@ def active_bytes(shape: dict[str, Any], tokens: int) -> float:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A token for each byte: the drift of int8 activations is measured on a text."""
+    """Return a tokenizer with one token per byte: the drift of int8 activations is measured on a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: id_ for id_, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -96,7 +96,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def milliseconds(answers: Sequence[dict[str, Any]]) -> float:
-    """The median step of one burst, from when every request has its first token."""
+    """Return the median step of one burst, in milliseconds, after all requests have their first token."""
     last = max(answers, key=lambda answer: answer["times"][0])
     return 1e3 * statistics.median(later - earlier for earlier, later in itertools.pairwise(last["times"]))
 
@@ -104,8 +104,8 @@ def milliseconds(answers: Sequence[dict[str, Any]]) -> float:
 def run(
     folder: Path, *, threads: int, rounds: int, report: Report, shape: dict[str, Any] = SHAPE, tokens: int = TOKENS
 ) -> dict[str, Any]:
-    """Make the model in `folder` and measure everything; JSON values."""
-    from loadtest.gpu.models import make_model  # here: it imports torch
+    """Make the model in `folder` and run all measurements; return JSON values."""
+    from loadtest.gpu.models import make_model  # late, since it imports torch
 
     model = make_model(folder / "model", shape, "cpu")
     byte_tokenizer().save(str(model / "tokenizer.json"))
@@ -121,7 +121,7 @@ def run(
                     prompts = random_prompts(count, PROMPT, 100 * index + count, high=shape["vocab_size"] - 1)
                     burst = {"prompts": prompts, "tokens": tokens, "adapters": [None] * count}
                     found = milliseconds(ask(burst))
-                    if index:  # the first warms up
+                    if index:  # round 0 warms up
                         row.steps[count].append(found)
                         report(f"round {index}/{rounds}  {row.name}, {count} at once: {found:.1f} ms a step")
     looks.append(kernels.roofline())
@@ -130,11 +130,11 @@ def run(
 
 
 def summary(rows: Sequence[Side], shape: dict[str, Any], bandwidth: float, machine: dict[str, Any]) -> dict[str, Any]:
-    """Figures and verdicts.
+    """Return figures and verdicts.
 
     Args:
-        bandwidth: GB/s read.
-        machine: the roofline's other figures.
+        bandwidth: read bandwidth in GB/s.
+        machine: the other figures of the roofline.
     """
     ours = [row for row in rows if row.module == OURS]
     peers = [row for row in rows if row.module != OURS]
@@ -170,7 +170,7 @@ def summary(rows: Sequence[Side], shape: dict[str, Any], bandwidth: float, machi
 
 
 def lines(result: dict[str, Any]) -> list[list[str]]:
-    """The figures: a header, a line for each side, and the bound."""
+    """Return the figures: a header, a line for each side, and the bound."""
     bound = [f"{value:.1f} ({result['active_mb'][count]:.0f} MB)" for count, value in result["bound_ms"].items()]
     return [
         ["", *(f"{count} at once" for count in result["bound_ms"])],
@@ -180,7 +180,7 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result for a terminal."""
+    """Return the result as a table for the terminal."""
     header, *rows = lines(result)
     shown = Table(*header, title="Milliseconds a step, medians")
     for row in rows:
@@ -189,7 +189,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result for a page."""
+    """Return the result as a Markdown table."""
     header, *rows = lines(result)
     ruled = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in ruled) + "\n"

@@ -1,4 +1,4 @@
-"""Rewrites the tables of measured figures in README.md and docs/performance.md from the newest committed comparison."""
+"""Rewriting of the tables of figures in README.md and docs/performance.md from the newest committed comparison."""
 
 import json
 from pathlib import Path
@@ -11,16 +11,16 @@ END = "<!-- /performance -->"
 
 
 class PageError(Exception):
-    """The tables cannot be written; the message says why."""
+    """Tables that cannot be written; the message has the reason."""
 
 
 def results_folder() -> Path:
-    """The folder of committed results."""
+    """Return the folder of committed results."""
     return Path(__file__).parent / "results"
 
 
 def newest(folder: Path) -> Path:
-    """The newest comparison in a folder of results (file names begin with their date). Raises `PageError`."""
+    """Return the newest comparison in a folder of results (file names start with the date). Raises `PageError`."""
     for file in sorted(folder.glob("*.json"), reverse=True):
         if json.loads(file.read_text("utf-8")).get("kind") == "compare":
             return file
@@ -28,7 +28,7 @@ def newest(folder: Path) -> Path:
 
 
 def section(result: dict[str, Any], name: str) -> str:
-    """All figures of one result file, in Markdown."""
+    """Return all figures of one result file, in Markdown."""
     machine = result["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
     where = (
@@ -40,14 +40,14 @@ def section(result: dict[str, Any], name: str) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The README's small table: our speed and the peers', each peer at its best, with ratios."""
+    """Return the README's small table: our speed, each peer's best, and their ratios."""
     machine = result["machine"]
     where = f"{machine['date'][:10]}, {machine['cpu']}, {machine['cores']} cores, commit `{machine['commit']}`"
     return f"{claims.summary(result)}\n\nTokens/s, medians of interleaved rounds; {where}.\n"
 
 
 def rewrite(page: Path, block: str) -> bool:
-    """Replace the marked block of `page`; returns whether anything changed. Raises `PageError`."""
+    """Replace the marked block of `page`; return whether anything changed. Raises `PageError`."""
     text = page.read_text("utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise PageError(f"{page} needs one block between {BEGIN} and {END}")
@@ -59,7 +59,7 @@ def rewrite(page: Path, block: str) -> bool:
 
 
 def rewrite_all(root: Path, result_file: Path) -> list[Path]:
-    """Rewrite both pages of the checkout at `root`; returns those that changed. Raises `PageError`."""
+    """Rewrite both pages of the checkout at `root`; return the changed ones. Raises `PageError`."""
     result = json.loads(result_file.read_text("utf-8"))
     blocks = {"README.md": summary(result), "docs/performance.md": section(result, result_file.name)}
     return [root / page for page, block in blocks.items() if rewrite(root / page, block)]

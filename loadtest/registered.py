@@ -1,8 +1,8 @@
-"""Does a server grow slower with the adapters that it knows? Two of them side by side, one with few and one with many.
+"""The cost of many registered adapters: a server with few compared with one with many.
 
-Small distinct adapters are uploaded until each server has its number; then both are asked the same, turn by turn:
-`GET /v1/models/{id}`, and a request's admission (a completion that is refused for its length, after its name was looked
-up and its prompt encoded, so that no model runs). Start the servers with data directories of their own, then
+Small distinct adapters are uploaded until each server has its number; then both get the same requests, in turn:
+`GET /v1/models/{id}`, and a completion refused for its length, after its name was looked up and its prompt encoded, so
+that no model runs ("admission"). Start the servers with data directories of their own, then
 
     python -m loadtest registered --few-url http://127.0.0.1:8000 --many-url http://127.0.0.1:8001 --model-dir DIR
 """
@@ -24,11 +24,11 @@ from loadtest.peers.lorakeet import upload_adapter
 from loadtest.synthetic import linear_shapes
 
 _RSS = "process_resident_memory_bytes "
-_TOO_LONG = 2**30  # tokens that no context has
+_TOO_LONG = 2**30  # tokens, more than any context
 
 
 async def fill(http: httpx.AsyncClient, count: int, model: Path, folder: Path) -> None:
-    """Upload adapters of rank 1 on a single linear until the server has `count`. They are `registered-<i>`."""
+    """Upload adapters `registered-<i>`, of rank 1 on a single linear, until the server has `count`."""
     inputs, outputs = linear_shapes(json.loads((model / "config.json").read_text()))["model.layers.0.self_attn.q_proj"]
     prefix = "base_model.model.model.layers.0.self_attn.q_proj"
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": r"model\.layers\.0\.self_attn\.q_proj"}
@@ -44,7 +44,7 @@ async def fill(http: httpx.AsyncClient, count: int, model: Path, folder: Path) -
 
 
 async def compare(few: httpx.AsyncClient, many: httpx.AsyncClient, counts: tuple[int, int], rounds: int) -> Any:
-    """Median seconds of each question on both servers, and their ratio. `counts`: adapters of each."""
+    """Return median seconds of each kind of request on both servers, and their ratio. `counts`: adapters of each."""
     base = (await few.get("/v1/models")).json()["data"][0]["id"]
     draw = np.random.default_rng(0)
 
@@ -75,7 +75,7 @@ async def compare(few: httpx.AsyncClient, many: httpx.AsyncClient, counts: tuple
 
 
 async def measure(few_url: str, many_url: str, model: Path, *, few: int, many: int, rounds: int) -> dict[str, Any]:
-    """Fill both servers and compare them; with the memory that one more adapter took the larger one."""
+    """Fill both servers and compare them; also measure the larger one's memory per added adapter."""
     async with (
         httpx.AsyncClient(base_url=few_url, timeout=60) as small,
         httpx.AsyncClient(base_url=many_url, timeout=60) as large,
@@ -99,5 +99,5 @@ async def _memory(http: httpx.AsyncClient) -> float:
 
 
 def run(few_url: str, many_url: str, model: Path, *, few: int, many: int, rounds: int) -> dict[str, Any]:
-    """`measure`, from ordinary code."""
+    """Run `measure` outside of an event loop."""
     return asyncio.run(measure(few_url, many_url, model, few=few, many=many, rounds=rounds))

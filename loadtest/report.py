@@ -1,7 +1,4 @@
-"""Shows results: JSON files, terminal tables, and one self-contained HTML page with plots.
-
-Takes finished numbers; computes none.
-"""
+"""Reports of results: JSON files, terminal tables, and one self-contained HTML page with plots."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -22,7 +19,7 @@ from loadtest.scenario import Open, Scenario
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One run of a scenario: its load, its figures, and the single requests' latencies (seconds)."""
+    """One run of a scenario: its load, its figures, and the latencies of single requests (seconds)."""
 
     scenario: Scenario
     summary: Summary
@@ -44,7 +41,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """This point's place in a sweep."""
+        """The values that distinguish this point in a sweep."""
         load = self.scenario.load
         pace = f"{load.rate:g} requests/s" if isinstance(load, Open) else f"{load.concurrency} clients"
         count = self.summary.adapters
@@ -58,7 +55,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def as_json(points: Sequence[Point], machine: dict[str, Any]) -> dict[str, Any]:
-    """The result file of `loadtest run`."""
+    """Return the result file of `loadtest run`."""
     return {
         "kind": "run",
         "machine": machine,
@@ -106,12 +103,12 @@ _ROWS: list[tuple[str, Callable[[Summary], str]]] = [
 
 
 def rows(points: Sequence[Point]) -> list[list[str]]:
-    """The table's lines: a name, then one value for each point."""
+    """Return the table's lines: a name, then one value for each point."""
     return [[name, *(show(point.summary) for point in points)] for name, show in _ROWS]
 
 
 def table(points: Sequence[Point]) -> Table:
-    """The terminal's table, one column a point."""
+    """Return the result as a table for the terminal, one column a point."""
     result = Table("", *(point.label for point in points), title=points[0].scenario.name)
     for column in result.columns[1:]:
         column.justify = "right"
@@ -148,7 +145,7 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 
 
 def html(points: Sequence[Point], machine: dict[str, Any]) -> str:
-    """One page with everything in it: plots as inline SVG, no scripts, nothing fetched."""
+    """Return one self-contained page: plots as inline SVG, no scripts, nothing fetched."""
 
     def pretty(value: Any) -> str:
         return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
@@ -166,8 +163,8 @@ def html(points: Sequence[Point], machine: dict[str, Any]) -> str:
 
 
 def _svg(draw: Callable[[Any, Sequence[Point]], bool], points: Sequence[Point]) -> Any:
-    """Draw one figure; nothing when it has nothing to show."""
-    from matplotlib.figure import Figure  # a second of import: only where plots are wanted
+    """Draw one figure as SVG; empty if there is nothing to show."""
+    from matplotlib.figure import Figure  # late, since importing it takes a second
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     if not draw(figure, points):

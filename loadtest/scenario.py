@@ -1,6 +1,6 @@
-"""A load for a server, as a TOML file: arrivals, lengths, adapters, limits.
+"""Descriptions of a load as TOML files: arrivals, lengths, adapters, limits.
 
-Describes a load and checks the description; it draws nothing (see `workload`) and sends nothing (see `drive`).
+`workload` draws the requests, `drive` sends them.
 """
 
 import tomllib
@@ -16,7 +16,7 @@ Range = tuple[Count, Count]
 
 
 class ScenarioError(Exception):
-    """A scenario that cannot be run; the message names the field or file."""
+    """An invalid scenario; the message names the field or file."""
 
 
 class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -24,14 +24,14 @@ class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Closed(_Table, frozen=True, tag_field="kind", tag="closed"):
-    """`concurrency` clients, each sending its next request when the last one ended."""
+    """`concurrency` clients, each sending its next request when the previous one has ended."""
 
     concurrency: Count
     requests: Count
 
 
 class Open(_Table, frozen=True, tag_field="kind", tag="open"):
-    """Requests arrive at `rate` per second whether or not the server keeps up.
+    """Requests at `rate` per second, even if the server does not keep up.
 
     Gaps are gamma distributed with shape `burstiness` and mean 1 / rate, as in vLLM's benchmark:
     1 is a Poisson process, less is burstier, more is steadier.
@@ -43,7 +43,7 @@ class Open(_Table, frozen=True, tag_field="kind", tag="open"):
 
 
 class Fixed(_Table, frozen=True, tag_field="kind", tag="fixed"):
-    """Every request has the same lengths (tokens)."""
+    """The same lengths (tokens) for all requests."""
 
     prompt: Count
     output: Count
@@ -57,28 +57,28 @@ class Uniform(_Table, frozen=True, tag_field="kind", tag="uniform"):
 
 
 class TraceFile(_Table, frozen=True, tag_field="kind", tag="trace"):
-    """Lengths from a CSV file with columns `prompt` and `output`, in its order, repeated when it is short.
+    """Lengths from a CSV file with columns `prompt` and `output`, in its order, repeated if it is too short.
 
-    A relative path is taken from the scenario file's folder.
+    A relative path is relative to the scenario file's folder.
     """
 
     file: str
 
 
 class Identical(_Table, frozen=True, tag_field="kind", tag="identical"):
-    """Every request names the first adapter."""
+    """The first adapter for all requests."""
 
 
 class Distinct(_Table, frozen=True, tag_field="kind", tag="distinct"):
-    """Requests take the adapters in turn, so neighbours differ."""
+    """The adapters in turn, so that successive requests differ."""
 
 
 class UniformChoice(_Table, frozen=True, tag_field="kind", tag="uniform"):
-    """Every adapter is equally likely."""
+    """All adapters with equal probability."""
 
 
 class Zipf(_Table, frozen=True, tag_field="kind", tag="zipf"):
-    """The adapter of rank k has probability proportional to k ** -a."""
+    """Zipf's law: the k-th adapter has a probability proportional to k ** -a."""
 
     a: Positive
 
@@ -90,10 +90,10 @@ class Power(_Table, frozen=True, tag_field="kind", tag="power"):
 
 
 class Adapters(_Table, frozen=True):
-    """Which adapters requests name.
+    """The adapters of requests.
 
-    `names` are adapters that the server already has. Otherwise `count` random PEFT adapters are made and uploaded
-    before the run and deleted after it. Neither: requests go to the base model.
+    `names`: existing adapters of the server. Otherwise `count` random PEFT adapters are made and uploaded before the
+    run and deleted after it. Neither: requests go to the base model.
     """
 
     names: list[str] = []
@@ -104,7 +104,7 @@ class Adapters(_Table, frozen=True):
 
 
 class Slo(_Table, frozen=True):
-    """Limits that a request must meet, all of them, to count for goodput (seconds)."""
+    """Limits, in seconds, all of which a request must meet to count for goodput."""
 
     ttft: Positive | None = None
     tpot: Positive | None = None
@@ -112,7 +112,7 @@ class Slo(_Table, frozen=True):
 
 
 class Sweep(_Table, frozen=True):
-    """Run the scenario once for each value of one quantity."""
+    """Values of one quantity, with one run of the scenario for each."""
 
     rate: list[Positive] = []
     adapters: list[Count] = []
@@ -128,15 +128,15 @@ class Scenario(_Table, frozen=True):
     slo: Slo = Slo()
     sweep: Sweep = Sweep()
     seed: Annotated[int, Meta(ge=0)] = 0
-    # Prompts are random token ids from this range: present in every vocabulary, special tokens left out.
+    # Range of the prompts' random token ids: in every vocabulary, without special tokens.
     token_ids: Range = (100, 10_000)
     ignore_eos: bool = True
     timeout: Positive = 600.0
 
     def points(self) -> list["Scenario"]:
-        """The runs that the sweep asks for: this scenario with one value changed, or itself alone.
+        """Return the runs of the sweep: this scenario with one value changed, or itself alone.
 
-        Each has a seed of its own, so that no run finds the prompts of the one before in a prefix cache.
+        Each has a seed of its own, so that no run finds the prompts of the previous one in a prefix cache.
         """
         replace = msgspec.structs.replace
         if self.sweep.rate:
@@ -150,7 +150,7 @@ class Scenario(_Table, frozen=True):
 
 
 def load_scenario(path: Path) -> Scenario:
-    """Read and check a scenario file. Raises `ScenarioError` naming the field."""
+    """Read and check a scenario file. Raises `ScenarioError` with the field's name."""
     try:
         scenario = msgspec.convert(tomllib.loads(path.read_text("utf-8")), Scenario)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""The gain of drafts by prompt lookup on texts that repeat their prompt, and the cost on texts that do not.
+"""The gain of drafts by prompt lookup on texts that repeat their prompt, and the cost on other texts.
 
-One server; the same requests without drafts and with them directly after one another, alone and eight at once: the two
-of such a pair are compared. Answers end where the model ends them, and must be equal both times. Prompts are in the
-prefix cache already: the time is that of decoding, over HTTP.
+One server; the same requests are sent without and with drafts directly after one another, alone and eight at once, and
+compared in pairs. Answers end at their stop tokens, and must be equal both times. Prompts are in the prefix cache, so
+the time is that of decoding, over HTTP.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from loadtest.peers.lorakeet import Lorakeet
 
 DRAFTS = 8
 TOKENS = 64  # of an answer, at most
-ALONE, TOGETHER = 4, 8  # requests one after the other, and at once
+ALONE, TOGETHER = 4, 8  # number of requests one after the other, and at once
 MOST_SLOWER = 0.05
 PROSE = Path(__file__).parents[1] / "docs/guides/adapters.md"  # texts to quote, edit and summarise
 TOPICS = (
@@ -44,23 +44,21 @@ class Task:
 
 @dataclass
 class Cell:
-    """One task, alone or at once, without drafts and with them."""
+    """One task, alone or at once, without and with drafts."""
 
-    rates: dict[bool, list[float]] = field(
-        default_factory=lambda: {False: [], True: []}
-    )  # output tokens/s, a pair each
+    rates: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})  # output tokens/s, in pairs
     accepted: int = 0
     drafted: int = 0
     equal: bool = True
 
     @property
     def gain(self) -> float:
-        """Speed with drafts as a multiple of that without: the median over pairs."""
+        """Speed with drafts as a multiple of speed without: the median over pairs."""
         return statistics.median(on / off for off, on in zip(self.rates[False], self.rates[True], strict=True))
 
 
 def passages(text: str) -> list[str]:
-    """The paragraphs of prose in a Markdown file that are neither short nor long."""
+    """Return a Markdown file's paragraphs of prose of 250 to 900 characters."""
     blocks = re.sub(r"```.*?```|<!--.*?-->", "", text, flags=re.DOTALL).split("\n\n")
     prose = (
         " ".join(block.replace("**", "").split()) for block in blocks if block.strip()[:1] not in ("|", "#", "!", "-")
@@ -69,7 +67,7 @@ def passages(text: str) -> list[str]:
 
 
 def tasks(prose: Sequence[str]) -> list[Task]:
-    """Four kinds of work, from the most repetitive to the least."""
+    """Return four tasks, from the most repetitive to the least."""
 
     def about(words: str) -> list[Body]:
         return [_body(f"{words}\n\n{passage}") for passage in prose[:TOGETHER]]
@@ -91,7 +89,7 @@ def _body(words: str) -> Body:
 
 
 async def measure(kit: Kit, *, rounds: int, report: Report) -> dict[str, Any]:
-    """Run everything on a server of its own; JSON values."""
+    """Run all measurements on a server of their own; return JSON values."""
     chosen = tasks(passages(PROSE.read_text("utf-8")))
     side = Lorakeet(upload=False)
     try:
@@ -104,11 +102,11 @@ async def measure(kit: Kit, *, rounds: int, report: Report) -> dict[str, Any]:
 
 
 async def run(http: httpx.AsyncClient, chosen: Sequence[Task], *, rounds: int, report: Report) -> dict[str, list[Cell]]:
-    """Task -> its cells, alone and at once."""
+    """Run all tasks; return task -> its cells, alone and at once."""
     cells = {task.name: [Cell(), Cell()] for task in chosen}
     for task in chosen:
         for body in task.bodies:
-            await _ask(http, body | {"max_tokens": 1})  # into the prefix cache
+            await _ask(http, body | {"max_tokens": 1})  # puts it into the prefix cache
     for index in range(rounds):
         for task in chosen:
             for at_once, cell in zip((1, TOGETHER), cells[task.name], strict=True):
@@ -122,13 +120,13 @@ async def run(http: httpx.AsyncClient, chosen: Sequence[Task], *, rounds: int, r
 
 
 async def _pair(http: httpx.AsyncClient, bodies: Sequence[Body], cell: Cell, *, first: bool) -> None:
-    """The same burst twice. `first`: whether it drafts the first time, or the second."""
+    """Run the same burst twice. `first`: whether it drafts the first or the second time."""
     texts = [await _burst(http, bodies, cell, drafting=drafting) for drafting in (first, not first)]
     cell.equal &= texts[0] == texts[1]
 
 
 async def _burst(http: httpx.AsyncClient, bodies: Sequence[Body], cell: Cell, *, drafting: bool) -> list[str]:
-    """Every body at once; the answers' texts."""
+    """Send all bodies at once; return the answers' texts."""
     more = {"speculative_tokens": DRAFTS if drafting else 0}
     begin = time.perf_counter()
     answers = await asyncio.gather(*(_ask(http, body | more) for body in bodies))
@@ -149,7 +147,7 @@ async def _ask(http: httpx.AsyncClient, body: Body) -> Any:
 
 
 def summary(cells: dict[str, list[Cell]]) -> dict[str, Any]:
-    """Figures and verdicts."""
+    """Return figures and verdicts."""
     rows = [
         {
             "task": name,
@@ -182,7 +180,7 @@ def summary(cells: dict[str, list[Cell]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result for a terminal."""
+    """Return the result as a table for the terminal."""
     shown = Table("", "at once", "without", "with drafts", "", "accepted", title="Output tokens/s, medians")
     for row in result["rows"]:
         share = f"{row['accepted']} of {row['drafted']}"

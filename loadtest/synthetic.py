@@ -1,8 +1,8 @@
-"""Makes random adapters in PEFT's file layout, and random prompts.
+"""Random adapters in PEFT's file layout, and random prompts.
 
-Speed does not depend on an adapter's values, but they must not be zero: with a deviation of about 0.08 in B a random
-adapter changes greedy tokens, so a server that ignores it is noticed. Llama-like decoders only; torch is imported only
-where a file is written.
+Speed does not depend on an adapter's values, but they must not be zero: with a deviation of about 0.08 in B, a random
+adapter changes greedy tokens, which reveals a server that ignores it. Llama-like decoders only; torch is imported only
+for writing files.
 """
 
 import json
@@ -21,7 +21,7 @@ B_DEVIATION = 0.08
 
 
 def linear_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Module name -> (in, out) of every linear in the decoder, from a model's config.json. Raises KeyError."""
+    """Return module name -> (in, out) of all linears in the decoder, from a model's config.json. Raises KeyError."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
@@ -44,7 +44,7 @@ def make_adapters(folder: Path, model: Path, count: int, *, rank: int, dtype: Dt
     """Write `count` different rank-`rank` adapters on all linears of `model` (a Hugging Face folder).
 
     Returns their folders, `folder/<dtype>-<index>`. The values of adapter i are the same for every dtype, up to
-    rounding. Existing files are written anew.
+    rounding. Existing files are replaced.
     """
     import torch
     from safetensors.torch import save_file
@@ -69,12 +69,12 @@ def make_adapters(folder: Path, model: Path, count: int, *, rank: int, dtype: Dt
         (path / "adapter_config.json").write_text(json.dumps(peft_config(rank), indent=1))
         return path
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # drawing numbers leaves Python's lock alone
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # drawing numbers releases Python's lock
         return list(pool.map(make, range(count)))
 
 
 def peft_config(rank: int) -> dict[str, Any]:
-    """adapter_config.json of an adapter on all linears, scaled by alpha / rank = 1."""
+    """Return adapter_config.json of an adapter on all linears, scaled by alpha / rank = 1."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -89,7 +89,7 @@ def peft_config(rank: int) -> dict[str, Any]:
 
 
 def random_prompts(count: int, tokens: int, seed: int, *, low: int = 100, high: int = 10_000) -> list[list[int]]:
-    """Prompts of random token ids from `[low, high]`: no two share a prefix, so no cache helps anybody."""
+    """Return prompts of random token ids from `[low, high]`, without common prefixes, so that no cache helps."""
     rng = np.random.default_rng(seed)
     ids: list[list[int]] = rng.integers(low, high, size=(count, tokens), endpoint=True).tolist()
     return ids

@@ -1,7 +1,7 @@
-"""Training speed and memory: our trainer in both memory modes beside PEFT, and two jobs together beside one.
+"""Training speed and memory: our trainer in both memory modes compared with PEFT, and two joint jobs with one.
 
-Every configuration is a process of its own with its base loaded; rounds go through them in turn, so that a busy moment
-of the machine meets all alike. Medians of the rounds are compared.
+Every configuration is a process of its own with its base loaded; rounds go through them in turn, so that a busy period
+of the machine affects all. Medians of the rounds are compared.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class Configuration:
     name: str
     module: str
     settings: dict[str, Any]
-    speeds: list[float] = field(default_factory=list)  # tokens per second, one a round
+    speeds: list[float] = field(default_factory=list)  # tokens per second, one value a round
     peak: int = 0  # bytes above the base
 
     @property
@@ -38,7 +38,7 @@ class Configuration:
 
 
 def configurations() -> list[Configuration]:
-    """PEFT and ours at 4 x 128 tokens; one job and two at micro-batches of 32."""
+    """Return PEFT and our trainer at 4 x 128 tokens, and one and two jobs of ours at micro-batches of 32 tokens."""
 
     def ours(name: str, memory: str, jobs: int, shape: dict[str, Any]) -> Configuration:
         return Configuration(name, OURS, {"memory": memory, "jobs": jobs, **shape})
@@ -56,7 +56,7 @@ def configurations() -> list[Configuration]:
 
 
 def run(model: Path, cache_dir: Path, *, threads: int, rounds: int, steps: int) -> dict[str, Any]:
-    """Measure all configurations; JSON values."""
+    """Measure all configurations; return JSON values."""
     rows = configurations()
     common = {"model": str(model), "cache_dir": str(cache_dir), "threads": threads, "rank": RANK}
     with contextlib.ExitStack() as stack:
@@ -65,7 +65,7 @@ def run(model: Path, cache_dir: Path, *, threads: int, rounds: int, steps: int) 
         for round_ in range(rounds + 1):
             for row, (ask, _) in zip(rows, workers, strict=True):
                 answer = ask({"steps": steps})
-                if round_:  # the first warms up
+                if round_:  # round 0 warms up
                     row.speeds.append(len(answer["seconds"]) * answer["tokens"] / sum(answer["seconds"]))
                 row.peak = max(row.peak, answer["peak"])
     return {
@@ -78,7 +78,7 @@ def run(model: Path, cache_dir: Path, *, threads: int, rounds: int, steps: int) 
 
 
 def _verdicts(rows: Sequence[Configuration]) -> list[dict[str, Any]]:
-    """Each promise, and whether it held."""
+    """Return the promises with their verdicts."""
     row = {row.name: row for row in rows}
     peft, checkpointed = row["PEFT"], row["PEFT, gradient checkpointing"]
     keep, recompute = row["keep"], row["recompute"]
@@ -104,7 +104,7 @@ def _verdicts(rows: Sequence[Configuration]) -> list[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The rows for a terminal."""
+    """Return the result as a table for the terminal."""
     shown = Table(
         "Configuration", "tokens/s", "peak above the base", title=f"Training, rank {result['rank']}, all linears"
     )

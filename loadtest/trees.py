@@ -1,4 +1,4 @@
-"""This checkout beside another one, in alternating rounds: what a change costs in decode speed and at start-up."""
+"""This checkout compared with another one, in alternating rounds: decode speed and start-up."""
 
 import dataclasses
 import statistics
@@ -31,7 +31,7 @@ class Tree(Lorakeet):
 
     def command(self, kit: Kit, port: int) -> tuple[list[str], dict[str, str]]:
         [_, *arguments], environment = super().command(kit, port)
-        # Without the second variable the working directory comes before the first: both would run what lies there.
+        # Without PYTHONSAFEPATH, the working directory precedes PYTHONPATH, and both sides would run its code.
         ours = {"PYTHONPATH": str(self.folder), "PYTHONSAFEPATH": "1"}
         return [sys.executable, "-c", _MAIN, *arguments], environment | ours
 
@@ -40,19 +40,19 @@ class Tree(Lorakeet):
 
 
 class This(Tree):
-    """The checkout that this load test belongs to."""
+    """The checkout of this load test."""
 
     name = "this"
     folder = Path(__file__).parent.parent
 
 
 def other(folder: Path) -> type[Tree]:
-    """The side of another checkout."""
+    """Make the side of another checkout."""
     return type("Other", (Tree,), {"name": "other", "folder": folder.resolve()})
 
 
 async def measure(kit: Kit, folder: Path, *, rounds: int, starts: int, report: Callable[[str], None]) -> dict[str, Any]:
-    """Decode speed in `rounds` rounds of one and of eight requests, start-up in `starts` starts of each tree."""
+    """Measure decode speed in `rounds` rounds of one and of eight requests, and `starts` starts of each checkout."""
     sides: tuple[type[Tree], ...] = (This, other(folder))
     names = tuple(side.name for side in sides)
     chosen = [dataclasses.replace(case, sides=names) for case in cases.select(CASES)]
@@ -68,7 +68,7 @@ async def measure(kit: Kit, folder: Path, *, rounds: int, starts: int, report: C
 async def _starts(
     kit: Kit, sides: Sequence[type[Tree]], starts: int, report: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Seconds from the command to readiness, alternating."""
+    """Return the seconds from command to readiness of alternating starts."""
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     for index in range(starts):
         for kind in sides if index % 2 else sides[::-1]:
@@ -84,7 +84,7 @@ async def _starts(
 
 
 def verdicts(decode: dict[str, dict[str, list[float]]], seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Medians of the ratios of neighbouring rounds, this checkout to the other."""
+    """Return verdicts on the medians of the ratios of adjacent rounds, this checkout to the other."""
     lines: list[dict[str, Any]] = []
     for case, rates in decode.items():
         ratio = _ratio(rates["this"], rates["other"])
@@ -102,7 +102,7 @@ def _ratio(mine: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def table(measured: dict[str, Any]) -> Table:
-    """Medians and spread of each checkout."""
+    """Return the medians and spread of each checkout as a table for the terminal."""
     shown = Table("", "this", "other")
     for case, rates in measured["decode"].items():
         shown.add_row(f"{case}, tokens/s", *(_spread(rates[name]) for name in ("this", "other")))

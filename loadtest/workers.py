@@ -1,4 +1,4 @@
-"""A worker process with a protocol of JSON lines: it reads its settings first, and answers once it is ready."""
+"""A worker process with a protocol of JSON lines: it first reads its settings, and answers once it is ready."""
 
 import contextlib
 import json
@@ -13,14 +13,15 @@ Ask = Callable[[dict[str, Any]], Any]
 
 
 class WorkerError(RuntimeError):
-    """A worker ended early; the message holds the end of its output."""
+    """A worker that ended early; the message has the end of its output."""
 
 
 @contextlib.contextmanager
 def worker(
     module: str, settings: dict[str, Any], environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[Ask, Any]]:
-    """Start `python -m module`; a function that asks it, and its first answer. Raises WorkerError if it ends early."""
+    """Start `python -m module`; yield a function that sends requests, and the first answer. Raises WorkerError if it
+    ends early."""
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(
@@ -37,7 +38,7 @@ def worker(
         to, back = child.stdin, child.stdout
 
         def ask(message: dict[str, Any]) -> Any:
-            with contextlib.suppress(BrokenPipeError):  # it has ended: its log says why
+            with contextlib.suppress(BrokenPipeError):  # it has ended; the log has the reason
                 to.write(json.dumps(message) + "\n")
                 to.flush()
             answer = back.readline()

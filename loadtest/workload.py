@@ -1,6 +1,6 @@
-"""Draws a scenario's requests: when each is sent, how long it is, which adapter it names.
+"""A scenario's requests: their times, lengths and adapters, drawn at random.
 
-Everything follows from the scenario's seed, so two servers can be given the very same work.
+All draws follow from the scenario's seed, so that two servers can get the same work.
 """
 
 import csv
@@ -27,8 +27,8 @@ class Request:
 
 
 def plan(scenario: sc.Scenario, adapters: Sequence[str]) -> list[Request]:
-    """Draw the scenario's requests; `adapters` are the names that they choose among (none: the base model)."""
-    # One stream each, so that a change of one distribution leaves the others' draws as they were.
+    """Draw the scenario's requests. `adapters`: the names to draw from (empty: the base model)."""
+    # One stream each, so that a change of one distribution does not change the others' draws.
     arrival, length, choice, token = (np.random.default_rng([scenario.seed, k]) for k in range(4))
     load = scenario.load
     count = load.requests
@@ -48,14 +48,14 @@ def plan(scenario: sc.Scenario, adapters: Sequence[str]) -> list[Request]:
 
 
 def arrival_times(load: sc.Open, rng: Rng) -> NDArray[np.float64]:
-    """Seconds from the start to each request, the first at 0. Gaps: gamma(shape=burstiness, mean 1 / rate)."""
+    """Draw the seconds from the start to each request, the first at 0. Gaps: gamma(shape=burstiness, mean 1 / rate)."""
     gaps = rng.gamma(shape=load.burstiness, scale=1.0 / (load.rate * load.burstiness), size=load.requests)
     gaps[0] = 0.0
     return np.cumsum(gaps)
 
 
 def request_lengths(lengths: sc.Fixed | sc.Uniform | sc.TraceFile, count: int, rng: Rng) -> list[tuple[int, int]]:
-    """(prompt, output) tokens of each request. Raises `ScenarioError` for a trace that cannot be read."""
+    """Draw (prompt, output) tokens of each request. Raises `ScenarioError` for an unreadable trace."""
     match lengths:
         case sc.Fixed(prompt=prompt, output=output):
             return [(prompt, output)] * count
@@ -69,7 +69,7 @@ def request_lengths(lengths: sc.Fixed | sc.Uniform | sc.TraceFile, count: int, r
 
 
 def read_trace(path: Path) -> list[tuple[int, int]]:
-    """(prompt, output) tokens of each line of a CSV file with these columns."""
+    """Read (prompt, output) tokens from each line of a CSV file with these columns. Raises `ScenarioError`."""
     try:
         with path.open(newline="", encoding="utf-8") as stream:
             rows = [(int(row["prompt"]), int(row["output"])) for row in csv.DictReader(stream)]
@@ -85,7 +85,7 @@ def read_trace(path: Path) -> list[tuple[int, int]]:
 def popularity(
     law: sc.Identical | sc.Distinct | sc.UniformChoice | sc.Zipf | sc.Power, count: int, adapters: int, rng: Rng
 ) -> NDArray[np.int64]:
-    """The adapter index, in [0, adapters), of each of `count` requests; lower indices are the more popular ones."""
+    """Draw the adapter's index, in [0, adapters), of each of `count` requests; lower indices are more popular."""
     match law:
         case sc.Identical():
             return np.zeros(count, dtype=np.int64)

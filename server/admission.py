@@ -1,8 +1,7 @@
 """Queue limits and draining.
 
-A request beyond a limit is refused at once, with an estimate of when to try again, instead of waiting without end. One
-of a tenant of which less waits than its even share of the limit is accepted nevertheless: nobody can fill the queue for
-others.
+A request beyond a limit is refused at once, with an estimate of the time to retry. It is accepted nevertheless while
+its tenant has less than an even share of the limit waiting, so that no tenant can fill the queue for others.
 """
 
 import asyncio
@@ -21,14 +20,13 @@ _LONGEST_RETRY = 60
 _SLOT_SECONDS = 30.0
 
 
-# Set in the task of a request that no client waits for: it takes nobody's place in the queue, nor in a step.
+# Set in the task of a background request: no limit of the queue counts it, and it runs in steps without clients'.
 BACKGROUND: ContextVar[bool] = ContextVar("background", default=False)
 
 
 class Ticket:
-    """One sequence's place in the queue, given back by `leave`: at its first output, or when it ends without one.
-
-    And its place among those that its tenant has under way, given back by `end`.
+    """One sequence's place in the queue, given back by `leave` at its first output or its end, and its place among its
+    tenant's running sequences, given back by `end`.
     """
 
     def __init__(
@@ -50,13 +48,13 @@ class Ticket:
         self._waiting = waiting
 
     def leave(self, *, served: bool) -> None:
-        """Stop counting as waiting. Further calls do nothing. `served`: the wait tells how long others may wait."""
+        """Stop counting as waiting. Further calls do nothing. `served`: use this wait to estimate those of others."""
         if self._waiting:
             self._waiting = False
             self._admission._left(self._tenant, self._tokens, time.monotonic() - self._since if served else None)
 
     def end(self) -> None:
-        """The sequence is over. Further calls do nothing."""
+        """Count the end of the sequence. Further calls do nothing."""
         self.leave(served=False)
         if self._allowance is not None:
             self._allowance.end(self._adapters)
@@ -64,27 +62,27 @@ class Ticket:
 
 
 class Admission:
-    """The two limits, on sequences and on prompt tokens, and the counts against them."""
+    """The two limits on the queue, of sequences and of prompt tokens, and the counts against them."""
 
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._requests: Counter[str] = Counter()  # of each tenant
+        self._requests: Counter[str] = Counter()  # sequences of each tenant
         self._tokens: Counter[str] = Counter()
         self._typical_wait = 1.0  # seconds; a moving average
 
     @property
     def requests(self) -> int:
-        """Sequences that wait."""
+        """Waiting sequences."""
         return self._requests.total()
 
     @property
     def tokens(self) -> int:
-        """Tokens of their prompts."""
+        """Prompt tokens of waiting sequences."""
         return self._tokens.total()
 
     def check_size(self, sequences: int, param: str = "n") -> None:
-        """Raises `InvalidRequest` for a request of more sequences than may ever wait."""
+        """Raise `InvalidRequest` for a request of more sequences than the limit."""
         if sequences > self._max_requests:
             raise InvalidRequest(
                 f"This request asks for {sequences} sequences; at most {self._max_requests} are accepted.", param=param
@@ -98,13 +96,13 @@ class Admission:
         prompt_tokens: int = 0,
         rows: Rows = NO_ROWS,
     ) -> list[Ticket]:
-        """A ticket for each sequence of one request: all or none.
+        """Admit a request; return a ticket for each of its sequences.
 
         Args:
             allowance: its tenant's; `prompt_tokens` and `rows` are counted against it.
 
-        Raises `InvalidRequest` when the request alone has more sequences than may ever wait, `TooManyRequests` when
-        there is no room now. Prompt tokens alone never refuse a request that finds the queue empty.
+        Raises `InvalidRequest` when the request alone exceeds the limit of sequences, `TooManyRequests` when there is
+        no room now. With an empty queue, prompt tokens never refuse a request.
         """
         count, tokens = len(prompt_lengths), sum(prompt_lengths)
         self.check_size(count)
@@ -140,7 +138,7 @@ class Admission:
 
 
 class UploadSlots:
-    """How many uploads are received at once, and the threads that write them to disk, one for each."""
+    """The slots for concurrent uploads, and one thread for each, which writes it to disk."""
 
     def __init__(self, count: int) -> None:
         self.threads = threads(count, "upload", "normal")
@@ -149,7 +147,7 @@ class UploadSlots:
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        """One of them. Raises TooManyRequests when none has become free for a while."""
+        """Take a slot. Raises TooManyRequests when none becomes free for a while."""
         try:
             async with asyncio.timeout(_SLOT_SECONDS):
                 await self._free.acquire()
@@ -163,7 +161,7 @@ class UploadSlots:
 
 
 class Drain:
-    """Counts open requests; once it has begun, new ones are refused."""
+    """The count of open requests, and whether new ones are refused."""
 
     def __init__(self) -> None:
         self.draining = False
@@ -185,5 +183,5 @@ class Drain:
             self._idle.set()
 
     async def idle(self) -> None:
-        """Return once no request is open."""
+        """Wait until no request is open."""
         await self._idle.wait()

@@ -1,6 +1,6 @@
 """The `lorakeet` command: `serve` and `fetch` here, clients of a running server in `server.commands`.
 
-Imports stay light, so that help is instant: the server itself is loaded when it is started.
+Imports stay light, so that help is instant: the server itself is imported by `serve`.
 """
 
 import importlib.metadata
@@ -24,7 +24,7 @@ from server.settings import SettingError, Settings, settings_fields
 app = typer.Typer(
     name="lorakeet",
     no_args_is_help=True,
-    rich_markup_mode=None,  # plain help: two columns that still read well on 80
+    rich_markup_mode=None,  # plain help: two columns, readable on 80 characters
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -45,15 +45,15 @@ def lorakeet(
     """Serve many LoRA adapters from one quantised base model.
 
     Start with `lorakeet serve`; then, in another terminal, `lorakeet push NAME DIR` and `lorakeet chat --adapter NAME`.
-    The API is OpenAI's: an adapter's name goes where a model's would.
+    The API is OpenAI's, with an adapter's name as the model.
     """
 
 
-# --- on the server's machine ------------------------------------------------------------------------
+# --- commands on the server's machine ---------------------------------------------------------------
 
 
 def _flag(row: Setting) -> inspect.Parameter:
-    """One setting as a parameter that typer makes an option of; None means that it was not given."""
+    """One setting as a parameter from which typer makes an option; None: not given."""
     metavar = None if row.is_bool else "|".join(row.choices or ["VALUE"])
     option = typer.Option(
         *row.declarations, help=f"{row.help} [default: {row.shown_default}]", metavar=metavar, show_default=False
@@ -82,8 +82,8 @@ app.command()(serve)
 
 @app.command()
 def fetch(
-    ref: Annotated[str, typer.Argument(metavar="[REF]", help="As --model of serve.", show_default=True)] = DEFAULT,
-    cache_dir: Annotated[Path | None, typer.Option(envvar="LORAKEET_CACHE_DIR", help="As of serve.")] = None,
+    ref: Annotated[str, typer.Argument(metavar="[REF]", help="As --model for serve.", show_default=True)] = DEFAULT,
+    cache_dir: Annotated[Path | None, typer.Option(envvar="LORAKEET_CACHE_DIR", help="As for serve.")] = None,
 ) -> None:
     """Fetch a base model ahead of serve. Prints its directory."""
     notes = Console(stderr=True, highlight=False)
@@ -94,7 +94,7 @@ def fetch(
 app.command("doctor")(doctor.doctor)
 
 
-# --- clients ---------------------------------------------------------------------------------------
+# --- clients of a running server -------------------------------------------------------------------
 
 app.command("push")(adapters.push)
 app.command("pull")(adapters.pull)
@@ -111,7 +111,8 @@ app.add_typer(tenants.tenants)
 
 
 def _prepare_streams() -> None:
-    """A daemon may have none: nothing that is opened later may stand for one. No text is more than they can show."""
+    """Open missing standard streams, as of a daemon, so that no file opened later takes their place. Have them replace
+    characters that they cannot encode."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, stream := open(os.devnull, mode))  # noqa: PTH123, SIM115
@@ -122,7 +123,7 @@ def _prepare_streams() -> None:
 
 
 def main() -> None:
-    """Run the command. An error that the user can fix is printed in one line, without a traceback."""
+    """Run the command. Errors that the user can fix are printed in one line, without a traceback."""
     _prepare_streams()
     try:
         app()

@@ -1,4 +1,4 @@
-"""The data directory when a server starts: taken by one server, its databases opened, or set aside and made anew."""
+"""The data directory at start: locked for one server, its databases opened, or set aside and made anew if damaged."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def taken(data_dir: Path) -> Iterator[None]:
-    """Keep other servers out of the directory, which is made if missing. Raises SettingError."""
+    """Lock the directory against other servers; make it if missing. Raises SettingError."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
@@ -32,13 +32,13 @@ def taken(data_dir: Path) -> Iterator[None]:
         except (Timeout, BlockingIOError):
             raise SettingError(f"--data-dir: another server is using {data_dir}") from None
         except OSError as fault:
-            log.warning("%s takes no lock file (%s)", data_dir, fault.strerror)
+            log.warning("no lock file can be made in %s (%s)", data_dir, fault.strerror)
             _lock_itself(data_dir, held)
         yield
 
 
 def _lock_itself(data_dir: Path, held: contextlib.ExitStack) -> None:
-    """On a read-only disk the directory stands in for a file in it."""
+    """Lock the directory instead of a file in it, on a read-only disk."""
     with readable():
         descriptor = os.open(data_dir, os.O_RDONLY)
         held.callback(os.close, descriptor)
@@ -47,12 +47,12 @@ def _lock_itself(data_dir: Path, held: contextlib.ExitStack) -> None:
     except BlockingIOError:
         raise SettingError(f"--data-dir: another server is using {data_dir}") from None
     except OSError as fault:
-        raise SettingError(f"--data-dir: {data_dir} takes no lock ({fault.strerror})") from None
+        raise SettingError(f"--data-dir: {data_dir} cannot be locked ({fault.strerror})") from None
 
 
 @contextlib.contextmanager
 def readable() -> Iterator[None]:
-    """What makes it impossible to tell what to serve becomes SettingError: one line for the operator."""
+    """Turn faults of the databases and the disk at start into SettingError, one line for the operator."""
     try:
         yield
     except (NewerLayoutError, DatabaseBusy, DatabaseDamaged, OSError) as fault:
@@ -60,7 +60,7 @@ def readable() -> Iterator[None]:
 
 
 def open_names(data_dir: Path, busy_seconds: float) -> LocalNames:
-    """The names of this disk's adapters. A damaged database is set aside, and made anew from the versions' directories.
+    """Open the names of this disk's adapters. A damaged database is set aside and made anew from the versions.
 
     Raises SettingError.
     """
@@ -72,12 +72,13 @@ def open_names(data_dir: Path, busy_seconds: float) -> LocalNames:
             aside = lost.set_aside_database(path)
             names = LocalNames(path, busy_seconds)
             count = restore_names(names, lost.entries(data_dir / "adapters" / "versions"))
-            log.error("%s: set aside as %s; %d names are made anew from their versions", fault, aside.name, count)
+            log.error("%s: set aside as %s; %d names were restored from their versions", fault, aside.name, count)
             return names
 
 
 def restore_names(names: LocalNames, versions: list[Path]) -> int:
-    """Let names mean the versions in these directories again, as older ones where they mean others; how many names."""
+    """Restore names from the versions in these directories; for a name that exists, add them as older versions. Return
+    the number of names."""
     known = {(found.current.tenant, found.current.name): found for found in names.load(Path)}
     restored = entries.restored(versions)
     for owner, pointer in restored.items():

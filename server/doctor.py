@@ -1,7 +1,4 @@
-"""What a data directory holds that no database knows, put back or removed, and whether all that it keeps is whole.
-
-`lorakeet doctor` without its command line.
-"""
+"""The work of `lorakeet doctor`: restore or remove items that were set aside, and verify the data directory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,12 +19,12 @@ HOMES = {"versions": Path("adapters", "versions"), "files": Path("files"), "jobs
 
 
 class DoctorError(Exception):
-    """It cannot be done; why, in one line."""
+    """An order that cannot be carried out; the message is one line for the operator."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """One thing that was set aside. `names`: what it was called, as far as it says so itself."""
+    """One item that was set aside. `names`: its names, if its own files tell them."""
 
     id: str
     kind: str
@@ -37,7 +34,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is not whole. `remedy`: what becomes of it, or what would help."""
+    """One damaged item. `remedy`: the consequence, or advice."""
 
     path: str
     fault: str
@@ -45,7 +42,7 @@ class Fault:
 
 
 def found(root: Path) -> Iterator[Lost]:
-    """What lies in `lost+found`."""
+    """Yield the items in `lost+found`."""
     for kind in HOMES:
         for path in lost.entries(root / lost.LOST_AND_FOUND / kind):
             if kind == "versions":
@@ -58,7 +55,7 @@ def found(root: Path) -> Iterator[Lost]:
 
 
 def treat(root: Path, ids: list[str], *, everything: bool, restored: bool) -> list[Lost]:
-    """Restore, or else remove, these things, while no server uses the directory. Raises DoctorError, SettingError."""
+    """Restore or remove items, while no server uses the directory. Raises DoctorError, SettingError."""
     with taken(root):
         chosen = _chosen(root, ids, everything=everything)
         (_restore if restored else _remove)(root, chosen)
@@ -66,7 +63,7 @@ def treat(root: Path, ids: list[str], *, everything: bool, restored: bool) -> li
 
 
 def faults(root: Path, *, verify: bool) -> Iterator[Fault]:
-    """Databases that were set aside; with `verify`, whatever is damaged, every byte being read."""
+    """Yield databases that were set aside; with `verify`, also everything damaged, after reading every byte."""
     yield from _damaged_databases(root)
     if verify:
         yield from _verify_databases(root)
@@ -79,7 +76,7 @@ def _chosen(root: Path, ids: list[str], *, everything: bool) -> list[Lost]:
         raise DoctorError("give the ids that `lorakeet doctor` lists, or --all")
     by_id = {thing.id: thing for thing in found(root)}
     if unknown := [id_ for id_ in ids if id_ not in by_id]:
-        raise DoctorError(f"{unknown[0]}: nothing of that id was set aside")
+        raise DoctorError(f"{unknown[0]}: no item of this id was set aside")
     return [by_id[id_] for id_ in ids] if ids else list(by_id.values())
 
 
@@ -91,13 +88,13 @@ def _remove(root: Path, chosen: list[Lost]) -> None:
 
 
 def _restore(root: Path, chosen: list[Lost]) -> None:
-    """Put things back in their place, then write their rows."""
+    """Move items back to their places, then write their rows."""
     moves = {Path(thing.path): root / HOMES[thing.kind] / thing.id.partition("~")[0] for thing in chosen}
     for thing in chosen:
         if not thing.names:
-            raise DoctorError(f"{thing.id} does not say what it was; upload it again from {thing.path}")
+            raise DoctorError(f"the name of {thing.id} is not recorded; upload it again from {thing.path}")
         if moves[Path(thing.path)].exists():
-            raise DoctorError(f"{thing.id} is there already: remove it")
+            raise DoctorError(f"{thing.id} already exists in its place: delete this copy with --remove")
     for path, home in moves.items():
         home.parent.mkdir(parents=True, exist_ok=True)
         path.rename(home)
@@ -111,7 +108,7 @@ def _restore(root: Path, chosen: list[Lost]) -> None:
         list(restore.restore_jobs(database, moved["jobs"]))
         database.close()
     except (DatabaseBusy, DatabaseDamaged, NewerLayoutError, OSError) as fault:
-        raise DoctorError(f"{fault}; the next start sets aside again what has no row") from None
+        raise DoctorError(f"{fault}; the next start sets items without a row aside again") from None
 
 
 # --- verifying -------------------------------------------------------------------------------------
@@ -120,12 +117,12 @@ def _restore(root: Path, chosen: list[Lost]) -> None:
 def _damaged_databases(root: Path) -> Iterator[Fault]:
     for path in sorted(root.glob("*.db.damaged-*")):
         if not path.name.endswith(("-wal", "-shm")):
-            yield Fault(str(path), "a damaged database, set aside", "`sqlite3 FILE .recover` shows what is left of it")
+            yield Fault(str(path), "a damaged database, set aside", "`sqlite3 FILE .recover` shows its readable rows")
 
 
 def _verify_databases(root: Path) -> Iterator[Fault]:
-    anew = "the next start sets it aside and makes it anew"
-    restored = "restore it from a backup: without it nobody knows whom to let in, and no server starts"
+    anew = "the next start sets it aside and makes a new one"
+    restored = "restore it from a backup: it has the tenants and keys, and no server starts without it"
     for name, remedy in (("adapters.db", anew), ("finetuning.db", anew), ("tenants.db", restored)):
         if (root / name).exists() and (fault := damage(root / name)):
             yield Fault(str(root / name), fault, remedy)
@@ -140,11 +137,11 @@ def _verify_versions(root: Path) -> Iterator[Fault]:
             with contextlib.suppress(DamagedAdapter):
                 mending.verified(path, f"sha256:{path.name}")
                 if CONFIG_NAME not in str(fault):
-                    remedy = "its weights are whole: the server mends it when it is asked for"
+                    remedy = "its weights are undamaged: the server mends it when it is requested"
             yield Fault(str(path), str(fault), remedy)
 
 
 def _verify_files(root: Path) -> Iterator[Fault]:
     for path in lost.entries(root / HOMES["files"]):
         if path.is_file() and not files.whole(path):
-            yield Fault(str(path), "it is not what was uploaded", "upload it again")
+            yield Fault(str(path), "its content differs from the upload", "upload it again")

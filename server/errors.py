@@ -1,4 +1,4 @@
-"""Refusals of requests: one exception tree, one JSON body, one way from exceptions to responses.
+"""Errors of requests: one exception tree, one JSON body, one conversion from exceptions to responses.
 
 The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`, or Anthropic's. Messages name the
 client's input and never carry a traceback, a path or an address.
@@ -27,7 +27,7 @@ from server.logs import note
 
 _ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors
 _OF_ANOTHER_TYPE = ("literal_error", "model_type", "dict_type", "list_type", "string_type", "int_type", "float_type")
-_NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")  # said in pydantic's and Python's terms
+_NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")  # their messages speak of pydantic and Python
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -40,7 +40,7 @@ _ANTHROPIC_TYPES = {
 
 
 class LorakeetError(Exception):
-    """A refusal with an HTTP status. Subclasses fix status, type and default code."""
+    """An error with an HTTP status. Subclasses fix status, type and default code."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -54,7 +54,7 @@ class LorakeetError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """`param`: the culprit, dotted (`messages.0.role`); `code`: replaces the class's own; `headers`: sent along."""
+        """`param`: path of the faulty field (`messages.0.role`); `code`: in place of the class's; `headers`: added."""
         super().__init__(message)
         self.message = message
         self.param = param
@@ -67,7 +67,7 @@ class LorakeetError(Exception):
 
 
 class InternalError(LorakeetError):
-    """A fault of ours. Its message says nothing of the inside."""
+    """500: a fault of the server. The message reveals nothing internal."""
 
     default_code = "internal_error"
 
@@ -89,7 +89,7 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class InvalidApiKey(InvalidRequest):
-    """401: no API key, or one that the server does not know."""
+    """401: no API key, or an unknown one."""
 
     status = 401
     default_code = "invalid_api_key"
@@ -106,7 +106,7 @@ class PermissionDenied(InvalidRequest):
 
 
 class NotFound(InvalidRequest):
-    """404: nothing of that name here."""
+    """404: there is nothing of this name."""
 
     status = 404
     default_code = "not_found"
@@ -129,7 +129,7 @@ class Conflict(InvalidRequest):
 
 
 class RequestTimeout(InvalidRequest):
-    """408: the body stopped coming."""
+    """408: the body did not arrive in time."""
 
     status = 408
     default_code = "request_timeout"
@@ -156,7 +156,7 @@ class RequestTooLarge(InvalidRequest):
 
 
 class UnsupportedMediaType(InvalidRequest):
-    """415: the body is not of the type that the route reads."""
+    """415: the body's media type is not the route's."""
 
     status = 415
     default_code = "unsupported_media_type"
@@ -202,7 +202,7 @@ class Draining(Unavailable):
 
 
 class AdapterStoreUnavailable(Unavailable):
-    """503: the object store does not answer; its log line says why."""
+    """503: the object store does not answer; the log has the reason."""
 
     default_code = "adapter_store_unavailable"
 
@@ -211,7 +211,7 @@ class AdapterStoreUnavailable(Unavailable):
 
 
 class DatabaseHeld(Unavailable):
-    """503: another process holds the database, for longer than --database-seconds."""
+    """503: another process has locked the database for longer than --database-seconds."""
 
     default_code = "database_busy"
 
@@ -220,7 +220,7 @@ class DatabaseHeld(Unavailable):
 
 
 class AdapterDamaged(LorakeetError):
-    """502: the adapter has other files than it came with, or none, and no way to mend them; nothing was served."""
+    """502: files of the adapter are damaged or missing and cannot be mended; nothing was served."""
 
     status = 502
     default_code = "adapter_damaged"
@@ -231,7 +231,7 @@ class AdapterDamaged(LorakeetError):
 
 
 class StorageFull(LorakeetError):
-    """507: the disk cannot take it; nothing was kept."""
+    """507: the disk is full; nothing was stored."""
 
     status = 507
     type = "insufficient_storage"
@@ -239,13 +239,13 @@ class StorageFull(LorakeetError):
 
 
 def unknown_adapter(name: str) -> NotFound:
-    """404 for a name that nobody has."""
+    """Return the 404 for an unknown name."""
     return NotFound(f"The adapter `{shown(name)}` does not exist.", param="name", code="adapter_not_found")
 
 
 @contextmanager
 def known_adapter(name: str) -> Iterator[None]:
-    """A name that means nothing, or no longer, becomes NotFound."""
+    """Turn UnknownAdapter into NotFound."""
     try:
         yield
     except UnknownAdapter:
@@ -253,13 +253,13 @@ def known_adapter(name: str) -> Iterator[None]:
 
 
 def storage_full(error: Exception) -> StorageFull:
-    """What a client is told of a disk that takes nothing more."""
+    """Return the client's error for a full disk."""
     return StorageFull(f"{why_full(error).capitalize()}.")
 
 
 @contextmanager
 def disk_faults() -> Iterator[None]:
-    """A full disk, wherever it was met, becomes StorageFull."""
+    """Turn any exception about a full disk into StorageFull."""
     try:
         yield
     except Exception as error:
@@ -269,7 +269,7 @@ def disk_faults() -> Iterator[None]:
 
 
 def as_error(exc: Exception) -> LorakeetError:
-    """The refusal that an exception from anywhere below a handler stands for; `InternalError` for an unexpected one."""
+    """Convert any exception below a handler to a `LorakeetError`; to `InternalError` if it is unexpected."""
     match exc:
         case LorakeetError():
             return exc
@@ -291,7 +291,7 @@ def as_error(exc: Exception) -> LorakeetError:
 
 
 def error_response(error: LorakeetError, path: str = "") -> Response:
-    """The error as an HTTP response, in the shape of that path. Its code goes into the access line."""
+    """Return the error as an HTTP response, in the path's format, and note its code for the access line."""
     note(code=error.code or error.type)
     anthropic = path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
     body = anthropic_body(error) if anthropic else error.body()
@@ -299,19 +299,19 @@ def error_response(error: LorakeetError, path: str = "") -> Response:
 
 
 def anthropic_body(error: LorakeetError) -> dict[str, Any]:
-    """The JSON body as Anthropic has it, with our `param` and `code` beside its fields."""
+    """Return Anthropic's JSON body, with our `param` and `code` added."""
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     return {"type": "error", "error": error.body()["error"] | {"type": kind}}
 
 
 def shown(text: str) -> str:
-    """Client text as part of a message: printable and not too long."""
+    """Return client text for use in a message: printable, and shortened to 200 characters."""
     printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:200])
     return printable if len(text) <= 200 else printable + "..."
 
 
 async def handle_exception(request: Request, exc: Exception) -> Response:
-    """Starlette's handler for every type in `EXCEPTION_HANDLERS`; the outermost middleware answers for the rest."""
+    """Starlette's handler for every type in `EXCEPTION_HANDLERS`; the outermost middleware handles the rest."""
     if isinstance(exc, HTTPException) and exc.status_code in (404, 405):
         error: LorakeetError = _unknown_route(request, exc)
     else:
@@ -325,7 +325,7 @@ EXCEPTION_HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys(_HANDLED, handle
 
 
 def _with_status(status: int, error: LorakeetError) -> LorakeetError:
-    """The same error under a status that has no class of its own."""
+    """Return the error with another status, for statuses without a class."""
     error.status = status  # type: ignore[misc]  # an instance may differ from its class
     return error
 
@@ -341,7 +341,7 @@ def _unknown_route(request: Request, exc: HTTPException) -> LorakeetError:
 
 
 def _meant(request: Request) -> str | None:
-    """A path that there is, where the one that was asked for has too many slashes or `/v1`, or too few."""
+    """Return an existing path that differs from the requested one in slashes or `/v1` only."""
     path = re.sub("/{2,}", "/", request.url.path).rstrip("/")
     bare = re.sub("^(/v1)+(?=/|$)", "", path)
     for candidate in (f"/v1{bare}", bare):
@@ -352,7 +352,7 @@ def _meant(request: Request) -> str | None:
 
 
 def _methods(request: Request) -> set[str]:
-    """The methods of a path: each has a route of its own, and the exception carries those of one route only."""
+    """Return all methods of a path. Each has a route of its own, and the exception carries those of one route only."""
     matched: Route = request.scope["route"]
     routes = [route for route in request.app.routes if isinstance(route, Route) and route.path == matched.path]
     return {method for route in routes for method in route.methods or ()}
@@ -364,17 +364,17 @@ def _from_http(exc: HTTPException) -> LorakeetError:
 
 
 def invalid_body(exc: ValidationError, data: Any = None) -> InvalidRequest:
-    """The first fault of a body, named by its field. The value itself is not repeated: it may be a whole prompt.
+    """Return the error for a body's first fault, with its field. Never includes the value: it may be a whole prompt.
 
     Args:
-        data: what was validated; without it a field may have names of types in its path.
+        data: the validated body; without it, names of types may appear in the field's path.
     """
     faults = exc.errors(include_url=False, include_context=False, include_input=False)
     fault, path, alternatives = faults[0], _path(faults[0], data), faults[:1]
-    if data is not None:  # a field that may be this or that has a fault as each of them: what it nearly is tells most
+    if data is not None:  # a union's field has faults for each branch: report the branch that it nearly matches
         branches = [(each, place) for each in faults if (place := _path(each, data))[: len(path)] == path]
         fault, path = max(branches, key=lambda found: (found[0]["type"] not in _OF_ANOTHER_TYPE, len(found[1])))
-        if fault["type"] in _OF_ANOTHER_TYPE:  # it is nearly none: all that it may be
+        if fault["type"] in _OF_ANOTHER_TYPE:  # it nearly matches none: report all types
             alternatives = [each for each, place in branches if place == path and each["type"] in _OF_ANOTHER_TYPE]
     param = ".".join(path)[:200] or None
     if fault["type"] == "extra_forbidden":
@@ -390,12 +390,12 @@ def _text(fault: ErrorDetails) -> str:
 
 
 def _path(fault: ErrorDetails, data: Any) -> list[str]:
-    """The way to a fault's place, without pydantic's names for the branches of unions."""
+    """Return the path to a fault's field, without pydantic's names for branches of unions."""
     path: list[str] = []
     part: Any = data
     last = len(fault["loc"]) - 1
     for i, place in enumerate(fault["loc"]):
-        name = str(place) if isinstance(part, dict) else place  # a key that was read as a number
+        name = str(place) if isinstance(part, dict) else place  # pydantic may give a dict's key as a number
         if name in part if isinstance(part, dict) else isinstance(part, list) and isinstance(name, int):
             part = part[name]
         elif data is not None and not (fault["type"] == "missing" and i == last):

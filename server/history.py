@@ -1,4 +1,4 @@
-"""The last hour of the server in memory: a sample every few seconds of what its metrics say."""
+"""The last hour of the server's metrics in memory, sampled every few seconds."""
 
 import time
 from collections import deque
@@ -11,9 +11,9 @@ from server.metrics import PREFIX, Metrics
 from server.repeat import repeatedly
 
 SECONDS = 5.0  # between samples
-MINUTE = int(60 / SECONDS)  # over which rates of training are taken: it is counted by steps, which may take long
+MINUTE = int(60 / SECONDS)  # samples for rates of training, which is counted by steps, and these may take long
 KEPT = int(3600 / SECONDS)
-# Rates per second, by the counters that they are made of.
+# Rates per second -> their counters.
 _RATES = {
     "generation_tokens_per_second": "generation_tokens_total",
     "prompt_tokens_per_second": "prompt_tokens_total",
@@ -36,7 +36,7 @@ Sample = dict[str, float | None]
 
 
 class History:
-    """Samples of one server, oldest first. Counts (`errors`, `engine_restarts`) are those since the sample before."""
+    """Samples of one server, oldest first. Counts (`errors`, `engine_restarts`) are since the previous sample."""
 
     def __init__(self, metrics: Metrics, engine: EngineClient, store: AdapterStore) -> None:
         self._metrics = metrics
@@ -57,7 +57,7 @@ class History:
         await repeatedly(sample, SECONDS, "a sample of the server's history")
 
     def sample(self) -> None:
-        """Take a sample now."""
+        """Take one sample."""
         now, values = time.time(), self._values()
         self._read_before = self._read_before or deque([(now, values)], maxlen=MINUTE)
         (long_ago, first), (lately, before) = self._read_before[0], self._read_before[-1]
@@ -75,7 +75,7 @@ class History:
                 "time": round(now, 3),
                 **{column: round(grown[name] / passed, 3) for column, name in _RATES.items()},
                 "trained_tokens_per_second": round(slow["trained_tokens_per_second"], 3),
-                "training_share": round(min(1.0, slow["training_share"]), 3),  # jobs share passes: each counts them
+                "training_share": round(min(1.0, slow["training_share"]), 3),  # jobs that share a pass count it each
                 **{column: values[name] for column, name in _GAUGES.items()},
                 **{column: round(values[name], 4) for column, name in _SHARES.items()},
                 "adapters_per_step": round(grown[_STEP_ADAPTERS] / steps, 2) if steps else None,
@@ -89,12 +89,12 @@ class History:
         )
 
     def since(self, after: float) -> dict[str, list[float | None]]:
-        """Samples that are newer, as columns."""
+        """Return the samples newer than `after` (Unix time), as columns."""
         samples = [sample for sample in self._samples if (sample["time"] or 0) > after]
         return {column: [sample[column] for sample in samples] for column in COLUMNS}
 
     def _values(self) -> dict[str, float]:
-        """The metrics' values by name without the prefix; of finished requests those that failed."""
+        """Return the metrics' values by name without prefix; of finished requests, those that failed."""
         values = dict.fromkeys(_READ, 0.0)
         for metric in self._read.collect():
             for sample in metric.samples:
@@ -104,7 +104,7 @@ class History:
         return values
 
     def _bytes(self, digests: Collection[str]) -> Mapping[str, int]:
-        """What these take on the device; in host memory an adapter is as large."""
+        """Return the adapters' sizes in bytes on the device, which are also their sizes in host memory."""
         self._sizes = {digest: size for digest, size in self._sizes.items() if digest in digests}
         if (new := set(digests) - self._sizes.keys()) and (info := self._engine.info) is not None:
             rows = {version.digest: version.receipt["rows"] for version in self._store.all_versions()}

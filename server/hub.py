@@ -14,7 +14,7 @@ _ALLOWED = re.compile(rf"{_WORD}/({_WORD}|\*)")
 
 @dataclass(frozen=True)
 class Reference:
-    """A directory of a repository; without a revision, of its main branch."""
+    """A directory of a repository, by default of its main branch."""
 
     repository: str
     revision: str | None = None
@@ -22,7 +22,7 @@ class Reference:
 
     @classmethod
     def parse(cls, written: str) -> "Reference":
-        """Raises ValueError."""
+        """Parse a written reference. Raises ValueError."""
         if (match := _REFERENCE.fullmatch(written)) is None:
             raise ValueError("a reference to the hub is written hf://OWNER/NAME or hf://OWNER/NAME@REVISION/FOLDER")
         return cls(match["repository"], match["revision"], match["folder"].lstrip("/"))
@@ -32,12 +32,12 @@ class Reference:
         return f"{SCHEME}{self.repository}{revision}" + (f"/{self.folder}" if self.folder else "")
 
     def within(self, allowed: Collection[str]) -> bool:
-        """Whether a list of repositories (`parse_allowed`) has it."""
+        """Whether a list of repositories (`parse_allowed`) contains its repository."""
         return not {self.repository, f"{self.repository.partition('/')[0]}/*"}.isdisjoint(allowed)
 
 
 def parse_allowed(written: str) -> str:
-    """An entry of a list of repositories, `OWNER/NAME` or `OWNER/*`. Raises ValueError."""
+    """Check an entry of a list of repositories, `OWNER/NAME` or `OWNER/*`, and return it. Raises ValueError."""
     if not _ALLOWED.fullmatch(written):
         raise ValueError(f"{written!r} is neither OWNER/NAME nor OWNER/*")
     return written

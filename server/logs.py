@@ -1,4 +1,4 @@
-"""Logging: one line per record, as text or as JSON. Never holds prompts, bodies or keys: callers pass none."""
+"""Logging: one line per record, as text or as JSON. Callers never pass prompts, bodies or keys."""
 
 import asyncio
 import json
@@ -8,26 +8,26 @@ import time
 from contextvars import ContextVar
 from typing import Any, Literal
 
-FIELDS = "fields"  # the `extra` key under which structured fields travel
+FIELDS = "fields"  # the `extra` key of a record's structured fields
 
 _notes: ContextVar[dict[str, Any] | None] = ContextVar("notes", default=None)
 
 
 def begin_notes() -> dict[str, Any]:
-    """What `note` adds to from here on in this request, and in tasks that it starts."""
+    """Return a new dict, to which `note` adds from now on in this request and in tasks that it starts."""
     notes: dict[str, Any] = {}
     _notes.set(notes)
     return notes
 
 
 def note(**fields: Any) -> None:
-    """Add to the access line of the request that is being served, if one is. None is left out."""
+    """Add fields to the access line of the current request, if there is one. Fields of None are left out."""
     if (notes := _notes.get()) is not None:
         notes.update({name: value for name, value in fields.items() if value is not None})
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one JSON object: time (UTC), level, logger, message, its structured fields, the exception."""
+    """Formatter of a record as one JSON object: time (UTC), level, logger, message, structured fields, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -50,9 +50,9 @@ def configure(level: Literal["debug", "info", "warning", "error"], *, as_json: b
     handler.setFormatter(JsonFormatter() if as_json else plain)
     handler.addFilter(_is_no_cut)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn.access").disabled = True  # ours carries the request's id and duration
+    logging.getLogger("uvicorn.access").disabled = True  # our access line has the request's id and duration, too
 
 
 def _is_no_cut(record: logging.LogRecord) -> bool:
-    """Keeps uvicorn from calling a request that the operator cut off a failure, with its traceback."""
+    """Whether a record is anything but uvicorn's traceback of a request cancelled by the operator."""
     return not (record.name == "uvicorn.error" and record.exc_info and record.exc_info[0] is asyncio.CancelledError)

@@ -1,11 +1,11 @@
 """The server's Prometheus metrics: one object around a registry of its own.
 
-Names are vLLM's under the prefix `lorakeet:`, or under the one that the operator chose. Two sources feed it: the HTTP
-handlers, one `RequestMetrics` per sequence, and the engine's `Stats`: gauges and *increments*, so counters stay
-monotonic when the engine restarts.
+Names are vLLM's, under the prefix `lorakeet:` or the operator's own. There are two sources: the HTTP handlers, one
+`RequestMetrics` per sequence, and the engine's `Stats`, gauges and *increments*, so that counters stay monotonic when
+the engine restarts.
 
-Adapters are labelled by name, and only by names that were resolved to a stored version: a junk name never reaches this
-file. At most `top_adapters` names have series of their own; the least recently used one is folded into `other`.
+Adapters are labelled by name, after the name was resolved to a stored version, so unknown names make no series. At most
+`top_adapters` names have series of their own; the least recently used one is folded into `other`.
 """
 
 import time
@@ -47,9 +47,9 @@ _COUNTS = (*range(9), 16, 32, 64, 128)
 
 @dataclass
 class _AdapterCounts:
-    """Everything counted for one adapter name (or for `other`)."""
+    """All counts of one adapter name (or of `other`)."""
 
-    digest: str = ""  # of the version last asked for; ties the engine's digests to the name
+    digest: str = ""  # of the version last requested, by which the engine's reports find the name
     requests: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -63,7 +63,7 @@ class _AdapterCounts:
 
 
 class _AdapterMetrics(Collector):
-    """Per-adapter series of bounded number, produced at scrape time."""
+    """Per-adapter series, limited in number, made at scrape time."""
 
     def __init__(self, top: int) -> None:
         self.resident: dict[tuple[str, str], AdapterUse] = {}  # by digest and tier
@@ -77,7 +77,7 @@ class _AdapterMetrics(Collector):
 
     def begin(self, name: str, digest: str) -> None:
         self._in_flight.setdefault(digest, Multiset())[name] += 1
-        if name == OTHER:  # an adapter of that name shares the series of the rest
+        if name == OTHER:  # an adapter of this name shares the series of the rest
             self._other.requests += 1
             return
         counts = self._by_name.get(name)
@@ -114,16 +114,16 @@ class _AdapterMetrics(Collector):
             self._other.absorb(counts)
 
     def _unlink(self, name: str, counts: _AdapterCounts) -> None:
-        if self._names.get(counts.digest) == name:  # another name may have taken the same content over
+        if self._names.get(counts.digest) == name:  # another name may have the same version now
             del self._names[counts.digest]
 
     def collect(self) -> Iterator[Metric]:
         requests = _counter("lora_requests", "Requests that named the adapter")
         prompt = _counter("lora_prompt_tokens", "Prompt tokens of requests that named the adapter")
         generation = _counter("lora_generation_tokens", "Tokens generated with the adapter")
-        loads = _counter("lora_adapter_loads", "Times the adapter was brought onto the device")
-        seconds = _counter("lora_adapter_load_seconds", "Seconds spent bringing the adapter onto the device")
-        evictions = _counter("lora_adapter_evictions", "Times the adapter left the device")
+        loads = _counter("lora_adapter_loads", "Loads of the adapter onto the device")
+        seconds = _counter("lora_adapter_load_seconds", "Seconds spent loading the adapter onto the device")
+        evictions = _counter("lora_adapter_evictions", "Evictions of the adapter from the device")
         for name, counts in [*self._by_name.items(), (OTHER, self._other)]:
             requests.add_metric([name], counts.requests)
             prompt.add_metric([name], counts.prompt_tokens)
@@ -137,7 +137,7 @@ class _AdapterMetrics(Collector):
     def _residency(self) -> Iterator[Metric]:
         loaded = _gauge(
             "lora_adapter_loaded",
-            "Adapter versions held per memory tier, 0 or 1 for a named adapter; of the rest no rank is told",
+            "Adapter versions held per memory tier, 0 or 1 for a named adapter; `other` has no rank",
             "adapter_name",
             "level",
             "pinned",
@@ -148,7 +148,7 @@ class _AdapterMetrics(Collector):
         per_tier: Multiset[str] = Multiset({"device": 0, "host": 0, "merged": 0})
         for use in self.resident.values():
             name = self._names.get(use.digest, OTHER)
-            rank = "" if name == OTHER else str(use.rank)  # any number of ranks would be as many series
+            rank = "" if name == OTHER else str(use.rank)  # bounds the number of series
             per_series[name, use.tier, str(use.digest in pinned).lower(), rank] += 1
             per_tier[use.tier] += 1
         for labels, count in sorted(per_series.items()):
@@ -174,18 +174,18 @@ class _AdapterMetrics(Collector):
         return {use.digest for use in self.resident.values() if use.tier != "host"}
 
     def _requests_info(self, room: int) -> Metric:
-        """What the Kubernetes Gateway's inference extension reads: names in labels, the time as the value."""
+        """The metric for the Kubernetes Gateway's inference extension: names in labels, the time as the value."""
         info = _gauge(
             "lora_requests_info",
-            "Adapters that are resident on the device (running) or waited for, as comma-separated names; the value is "
-            "the Unix time",
+            "Adapters resident on the device (running) or waited for, as comma-separated names; the value is the Unix "
+            "time",
             "max_lora",
             "running_lora_adapters",
             "waiting_lora_adapters",
         )
         resident = self._on_device()
         waiting = {use.digest for use in self.resident.values() if use.waiting}
-        waiting |= self._in_flight.keys() - resident  # of those still being read the engine reports nothing yet
+        waiting |= self._in_flight.keys() - resident  # the engine does not report adapters that it is still reading
         names = [(name, counts.digest) for name, counts in self._by_name.items()]
         names += [(name, digest) for digest, open_ in self._in_flight.items() for name in +open_]
         running = {name for name, digest in (*names, *self.pinned) if digest in resident}
@@ -195,7 +195,7 @@ class _AdapterMetrics(Collector):
 
 
 class _Renamed(Collector):
-    """A registry's metrics under another prefix: vLLM's, say."""
+    """A registry's metrics under another prefix, such as vLLM's."""
 
     def __init__(self, registry: CollectorRegistry, prefix: str) -> None:
         self._registry = registry
@@ -218,7 +218,7 @@ class Metrics:
     def __init__(
         self, top_adapters: int = 100, prefix: str = PREFIX.removesuffix(":"), *, top_tenants: int = 100
     ) -> None:
-        """`top_adapters`, `top_tenants`: how many have their own series; `prefix`: of metric names, before a colon."""
+        """`top_adapters`, `top_tenants`: most series of their own; `prefix`: of metric names, before a colon."""
         disable_created_metrics()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -233,19 +233,19 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "Sequences in the batch")
         self._waiting = self._gauge("num_requests_waiting", "Sequences waiting for a place in the batch")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
-        self._state_usage = self._gauge("state_cache_usage_perc", "Share of state slots that sequences have, 0 to 1")
+        self._state_usage = self._gauge("state_cache_usage_perc", "Share of state slots in use by sequences, 0 to 1")
         self._merged_bytes = self._gauge("merged_weight_bytes", "Device memory of adapters merged into the base")
         self._engine_up = self._gauge("engine_up", "1 while there is an engine process, else 0")
         self._cache_config = self._gauge(
-            "cache_config_info", "The KV cache: tokens of a block, and blocks", "block_size", "num_gpu_blocks"
+            "cache_config_info", "The KV cache: tokens per block, and blocks", "block_size", "num_gpu_blocks"
         )
-        self._pinned = self._gauge("num_pinned_lora_adapters", "Adapter versions that stay on the device")
+        self._pinned = self._gauge("num_pinned_lora_adapters", "Pinned adapter versions")
         self._pinned_bytes = self._gauge("pinned_lora_adapter_bytes", "Device memory of pinned adapters")
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
-        self._preemptions = self._counter("num_preemptions", "Sequences put back to be recomputed")
-        self._drafted = self._counter("spec_decode_num_draft_tokens", "Tokens computed on speculation")
-        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens that were right and used")
+        self._preemptions = self._counter("num_preemptions", "Preemptions: sequences to be recomputed later")
+        self._drafted = self._counter("spec_decode_num_draft_tokens", "Draft tokens computed")
+        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Draft tokens accepted")
         self._step_requests = self._histogram("engine_step_requests", "Sequences in one engine step", _COUNTS)
         self._step_adapters = self._histogram("engine_step_adapters", "Distinct adapters in one engine step", _COUNTS)
         self._step_seconds = self._histogram("engine_step_seconds", "Duration of one engine step", _STEP)
@@ -260,7 +260,7 @@ class Metrics:
         self._top_tenants = top_tenants
         self._tenants: set[str] = set()  # those with series of their own
         self.tenant_requests = Counter(f"{PREFIX}tenant_requests", "Sequences", ["tenant"], registry=self.registry)
-        kinds = "Tokens of prompts (prompt) and answers (generation)"
+        kinds = "Prompt tokens (prompt) and generated tokens (generation)"
         self.tenant_tokens = Counter(f"{PREFIX}tenant_tokens", kinds, ["tenant", "kind"], registry=self.registry)
         self.success = Counter(
             f"{PREFIX}request_success", "Finished sequences", ["finished_reason"], registry=self.registry
@@ -269,24 +269,24 @@ class Metrics:
             self.success.labels(reason)
 
     def page(self) -> bytes:
-        """Everything in Prometheus's text format 0.0.4, with which every version of it keeps names as they are.
+        """Render all metrics in Prometheus's text format 0.0.4.
 
-        In OpenMetrics, and in text format 1.0.0, the client library escapes colons: `lorakeet_engine_up`.
+        In OpenMetrics, and in text format 1.0.0, the client library escapes the colon: `lorakeet_engine_up`.
         """
         return generate_latest(self._shown)
 
     def pinned(self, versions: Sequence[tuple[str, str]], size: int) -> None:
-        """The pinned adapter versions as (name, digest), and the bytes that they take on the device."""
+        """Set the pinned adapter versions, as (name, digest), and their bytes on the device."""
         self._adapters.pinned = versions
         self._pinned.set(len(versions))
         self._pinned_bytes.set(size)
 
     def request(self, *adapters: tuple[str, str], tenant: str = "") -> "RequestMetrics":
-        """Start the clock of one sequence. `adapters`: (label, digest) of every stored version that it uses."""
+        """Start the metrics of one sequence. `adapters`: (label, digest) of every stored version that it uses."""
         return RequestMetrics(self, self._adapters, adapters, tenant)
 
     def tenant_label(self, tenant: str) -> str:
-        """The tenant, if it is among the first that came; else `other`."""
+        """Return the tenant's label: its name for the first `top_tenants` tenants, `other` for later ones."""
         label = tenant or DEFAULT_TENANT
         if label not in self._tenants:
             if len(self._tenants) >= self._top_tenants:
@@ -295,12 +295,12 @@ class Metrics:
         return label
 
     def adapter_deleted(self, name: str) -> None:
-        """The name no longer exists: its series end, their sums live on in `other`."""
+        """End the series of a deleted name; their sums are added to `other`."""
         self._adapters.forget(name)
         self.usage.forget(name)
 
     def engine_stats(self, stats: Stats) -> None:
-        """One report of the engine."""
+        """Add one report of the engine."""
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_usage.set(stats.kv_usage)
@@ -312,7 +312,7 @@ class Metrics:
             (self._drafted, stats.drafted_tokens),
             (self._accepted, stats.accepted_tokens),
         ):
-            if count:  # in most steps none
+            if count:  # mostly zero
                 counter.inc(count)
         if stats.step_requests:  # a heartbeat is no step
             self._step_requests.observe(stats.step_requests)
@@ -334,9 +334,9 @@ class Metrics:
             self._merged_bytes.set(sum(report.bytes for report in stats.merges))
 
     def engine_process(self, alive: bool, info: Ready | None = None) -> None:
-        """Whether there is an engine process now: without one nothing runs and nothing is resident.
+        """Set whether there is an engine process; without one, nothing runs and nothing is resident.
 
-        `info`: what it serves, once the first has come up.
+        `info`: its base, once the first engine is up.
         """
         self._engine_up.set(alive)
         if info is not None:
@@ -360,7 +360,7 @@ class Metrics:
 
 
 class RequestMetrics:
-    """The clock of one sequence: `output` for everything the engine sent, then `finish`, once."""
+    """The metrics of one sequence: `output` for each output of the engine, then `finish`, once."""
 
     def __init__(
         self, metrics: Metrics, adapters: _AdapterMetrics, used: Sequence[tuple[str, str]], tenant: str
@@ -378,7 +378,7 @@ class RequestMetrics:
             adapters.begin(name, digest)
 
     def output(self, tokens: int, prompt_tokens: int, queue_seconds: float) -> None:
-        """An output with `tokens` new tokens, maybe none; prompt and queue time count on the first output only."""
+        """Count an output with `tokens` new tokens, possibly 0; prompt and queue time count with the first output."""
         now = time.monotonic()
         counts = [self._adapters.of_name(name) for name, _ in self._used]
         for usage in self._usage:
@@ -403,7 +403,7 @@ class RequestMetrics:
             count.generation_tokens += tokens
 
     def finish(self, reason: FinishedReason) -> None:
-        """The sequence ended. `abort`: the client left; `error`: it failed or the engine died."""
+        """Count the end of the sequence. `abort`: the client left; `error`: it failed or the engine died."""
         self._metrics.success.labels(reason).inc()
         if reason in ("stop", "length"):
             self._metrics.e2e.observe(time.monotonic() - self._arrived)

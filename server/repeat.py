@@ -1,4 +1,4 @@
-"""Work that is done again and again for as long as the server lives, whatever becomes of it once."""
+"""Periodic work that continues after faults, for as long as the server runs."""
 
 import asyncio
 import logging
@@ -10,8 +10,7 @@ log = logging.getLogger(__name__)
 async def repeatedly(
     work: Callable[[], Awaitable[object]], seconds: float, title: str, *expected: type[Exception]
 ) -> None:
-    """Do `work` until cancelled, so many seconds between. A fault is logged once, and with its traceback unless it was
-    `expected`."""
+    """Do `work` every `seconds` until cancelled. Log a repeated fault once, with its traceback unless `expected`."""
     known = ""
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The collaborators of all handlers, in one frozen object, made once at start (`server.startup`)."""
+"""The services for all handlers, in one frozen object, made once at start (`server.startup`)."""
 
 import asyncio
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from server.usage import Ledger
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """The collaborators. `app.state.services` holds them; `services_of` finds them."""
+    """The services of one application, in `app.state.services`; see `services_of`."""
 
     settings: Settings
     engine: EngineClient
@@ -53,23 +53,23 @@ class Services:
 
     @property
     def engine_info(self) -> Ready:
-        """What the engine serves. Raises `EngineUnavailable` before the first engine has come up."""
+        """The served base. Raises `EngineUnavailable` before the first engine is up."""
         return served_base(self.engine)
 
 
 def services_of(request: Request) -> Services:
-    """The services of the application that received this request."""
+    """Return the services of the request's application."""
     services: Services = request.app.state.services
     return services
 
 
 def caller_of(request: Request) -> Caller:
-    """The caller who sent this request."""
+    """Return the request's caller."""
     caller: Caller = request.scope["caller"]
     return caller
 
 
 def check_bound(caller: Caller, name: str) -> None:
-    """Raises NotFound, as for a name that nobody has, when the caller's key is bound to other adapters."""
+    """Raise NotFound, as for an unknown name, when the caller's key is bound to other adapters."""
     if caller.adapters is not None and name not in caller.adapters:
         raise unknown_adapter(name)

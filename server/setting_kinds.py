@@ -1,6 +1,6 @@
-"""Kinds of settings: how one is declared, read, checked and explained.
+"""Kinds of settings: declaration, parsing, checks and help.
 
-A dataclass declares its fields by the functions below, one for each kind of value; `rows` lists them.
+A dataclass declares its fields with the functions below, one for each kind of value; `rows` lists them.
 """
 
 import re
@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 ENV_PREFIX = "LORAKEET_"
-SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.*")  # what Kubernetes sets LORAKEET_PORT to beside a Service `lorakeet`
+SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.*")  # Kubernetes's value of LORAKEET_PORT for a Service `lorakeet`
 
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _UNITS = {"GiB": 1024**3, "MiB": 1024**2, "KiB": 1024}
-_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # as Python has such bytes of the system; no JSON can have them
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # Python's stand-ins for bytes that are not UTF-8; JSON cannot hold them
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
 
 class SettingError(ValueError):
-    """A setting has a value it cannot have. The message names the flag or the variable."""
+    """An invalid value of a setting. The message names the flag or the variable."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table: how a setting is called, read, checked and explained."""
+    """One row of the table: a setting's name, parser, checks and help."""
 
     help: str
     default: Any
@@ -35,7 +35,7 @@ class Setting:
     within: tuple[float, float] | None
     repeatable: bool
     aliases: tuple[str, ...]
-    name: str = ""  # its field's
+    name: str = ""  # of its field
 
     @property
     def flag(self) -> str:
@@ -44,7 +44,7 @@ class Setting:
 
     @property
     def declarations(self) -> list[str]:
-        """The flag and its aliases, as typer declares options."""
+        """The flag and its aliases, in typer's notation."""
         return [f"{flag}/--no-{flag[2:]}" if self.is_bool else flag for flag in (self.flag, *self.aliases)]
 
     @property
@@ -58,7 +58,7 @@ class Setting:
         return self.parse is parse_bool
 
     def read(self, given: Any, source: str) -> Any:
-        """The typed value of `given`: text, several texts, or a value that is typed already."""
+        """Return the typed value of `given`: text, several texts, or a typed value. Raises SettingError."""
         try:
             if self.repeatable:
                 values = [v for v in given.split(",") if v] or [""] if isinstance(given, str) else given
@@ -82,15 +82,15 @@ class Setting:
 
 
 def rows(settings: Any) -> list[Setting]:
-    """The settings that a dataclass declares, in the order of its fields."""
+    """Return the settings of a dataclass, in the order of its fields."""
     return [replace(item.metadata["setting"], name=item.name) for item in fields(settings)]
 
 
-# --- values as they are written ----------------------------------------------------------------------
+# --- parsers of values -------------------------------------------------------------------------------
 
 
 def parse_size(written: str) -> int:
-    """Bytes from `1048576`, `512MiB`, `2GiB`, `1.5 GB`. `KiB` counts in 1024, `KB` in 1000, `K` in 1024."""
+    """Return the bytes of `1048576`, `512MiB`, `2GiB` or `1.5 GB`. `KiB` and `K` are 1024, `KB` is 1000."""
     match = _SIZE.fullmatch(written.strip())
     if match is None:
         raise ValueError("expected a size such as 512MiB or 2GiB")
@@ -101,7 +101,7 @@ def parse_size(written: str) -> int:
 
 
 def parse_bool(written: str) -> bool:
-    """A yes or a no as people write it in the environment."""
+    """Return the truth of `1`, `true`, `yes`, `on`, or their opposites."""
     if (word := written.strip().lower()) in _TRUE | _FALSE:
         return word in _TRUE
     raise ValueError("expected true or false")
@@ -126,7 +126,7 @@ def parse_path(written: str) -> Path:
     try:
         return Path(written).expanduser()
     except RuntimeError:
-        raise ValueError(f"{written} begins with nobody's home directory") from None
+        raise ValueError(f"{written}: there is no such home directory") from None
 
 
 def _parse_text(written: str) -> str:
@@ -142,21 +142,21 @@ def parse_device(written: str) -> str:
 
 
 def parse_origin(written: str) -> str:
-    """As browsers write them, letter by letter."""
+    """Return an origin, in lower case, as browsers send it."""
     if not re.fullmatch(r"(?i)\*|null|[a-z][a-z0-9+.-]*://[^/?#@]+", written):
         raise ValueError(
-            f"{written!r} is neither * nor an origin such as https://example.com, without a slash at its end"
+            f"{written!r} is neither * nor an origin such as https://example.com, without a trailing slash"
         )
     return written.lower()
 
 
 def parse_metrics_prefix(written: str) -> str:
     if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", written):
-        raise ValueError("expected letters, digits and underscores, no digit first")
+        raise ValueError("expected letters, digits and underscores, not starting with a digit")
     return written
 
 
-# --- a field of each kind ----------------------------------------------------------------------------
+# --- fields by kind ----------------------------------------------------------------------------------
 
 
 def _field(
@@ -171,14 +171,14 @@ def _field(
     secret: bool = False,
     vllm: str | None = None,
 ) -> Any:
-    """A field of a dataclass.
+    """Declare a field of a dataclass.
 
     Args:
         default: a value, or a function that makes it.
-        within: the least and the most that a number may be.
-        shown: in place of the default.
-        repeatable: several may be given.
-        vllm: the flag by which vLLM's users look for it.
+        within: the range of a number, both ends included.
+        shown: text in place of the default in the help.
+        repeatable: whether several values may be given.
+        vllm: vLLM's flag for it, an alias.
     """
     made = callable(default)
     row = Setting(
@@ -197,7 +197,7 @@ def _field(
 
 
 def _shown(default: Any, parse: Callable[[str], Any]) -> str:
-    """A default as people write it."""
+    """Return a default's text in the help."""
     if default == ():
         return "none"
     if parse is parse_size and default:
@@ -206,7 +206,7 @@ def _shown(default: Any, parse: Callable[[str], Any]) -> str:
 
 
 def text(default: Any, help: str, *, parse: Callable[[str], Any] = _parse_text, **more: Any) -> Any:  # noqa: A002
-    """Text, or what `parse` makes of it."""
+    """Text, converted by `parse`."""
     return _field(parse, default, help, **more)
 
 
@@ -218,7 +218,7 @@ def choice(
     renamed: Mapping[str, str] | None = None,
     **more: Any,
 ) -> Any:
-    """One of several words. `renamed`: others that mean one of these."""
+    """One of several words. `renamed`: synonyms -> words."""
 
     def parse(written: str) -> str:
         return (renamed or {}).get(written, _parse_text(written))
@@ -227,7 +227,7 @@ def choice(
 
 
 def path(default: Any, help: str, **more: Any) -> Any:  # noqa: A002
-    """A file or a directory, `~` being home."""
+    """A file or a directory; `~` is expanded."""
     return _field(parse_path, default, help, **more)
 
 
@@ -247,5 +247,5 @@ def number(default: float, help: str, within: tuple[float, float], **more: Any) 
 
 
 def size(default: int | None, help: str, within: tuple[int, int], **more: Any) -> Any:  # noqa: A002
-    """Bytes."""
+    """A number of bytes."""
     return _field(parse_size, default, help, within=within, **more)

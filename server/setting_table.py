@@ -1,4 +1,4 @@
-"""Settings as people meet them: the table of docs/reference/settings.md, and variables that are misspelt."""
+"""The table of docs/reference/settings.md, and warnings about misspelt variables."""
 
 import logging
 import re
@@ -7,22 +7,22 @@ from collections.abc import Mapping
 from server.setting_kinds import ENV_PREFIX
 from server.settings import settings_fields
 
-# Variables of others: clients, kernels, deploy/ray, and those that Kubernetes makes of Services.
+# Variables that are no settings: of clients, kernels and deploy/ray, and those that Kubernetes sets for Services.
 _NO_SETTING = re.compile(r"URL|NATIVE|TRITON|RAY_\w+|\w*SERVICE_\w+|\w*PORT(_\w+)?")
 
 log = logging.getLogger(__name__)
 
 
 def tell_of_unknown(environ: Mapping[str, str]) -> None:
-    """Log the variables that look like settings and are none: misspelt ones."""
+    """Log a warning for each variable that has the settings' prefix and is no setting, so probably misspelt."""
     known = {row.env for row in settings_fields()}
     for name in sorted(environ.keys() - known):
         if name.startswith(ENV_PREFIX) and not _NO_SETTING.fullmatch(name.removeprefix(ENV_PREFIX)):
-            log.warning("%s is no setting", name)
+            log.warning("%s is not a setting", name)
 
 
 def settings_table() -> str:
-    """The table of docs/reference/settings.md, in Markdown."""
+    """Return the table of docs/reference/settings.md, in Markdown."""
     lines = ["| Flag | Alias | Variable | Default | Meaning |", "|---|---|---|---|---|"]
     for row in settings_fields():
         flag, *aliases = (

@@ -1,4 +1,4 @@
-"""From the settings to everything that a server is made of: the engine's client, stores, services."""
+"""Construction of a server's parts from the settings: the engine's client, stores, services."""
 
 import logging
 from collections.abc import Mapping
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from adapters.storage.pages import Pages
     from adapters.storage.records import Records
 
-_CHECKERS = 2  # processes that check uploads
+_CHECKERS = 2  # processes for checking uploads
 
 log = logging.getLogger(__name__)
 
 
 def open_services(settings: Settings, model: Path) -> tuple[Services, LocalEngine]:
-    """Everything that a server is made of. `model`: the base's directory. Raises ModelError, SettingError."""
+    """Make all parts of a server. `model`: the base's directory. Raises ModelError, SettingError."""
     try:
         text = TextProcessor.load(model, _template_renderer(settings), settings.tool_parser, settings.reasoning_parser)
     except TokenizerError as error:
@@ -79,7 +79,7 @@ def open_services(settings: Settings, model: Path) -> tuple[Services, LocalEngin
 
 
 def _engine_config(settings: Settings, model: Path) -> EngineConfig:
-    """What an engine is started with: most of it are settings of the same names."""
+    """Make an engine's configuration, mostly from settings of the same names."""
     same = {name: getattr(settings, name) for name in EngineConfig.__struct_fields__ if hasattr(settings, name)}
     return EngineConfig(**same | {"address": "", "model": str(model), "cache_dir": str(settings.cache_dir)})
 
@@ -93,7 +93,7 @@ def _template_renderer(settings: Settings) -> TemplateRenderer | None:
 
 
 def open_store(settings: Settings, pin_limit: PinLimit) -> AdapterStore:
-    """Names and files of adapters, where the settings say. Raises SettingError."""
+    """Open the names and files of adapters. Raises SettingError."""
     local = data_dir.open_names(settings.data_dir, settings.database_seconds)
     if settings.adapter_store is None:
         return AdapterStore(
@@ -102,7 +102,9 @@ def open_store(settings: Settings, pin_limit: PinLimit) -> AdapterStore:
     from adapters.storage.remote import RemoteStore  # its library is needed only with an object store
 
     if left := sum(1 for _ in local.load(Path)):
-        log.warning("%d adapters under %s are not served: push them again, to --adapter-store", left, settings.data_dir)
+        log.warning(
+            "%d adapters under %s are not served with --adapter-store: push them again", left, settings.data_dir
+        )
     try:
         remote = RemoteStore(settings.adapter_store, settings.store_patience)
         return AdapterStore(
@@ -128,12 +130,12 @@ def make_services(
     checker: Helpers | None = None,
     sampling_defaults: Mapping[str, float] | None = None,
 ) -> Services:
-    """The collaborators over an engine and a store.
+    """Make the services over an engine and a store.
 
     Args:
-        metrics: those that the engine reports to.
+        metrics: the metrics to which the engine reports.
         outline, checker: see `Publisher`.
-        sampling_defaults: the model's.
+        sampling_defaults: the model's default sampling values, by request field.
     """
     for name in {version.name for version in store.all_versions()} & settings.base_aliases:
         log.warning("adapter %s is hidden by the base of that name (--served-model-name)", name)
@@ -203,7 +205,7 @@ def _responses(settings: Settings, database: Database) -> ResponseStore:
 
 
 def _shared(settings: Settings, prefix: str) -> "Records | None":
-    """Records that all servers of one object store have in common. Raises ValueError for a URL that is none."""
+    """The records shared by all servers of one object store. Raises ValueError for an invalid URL."""
     if settings.adapter_store is None:
         return None
     from adapters.storage.bucket import Bucket  # its library is needed only with an object store
@@ -213,7 +215,7 @@ def _shared(settings: Settings, prefix: str) -> "Records | None":
 
 
 def _pages(settings: Settings, prefix: str, database: Database) -> "Pages | None":
-    """What all servers of one object store write down, each by itself. Raises ValueError for a URL that is none."""
+    """The pages in the object store, written by each server for itself. Raises ValueError for an invalid URL."""
     if settings.adapter_store is None:
         return None
     from adapters.storage.bucket import Bucket
@@ -223,5 +225,5 @@ def _pages(settings: Settings, prefix: str, database: Database) -> "Pages | None
 
 
 def new_metrics(settings: Settings) -> Metrics:
-    """None counted yet."""
+    """Make empty metrics."""
     return Metrics(settings.metrics_adapters, settings.metrics_prefix, top_tenants=settings.metrics_tenants)

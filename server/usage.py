@@ -1,4 +1,4 @@
-"""What each adapter was asked for since the server started, and what each tenant used day by day, on disk."""
+"""Usage: of each adapter since the server's start, in memory, and of each tenant by day, on disk."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from adapters.storage.versions import RemoteUnavailable
 if TYPE_CHECKING:
     from adapters.storage.pages import Pages
 
-RETRY_SECONDS = 1.0  # after a disk or a database took nothing
+RETRY_SECONDS = 1.0  # after a failed write
 COUNTS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "trained_tokens", "device_seconds")
 
 _ADD = (
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Usage:
-    """Requests that named an adapter, tokens of their prompts and answers, and the Unix time of the last one."""
+    """Requests for an adapter, their prompt and generated tokens, and the Unix time of the last one."""
 
     requests: int = 0
     tokens: int = 0
@@ -37,13 +37,13 @@ class Usage:
 
 
 class AdapterUsage:
-    """By tenant that asks and adapter, and only for adapters that were resolved to a stored version."""
+    """Usage by calling tenant and adapter, only of adapters that were resolved to a stored version."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, str], Usage] = {}
 
     def begin(self, tenant: str, adapters: Sequence[str]) -> list[Usage]:
-        """Count a request; the entries that its tokens go to."""
+        """Count a request; return the entries for its tokens."""
         entries = [self._entries.setdefault((tenant, label), Usage()) for label in adapters]
         for entry in entries:
             entry.requests += 1
@@ -60,29 +60,29 @@ class AdapterUsage:
 class Ledger:
     """Usage by tenant, adapter and day (UTC), each request once.
 
-    While the database takes nothing, what was added waits in memory and nobody waits for it.
+    While the database cannot be written, additions stay in memory and requests do not wait for them.
 
     Args:
-        pages: of days, where all servers on one object store see each other's.
+        pages: daily pages in the object store, through which servers see each other's usage.
     """
 
     def __init__(self, database: Database, pages: "Pages | None" = None) -> None:
         self._database = database
         self._pages = pages
-        self._unsent: set[str] = set()  # days that have changed
-        self._caught_up = False  # those from before this start are among them
+        self._unsent: set[str] = set()  # days with changes
+        self._caught_up = False  # whether days from before this start are in `_unsent`, too
         self._pending: dict[tuple[str, str, str], list[float]] = {}
-        self._kept: asyncio.Future[None] | None = None  # of what is pending
+        self._kept: asyncio.Future[None] | None = None  # done once `_pending` is on disk
         self._writing: asyncio.Task[None] | None = None
         self._failing = self._stopped = False
-        self._writer = threads(1, "usage", "normal")  # answers wait for it, and it for none of the others' threads
+        self._writer = threads(1, "usage", "normal")  # its own, since responses wait for it
 
     def add(
         self, tenant: str, adapter: str, prompt: int, cached: int, generated: int, device_seconds: float = 0.0
     ) -> asyncio.Future[None]:
-        """A request has ended. `adapter`: as its tenant calls it; empty: the base.
+        """Add a finished request. `adapter`: its name for the tenant; empty: the base.
 
-        The future is done when that is on disk, together with what others added meanwhile.
+        The future is done when it is on disk, together with concurrent additions.
         """
         if self._kept is None:
             self._kept = asyncio.get_running_loop().create_future()
@@ -98,7 +98,7 @@ class Ledger:
         return kept
 
     async def stop(self) -> None:
-        """Write what is left, trying once more at most."""
+        """Write the pending rows, with at most one more attempt."""
         self._stopped = True
         if self._writing is not None:
             await self._writing
@@ -110,7 +110,7 @@ class Ledger:
             try:
                 await run_in(self._writer, partial(self._commit, rows))
                 self._failing = False
-            except Exception as fault:  # whatever it is, nothing may be lost of what was used
+            except Exception as fault:  # any fault: usage must not be lost
                 if not self._failing:
                     log.warning("usage is kept in memory until it can be written: %s", fault)
                 self._failing = True
@@ -126,8 +126,8 @@ class Ledger:
         self._writing = None
 
     def train(self, tenant: str, adapter: str, job: str, tokens: int, device_seconds: float) -> None:
-        """A job has trained on so many tokens in all, for so long since the step before; a step that is repeated
-        counts once. Waits for the disk."""
+        """Add a job's training, up to `tokens` in total; `device_seconds` are those since its last step. A repeated
+        step counts once. Blocks on the disk."""
         with self._database.transaction() as connection:
             row = connection.execute("SELECT tokens FROM trained WHERE job = ?", (job,)).fetchone()
             if (more := tokens - (row[0] if row else 0)) <= 0:
@@ -137,7 +137,7 @@ class Ledger:
             self._database.after_commit(lambda: self._unsent.add(day))
 
     def counted(self, job: str, tokens: int) -> None:
-        """So many tokens of a job were counted by others."""
+        """Note that other servers have counted a job's first `tokens` tokens."""
         with self._database.transaction() as connection:
             connection.execute(
                 "INSERT INTO trained (job, tokens) VALUES (?, ?) "
@@ -146,7 +146,7 @@ class Ledger:
             )
 
     def rows(self, tenant: str | None, first: str, last: str) -> list[dict[str, Any]]:
-        """What is on disk of these days, here and at other servers, by day; `tenant` None: of all.
+        """Return the usage of these days, here and at other servers, sorted by day; `tenant` None: of all tenants.
 
         Raises RemoteUnavailable.
         """
@@ -160,7 +160,7 @@ class Ledger:
         return [rows[key] for key in sorted(rows)]
 
     def trained_today(self, tenant: str) -> int:
-        """Tokens, as far as is known now."""
+        """Return the tokens trained today; without those of other servers while the object store does not answer."""
         try:
             rows = self.rows(tenant, today(), today())
         except RemoteUnavailable:
@@ -168,16 +168,16 @@ class Ledger:
         return sum(row["trained_tokens"] for row in rows)
 
     def send(self) -> None:
-        """Let other servers see what has changed. Waits for the disk and the object store; raises RemoteUnavailable."""
+        """Send changed days to the object store. Blocks on the disk and the store; raises RemoteUnavailable."""
         assert self._pages is not None
         if not self._caught_up:
             sent = self._pages.own()
             with self._database.reading() as connection:
                 days = {row["day"] for row in connection.execute("SELECT DISTINCT day FROM usage")}
-            self._unsent |= days.difference(sent[:-1])  # the last one may have been sent before it was over
+            self._unsent |= days.difference(sent[:-1])  # the last day may have been sent before it ended
             self._caught_up = True
         for day in sorted(self._unsent):
-            self._unsent.discard(day)  # first: it may change meanwhile
+            self._unsent.discard(day)  # first, since the day may change in the meantime
             try:
                 self._pages.write(day, partial(self._page, day))
             except BaseException:
@@ -201,5 +201,5 @@ class Ledger:
 
 
 def today() -> str:
-    """The day in UTC."""
+    """Return the current day in UTC, as YYYY-MM-DD."""
     return time.strftime("%Y-%m-%d", time.gmtime())

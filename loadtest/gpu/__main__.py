@@ -1,7 +1,7 @@
-"""`python -m loadtest.gpu [LETTERS ...]`: run every part, print a verdict per line, keep the result.
+"""`python -m loadtest.gpu [LETTERS ...]`: run all parts or the given ones, print a verdict per line, keep the result.
 
-Results go to `loadtest/results/gpu-<device>.json` and `.md`; parts that are not named stay there as they were. Exits
-with 1 unless every line holds. `--smoke` tries the command out on a CPU, in a minute: its figures mean nothing.
+Results go to `loadtest/results/gpu-<device>.json` and `.md`; other parts stay there as they are. Exits with 1 unless
+every line holds. `--smoke` tries the command on a CPU, in a minute: its figures mean nothing.
 """
 
 import argparse
@@ -25,7 +25,7 @@ NEEDED = ("triton", "transformers", "bitsandbytes", "peft", "msgspec", "safetens
 
 
 def main(arguments: list[str]) -> int:
-    """Run the parts that are asked for."""
+    """Run the requested parts; return the exit status."""
     parser = argparse.ArgumentParser("python -m loadtest.gpu", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="LETTERS", help=f"of {', '.join(PARTS)} [default: all]")
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU, nothing kept but under --results")
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def size_of(asked: argparse.Namespace) -> Size:
-    """The full size, with what the arguments change."""
+    """Return the full size, changed by the arguments."""
     layers = {} if asked.layers is None else {"num_hidden_layers": asked.layers}
     return replace(
         FULL,
@@ -64,7 +64,7 @@ def size_of(asked: argparse.Namespace) -> Size:
 
 
 def run(name: str, bench: Bench, arguments: list[str]) -> Part:
-    """One part; one that breaks takes no other with it."""
+    """Run one part; its failure becomes a line and does not stop the others."""
     described: dict[str, Any] = machine.describe([sys.executable, "-m", "loadtest.gpu", *arguments])
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     described |= {"gpu": gpu, "cuda": torch.version.cuda}

@@ -1,4 +1,4 @@
-"""Promises and their verdicts: the lines of a GPU result, and the files that keep them."""
+"""Promises and their verdicts: the lines of a GPU result, and its files."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ HEADERS = ("line", "what", "promised", "measured", "verdict")
 class Line:
     """One promise with its verdict."""
 
-    name: str  # the letter that the promise goes by
+    name: str  # the promise's letter
     what: str
     promised: str
     measured: str
@@ -25,23 +25,23 @@ class Line:
 
     @property
     def text(self) -> str:
-        """For a terminal."""
+        """The line for a terminal."""
         return f"{self.verdict:>12}  {self.name}  {self.what}: {self.measured} ({self.promised})"
 
 
 def at_least(name: str, what: str, value: float, limit: float, unit: str = "x", note: str = "") -> Line:
-    """A line for a figure with a lower bound. NaN fails."""
+    """Make a line for a figure with a lower bound. NaN fails."""
     return Line(name, what, f">= {limit:g}{unit}", f"{value:.2f}{unit}{note and f' ({note})'}", value >= limit)
 
 
 def at_most(name: str, what: str, value: float, limit: float, unit: str = "x", note: str = "") -> Line:
-    """A line for a figure with an upper bound. NaN fails."""
+    """Make a line for a figure with an upper bound. NaN fails."""
     return Line(name, what, f"<= {limit:.3g}{unit}", f"{value:.3g}{unit}{note and f' ({note})'}", value <= limit)
 
 
 @dataclass(frozen=True)
 class Part:
-    """The findings of one part of the command, and the device."""
+    """The result of one part of the command, and its device."""
 
     name: str
     machine: dict[str, Any]
@@ -50,7 +50,7 @@ class Part:
 
 
 def keep(prefix: Path, parts: Sequence[Part]) -> None:
-    """Write `prefix.json` and `prefix.md`; parts that were not run again stay as they were."""
+    """Write `prefix.json` and `prefix.md`; other parts in these files stay as they are."""
     file = prefix.with_suffix(".json")
     kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for part in parts:
@@ -62,7 +62,7 @@ def keep(prefix: Path, parts: Sequence[Part]) -> None:
 
 
 def page(kept: dict[str, Any]) -> str:
-    """A result as Markdown."""
+    """Return a result as Markdown."""
     rows: list[Sequence[str]] = [HEADERS, ("---",) * len(HEADERS)]
     about: dict[str, list[str]] = {}  # circumstances -> the parts measured in them
     for name, part in kept.items():

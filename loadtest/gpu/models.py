@@ -1,4 +1,4 @@
-"""Models for measurements: shapes of real ones, random weights in Hugging Face layout, and their arithmetic."""
+"""Models for measurements: shapes of real ones with random weights in Hugging Face layout, and their sizes in bytes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ QWEN_8B: dict[str, Any] = LLAMA_8B | {
     "vocab_size": 151936,
     "rope_theta": 1000000.0,
 }
-# Small enough for a CPU, to try the command out.
+# Small enough for a CPU, for --smoke.
 _TINY = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -43,24 +43,24 @@ _TINY = {
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is."""
+    """The sizes of all measurements."""
 
     device: str
     models: dict[str, dict[str, Any]]
-    counts: tuple[int, ...]  # of requests and of their adapters, for the tax
+    counts: tuple[int, ...]  # of requests and of their adapters, for the LoRA tax
     prompt: int
     tokens: int
     rounds: int
-    cold: int  # adapters that come cold, in each of two passes
+    cold: int  # cold adapters, in each of two passes
     spacing: float  # seconds between them
-    sequences: tuple[int, int]  # of a training step: how many, of what length
-    narrow: int  # tokens of a micro-batch where jobs train jointly
+    sequences: tuple[int, int]  # of a training step: number, length
+    narrow: int  # tokens of a micro-batch in joint training
     steps: int
     window: float  # seconds of standing load
 
     @property
     def full(self) -> bool:
-        """Whether figures mean something."""
+        """Whether the figures are meaningful."""
         return self.device == "cuda"
 
 
@@ -95,7 +95,7 @@ SMOKE = Size(
 
 
 def make_model(folder: Path, shape: dict[str, Any], device: str) -> Path:
-    """A model of that shape with random weights, in bf16."""
+    """Write a model of this shape with random weights, in bf16; return its folder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -115,11 +115,11 @@ def make_model(folder: Path, shape: dict[str, Any], device: str) -> Path:
 
 
 def bytes_per_token(shape: dict[str, Any]) -> float:
-    """Bytes that decoding one token reads: NF4 weights with their scales, and the bf16 head."""
+    """Return the bytes read to decode one token: NF4 weights with their scales, and the bf16 head."""
     weights = sum(ins * outs for ins, outs in linear_shapes(shape).values())
     return weights * (1 / 2 + 1 / 64) + 2 * shape["hidden_size"] * shape["vocab_size"]
 
 
 def adapter_bytes(shape: dict[str, Any], rank: int) -> int:
-    """A bf16 adapter on all linears."""
+    """Return the bytes of a bf16 adapter on all linears."""
     return 2 * rank * sum(ins + outs for ins, outs in linear_shapes(shape).values())

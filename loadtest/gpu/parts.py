@@ -1,4 +1,4 @@
-"""The parts of the GPU measurement, one for each letter or group of letters of the promises."""
+"""The parts of the GPU measurement, one for each letter, or group of letters, of the promises."""
 
 import json
 import math
@@ -34,40 +34,40 @@ TESTS = [
     "tests/server/training/test_triton.py",
 ]
 RANK = 16
-PEFT_TOKENS = 24  # PEFT's step takes the longer the more adapters there are
-# Distinct adapters -> share of the throughput without any, were bytes all that counts.
+PEFT_TOKENS = 24  # few, since PEFT's step gets slower with every adapter
+# Distinct adapters -> share of the throughput without adapters, if bandwidth were the only cost.
 LORA_TAX = {1: 0.98, 8: 0.88, 32: 0.65, 64: 0.48}
-BESIDE = 16  # requests that go on while adapters come cold
-SLOWER, KEPT = 1.25, 0.15  # of P99 inter-token latency, and of a job's speed, when both share the device
-LOG_PROBABILITY = 0.5  # by which bf16 may differ from stock transformers
+BESIDE = 16  # running requests while cold adapters are loaded
+SLOWER, KEPT = 1.25, 0.15  # limits of P99 inter-token latency, and of a job's speed, when they share the device
+LOG_PROBABILITY = 0.5  # largest difference between bf16 and stock transformers
 SEED = 0
 
 
 @dataclass
 class Bench:
-    """What the parts share: a folder, a size, and what is made once for all."""
+    """State shared by the parts: a folder, a size, and models, adapters and bandwidths, made once."""
 
     folder: Path
     size: Size
-    raw: dict[str, Any] = field(default_factory=dict)  # of the part that runs
-    measured: dict[str, Any] | None = None  # what KERNELS printed
+    raw: dict[str, Any] = field(default_factory=dict)  # of the current part
+    measured: dict[str, Any] | None = None  # output of KERNELS
 
     def model(self, name: str) -> Path:
-        """A model's folder, made when it is first wanted."""
+        """Return a model's folder, made on first use."""
         path = self.folder / name
         if not (path / "config.json").exists():
             make_model(path, self.size.models[name], self.size.device)
         return path
 
     def adapters(self, name: str, count: int) -> dict[str, str]:
-        """So many adapters of a model, by name; made when they are first wanted."""
+        """Return `count` adapters of a model as name -> folder, made on first use."""
         folder = self.folder / f"{name}-adapters"
         if not (folder / f"bfloat16-{count - 1}" / "adapter_config.json").exists():
             make_adapters(folder, self.model(name), count, rank=RANK, dtype="bfloat16", seed=SEED)
         return {f"bfloat16-{index}": str(folder / f"bfloat16-{index}") for index in range(count)}
 
     def prompts(self, count: int, seed: int) -> list[list[int]]:
-        """Random prompts of the size's length."""
+        """Return random prompts of the size's length."""
         high = min(shape["vocab_size"] for shape in self.size.models.values()) - 1
         return random_prompts(count, self.size.prompt, seed, high=min(10_000, high))
 
@@ -79,7 +79,7 @@ class Bench:
 
     @property
     def threads(self) -> int:
-        """Of libraries on the host."""
+        """Threads of libraries on the host."""
         return min(8, os.cpu_count() or 1) if self.size.full else 1
 
     @property
@@ -88,7 +88,7 @@ class Bench:
 
     @contextmanager
     def engine(self, name: str, adapters: dict[str, str], **config: Any) -> Iterator[tuple[Ask, Any]]:
-        """Our engine over a model."""
+        """Start our engine on a model, as `worker` does."""
         settings = {
             "model": str(self.model(name)),
             "cache_dir": str(self.folder),
@@ -104,8 +104,8 @@ class Bench:
 
 
 def tests(bench: Bench) -> list[Line]:
-    """(a) The kernels', the graphs' and the trainer's tests, the wide ones too."""
-    # Without the project's own settings, which name plugins that such a machine may lack.
+    """(a) Run the tests of kernels, graphs and trainer, slow ones included."""
+    # Without the project's pytest settings, which need plugins that such a machine may lack.
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir=.", "--import-mode=importlib"]
     command += ["-m", "slow or not slow"] if bench.size.full else ["--collect-only"]
     if bench.size.full and find_spec("xdist"):
@@ -117,7 +117,7 @@ def tests(bench: Bench) -> list[Line]:
 
 
 def kernels(bench: Bench) -> list[Line]:
-    """(b) Correctness and speed of the kernels."""
+    """(b) Measure correctness and speed of the kernels."""
     measured = bench.raw["kernels"] = bench.measured = run_json(KERNELS, *bench.flags)
     lines = [
         at_most("b", f"error of {entry['kernel']}, {entry['case']}", entry["error"], entry["limit"], "")
@@ -154,7 +154,7 @@ def kernels(bench: Bench) -> list[Line]:
 
 
 def decoding(bench: Bench) -> list[Line]:
-    """(c), (d), (e) Decoding on both models; PEFT's mixed batch beside it on the first."""
+    """(c), (d), (e) Measure decoding on both models, and PEFT's mixed batch on the first."""
     size, lines = bench.size, []
     most = max(size.counts)
     for name, shape in size.models.items():
@@ -189,10 +189,10 @@ def decoding(bench: Bench) -> list[Line]:
 
 
 def cold(bench: Bench) -> list[Line]:
-    """(f) Adapters that are not on the device when their request comes, beside requests that go on.
+    """(f) Measure requests for cold adapters, and the cost of loading these to running requests.
 
-    The same requests come at the same times, once for adapters in use already and once for ones that are cold: at
-    first on disk (written, so in the file cache), later in host memory, for the device has no room for all.
+    The same requests arrive at the same times, once for adapters already in use and once for cold ones: at first on
+    disk (just written, so in the file cache), later in host memory, since the device has no room for all.
     """
     size, name = bench.size, next(iter(bench.size.models))
     size_of_one = adapter_bytes(size.models[name], RANK)
@@ -222,7 +222,7 @@ def cold(bench: Bench) -> list[Line]:
 
 
 def training(bench: Bench) -> list[Line]:
-    """(g) Training beside PEFT + bitsandbytes, and jobs together beside one after the other."""
+    """(g) Compare training with PEFT + bitsandbytes, and joint jobs with jobs one after the other."""
     size, name = bench.size, next(iter(bench.size.models))
     batch, length = size.sequences
     wide = {"batch_size": batch, "length": length, "micro_batch_tokens": batch * length}
@@ -256,7 +256,7 @@ def training(bench: Bench) -> list[Line]:
 
 
 def background(bench: Bench) -> list[Line]:
-    """(h) A standing load at half of what the engine gets through, without and with a job in the background."""
+    """(h) Measure a standing load at half of the engine's capacity, without and with a job in the background."""
     size, name = bench.size, next(iter(bench.size.models))
     adapters = bench.adapters(name, min(8, max(size.counts)))
     batch, length = size.sequences
@@ -273,7 +273,7 @@ def background(bench: Bench) -> list[Line]:
 
         quiet = serve(1)
         ask({"job": job})
-        ask({"watch": 0.2 * size.window})  # whatever is new to the device comes first
+        ask({"watch": 0.2 * size.window})  # warms up the device
         alone = ask({"watch": 0.4 * size.window})
         busy = serve(2)
         shared = ask({"watch": 0.0})
@@ -306,12 +306,12 @@ PARTS: dict[str, Callable[[Bench], list[Line]]] = {
 }
 
 
-# --- their means --------------------------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------------
 
 
 def run_json(module: str, *arguments: str) -> Any:
-    """The output of `python -m module`. Raises RuntimeError with the end of its errors."""
-    interpreted = {"LORAKEET_TRITON": "interpret", "TRITON_INTERPRET": "1"}  # Triton looks when it is imported
+    """Return the JSON output of `python -m module`. Raises RuntimeError with the end of its errors."""
+    interpreted = {"LORAKEET_TRITON": "interpret", "TRITON_INTERPRET": "1"}  # read by Triton at import
     environment = os.environ | (interpreted if "--smoke" in arguments else {})
     done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -320,25 +320,25 @@ def run_json(module: str, *arguments: str) -> Any:
 
 
 def told(what: str, value: float, unit: str) -> float:
-    """The value, printed at once: a part may be cut short before its lines are."""
+    """Print the value at once, since a part may be cut short before its lines are printed; return it."""
     print(f"{what}: {value:.4g} {unit}", file=sys.stderr, flush=True)
     return value
 
 
 def geomean(values: Sequence[float]) -> float:
-    """Geometric mean; NaN of nothing."""
+    """Return the geometric mean; NaN without values."""
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that so many per cent do not exceed; NaN of nothing."""
+    """Return the smallest value that `percent` of the values do not exceed; NaN without values."""
     return sorted(values)[math.ceil(len(values) * percent / 100) - 1] if values else math.nan
 
 
 def rate(
     bench: Bench, ask: Ask, requests: int, adapters: Sequence[Any], rounds: int | None = None, tokens: int | None = None
 ) -> float:
-    """Decoded tokens per second of a burst, the first tokens left out; the median after a round to warm up."""
+    """Measure a burst's decoded tokens per second, without first tokens; the median, after a round to warm up."""
     rates = []
     for round_ in range(1 + (rounds or bench.size.rounds)):
         names = [adapters[i % len(adapters)] for i in range(requests)]
@@ -353,7 +353,7 @@ def rate(
 
 @dataclass(frozen=True)
 class Burst:
-    """Requests that came over time. Seconds."""
+    """Latencies of requests over time, in seconds."""
 
     firsts: list[float]  # to the first token of each
     gaps: list[float]  # between tokens
@@ -361,7 +361,7 @@ class Burst:
 
     @classmethod
     def of(cls, answers: Sequence[dict[str, Any]], among: Sequence[dict[str, Any]] | None = None) -> "Burst":
-        """Of `answers`; gaps are counted `among` others, where given."""
+        """Compute the latencies of `answers`; with `among`, the gaps are those of other answers."""
         times = [answer["times"] for answer in answers]
         seconds = max(map(max, times)) - min(answer["sent"] for answer in answers)
         return cls(
@@ -372,7 +372,8 @@ class Burst:
 
 
 def beside(bench: Bench, ask: Ask, standing: Sequence[str], arriving: Sequence[str], tokens: int) -> Burst:
-    """Requests that arrive one after the other while others go on; the first tokens of those, the gaps of these."""
+    """Send `arriving` requests one after the other beside `standing` ones; first tokens are those of the arriving ones,
+    gaps those of the standing ones."""
     spacing, few = bench.size.spacing, 4
     answers = ask(
         {
@@ -387,14 +388,14 @@ def beside(bench: Bench, ask: Ask, standing: Sequence[str], arriving: Sequence[s
 
 @dataclass(frozen=True)
 class Trained:
-    """Training at one setting."""
+    """Speed and memory of training with one configuration."""
 
     speed: float  # tokens per second
     peak: int  # bytes above the base
 
 
 def trained(ask: Ask, settings: dict[str, Any], steps: int) -> Trained:
-    """Train for a while, after a step to warm up."""
+    """Train for `steps`, after a step to warm up."""
     ask({"steps": 1, **settings})
     answer = ask({"steps": steps, **settings})
     about = ", ".join(f"{name} {value}" for name, value in settings.items())
@@ -403,10 +404,10 @@ def trained(ask: Ask, settings: dict[str, Any], steps: int) -> Trained:
 
 
 def requests_per_second(bench: Bench, ask: Ask, adapters: Sequence[str]) -> float:
-    """How many requests the engine gets through when more than it takes at once are there."""
+    """Measure the engine's requests per second under more requests than it runs at once."""
     count = 4 * 32 if bench.size.full else 8
     names = [adapters[i % len(adapters)] for i in range(count)]
-    for seed in (3, 4):  # the first warms up
+    for seed in (3, 4):  # the first burst warms up
         answers = ask({"prompts": bench.prompts(count, seed), "tokens": bench.size.tokens, "adapters": names})
     begin = min(answer["sent"] for answer in answers)
     seconds = max(answer["times"][-1] for answer in answers) - begin
@@ -414,7 +415,7 @@ def requests_per_second(bench: Bench, ask: Ask, adapters: Sequence[str]) -> floa
 
 
 def poisson(rate_: float, seconds: float) -> list[float]:
-    """Arrival times of a Poisson process; at least one."""
+    """Draw the arrival times of a Poisson process, at least one."""
     draw, times = random.Random(SEED), [0.0]
     while (following := times[-1] + draw.expovariate(rate_)) < seconds:
         times.append(following)

@@ -1,1 +1,1 @@
-"""The systems that a comparison measures, each behind the same small interface (`base.Side`)."""
+"""The systems in a comparison, each behind the same small interface (`base.Side`)."""

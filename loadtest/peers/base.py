@@ -1,6 +1,6 @@
-"""The interface of a side in a comparison: install, start, answer a burst of requests, stop; and what sides share.
+"""The interface of a side in a comparison (install, start, answer a burst of requests, stop), and code shared by sides.
 
-Each system has a module of its own beside this one.
+Each system has a module of its own in this package.
 """
 
 import asyncio
@@ -27,12 +27,12 @@ AdapterId = tuple[Dtype, int]
 
 
 class SideError(Exception):
-    """A side that cannot be installed or started; the message is for the person at the terminal."""
+    """A side that cannot be installed or started; the message is for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One request of a burst: prompt token ids, how many tokens to return, and the adapter (None: the base)."""
+    """One request of a burst: prompt token ids, number of tokens to return, and adapter (None: the base)."""
 
     prompt: list[int]
     output_tokens: int
@@ -41,7 +41,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """Every side's input: the base model's folder, PEFT adapter folders, threads, a folder for its files."""
+    """The input of all sides: the base model's folder, PEFT adapter folders, threads, a folder for files."""
 
     model: Path
     adapters: dict[AdapterId, Path]
@@ -51,7 +51,7 @@ class Kit:
 
 
 def peers_folder() -> Path:
-    """Where peers are installed: `$XDG_CACHE_HOME/lorakeet/peers`, or `~/.cache/lorakeet/peers`."""
+    """Return the folder of installed peers: `$XDG_CACHE_HOME/lorakeet/peers`, or `~/.cache/lorakeet/peers`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakeet" / "peers"
 
 
@@ -59,31 +59,31 @@ class Side(ABC):
     """One system under test, in one configuration."""
 
     name: ClassVar[str]
-    per_request_adapters: ClassVar[bool] = True  # False: it applies what it was started with, whatever a request says
+    per_request_adapters: ClassVar[bool] = True  # False: adapters are fixed at start
 
     @abstractmethod
     def missing(self) -> str | None:
-        """Why this side cannot run here, or None when it can."""
+        """Return the reason why this side cannot run here, or None if it can."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Versions and configuration, for the result file."""
+        """Return versions and configuration, for the result file."""
 
     @abstractmethod
     async def start(self, kit: Kit) -> None:
-        """Start and load everything; returns when ready. Raises `SideError`."""
+        """Start, load everything, and wait until ready. Raises `SideError`."""
 
     @abstractmethod
     async def burst(self, works: Sequence[Work]) -> list[Timeline]:
-        """Send all at once, wait for all; timelines in the order of `works`."""
+        """Send all requests at once and wait for them; return timelines in the order of `works`."""
 
     async def extras(self) -> dict[str, Any]:
-        """Measurements that make sense for this side alone, taken after the rounds; JSON values."""
+        """Take this side's own measurements, after the rounds; return JSON values."""
         return {}
 
     @abstractmethod
     async def stop(self) -> None:
-        """Stop the side's processes, if there are any."""
+        """Stop the side's processes, if any."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Process:
     _child: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it; its standard output and error go to `log`."""
+        """Start the process; its standard output and error go to `log`."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self._child = subprocess.Popen(
@@ -109,7 +109,7 @@ class Process:
             )
 
     async def wait_for(self, url: str, seconds: float) -> None:
-        """Wait until `url` answers 200. Raises `SideError` with the log's end when the process dies or is too slow."""
+        """Wait until `url` answers 200. Raises `SideError` with the log's end if the process dies or is too slow."""
         end = time.monotonic() + seconds
         async with httpx.AsyncClient(timeout=5) as http:
             while time.monotonic() < end:
@@ -122,7 +122,7 @@ class Process:
         raise SideError(f"{self.command[0]} was not ready within {seconds:g} s:\n{tail(self.log)}")
 
     async def stop(self) -> None:
-        """SIGTERM, then SIGKILL to the whole group after 10 s."""
+        """Send SIGTERM, and SIGKILL to the whole group after at most 10 s."""
         if self._child is None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -149,14 +149,14 @@ class ServerSide(Side):
 
     @abstractmethod
     def command(self, kit: Kit, port: int) -> tuple[list[str], dict[str, str]]:
-        """The command line and the variables to add to the environment."""
+        """Return the command line and additional environment variables."""
 
     @abstractmethod
     def request(self, work: Work) -> tuple[str, dict[str, Any]]:
-        """The model's name and the extra body fields for one request."""
+        """Return the model's name and additional body fields for one request."""
 
     async def loaded(self, kit: Kit) -> None:
-        """Called once the server answers: upload adapters, if that is how it gets them."""
+        """Prepare the server once it answers, such as by uploading adapters."""
         return
 
     async def start(self, kit: Kit) -> None:
@@ -188,28 +188,28 @@ class ServerSide(Side):
 
 
 def tail(log: Path, size: int = 2000) -> str:
-    """The end of a log."""
+    """Return the end of a log."""
     return log.read_bytes()[-size:].decode("utf-8", "replace") if log.exists() else ""
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
+    """Return a TCP port that is free at present."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
 
 
-# --- venvs ---------------------------------------------------------------------------------------------------------
+# --- virtual environments ------------------------------------------------------------------------------------------
 
 
 def venv_python(peer: str) -> Path:
-    """The interpreter of a peer's own virtual environment, which may not exist."""
+    """Return the interpreter of a peer's own virtual environment, which may not exist."""
     return peers_folder() / peer / "venv" / "bin" / "python"
 
 
 def make_venv(peer: str) -> Path:
-    """Create a peer's virtual environment anew; returns its interpreter."""
+    """Create a peer's virtual environment, replacing an existing one; return its interpreter."""
     folder = peers_folder() / peer
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -218,7 +218,7 @@ def make_venv(peer: str) -> Path:
 
 
 def run(command: list[str]) -> str:
-    """Run an installation step at low priority; returns its output. Raises `SideError` with the output's end."""
+    """Run an installation step at low priority; return its output. Raises `SideError` with the output's end."""
     done = subprocess.run(["nice", "-n", "19", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise SideError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
@@ -226,7 +226,7 @@ def run(command: list[str]) -> str:
 
 
 def package_version(python: Path, package: str) -> str | None:
-    """The version of a package in another virtual environment, or None."""
+    """Return the version of a package in another virtual environment, or None."""
     if not python.exists():
         return None
     script = f"import importlib.metadata as m; print(m.version({package!r}))"

@@ -1,7 +1,7 @@
-"""Writes a PEFT adapter of a Llama-like model as the GGUF file that llama-server reads.
+"""Conversion of a PEFT adapter of a Llama-like model to a GGUF file for llama-server.
 
-llama.cpp stores the rows of q and k in another order than transformers (its rotary embedding turns neighbouring pairs,
-not halves), so the rows of B go through the same permutation as the base's weights did.
+llama.cpp stores the rows of q and k in another order than transformers (its rotary embedding turns adjacent pairs, not
+halves), so the rows of B get the same permutation as the base's weights.
 """
 
 import json
@@ -25,7 +25,7 @@ _NAMES = {
 def write_gguf_adapter(peft: Path, model: Path, target: Path, *, half: bool) -> None:
     """Convert the PEFT folder `peft`, made for the Hugging Face folder `model`, to the file `target`.
 
-    `half` stores fp16 numbers instead of fp32. Raises KeyError for a module that llama.cpp's Llama does not have.
+    `half`: store fp16 instead of fp32. Raises KeyError for a module that llama.cpp's Llama does not have.
     """
     import gguf
     from safetensors.torch import load_file
@@ -50,14 +50,14 @@ def write_gguf_adapter(peft: Path, model: Path, target: Path, *, half: bool) -> 
 
 
 def split_name(name: str) -> tuple[int, str, str]:
-    """`base_model.model.model.layers.3.mlp.up_proj.lora_A.weight` -> (3, "mlp.up_proj", "lora_a")."""
+    """Split `base_model.model.model.layers.3.mlp.up_proj.lora_A.weight` into (3, "mlp.up_proj", "lora_a")."""
     path, side = name.removesuffix(".weight").rsplit(".", 1)
     layer, module = path.split(".layers.", 1)[1].split(".", 1)
     return int(layer), module, side.lower()
 
 
 def permuted(rows: NDArray[np.float32], module: str, config: dict[str, Any]) -> NDArray[np.float32]:
-    """Rows `[out, ...]` in llama.cpp's order: within each head of q and k, (halves, pairs) becomes (pairs, halves)."""
+    """Return rows `[out, ...]` in llama.cpp's order: per head of q and k, (halves, pairs) becomes (pairs, halves)."""
     heads = {
         "self_attn.q_proj": config["num_attention_heads"],
         "self_attn.k_proj": config.get("num_key_value_heads") or config["num_attention_heads"],

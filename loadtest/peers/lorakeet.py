@@ -1,4 +1,4 @@
-"""Our own server, as anyone would start it: the `lorakeet` command, default settings, adapters pushed over HTTP."""
+"""Our own server as users run it: the `lorakeet` command, default settings, adapters uploaded over HTTP."""
 
 import importlib.metadata
 import sys
@@ -14,7 +14,7 @@ from loadtest.synthetic import random_prompts
 
 
 class Lorakeet(base.ServerSide):
-    """`lorakeet serve` with an empty data folder; every adapter of the kit is uploaded before the first request."""
+    """`lorakeet serve` with an empty data folder; the kit's adapters are uploaded before the first request."""
 
     name = "lorakeet"
     ready_path = "/ready"
@@ -54,7 +54,7 @@ class Lorakeet(base.ServerSide):
         return name, {"ignore_eos": True, "skip_special_tokens": False}
 
     async def extras(self) -> dict[str, Any]:
-        """TTFT of a 512-token prefix seen for the first and for the second time, with other words after it."""
+        """TTFT of a 512-token prefix for the first and for the second time, followed by other tokens."""
         return {"prefix_cache": await self._prefix_cache(prefix_tokens=512, trials=5)}
 
     async def _prefix_cache(self, prefix_tokens: int, trials: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Lorakeet(base.ServerSide):
 
 
 class LorakeetBare(Lorakeet):
-    """The same server before any adapter was loaded: what base-only requests cost then."""
+    """The same server without loaded adapters, for the cost of base-only requests."""
 
     name = "lorakeet-bare"
     per_request_adapters = False
@@ -84,7 +84,7 @@ class LorakeetBare(Lorakeet):
 
 
 class LorakeetKv16(Lorakeet):
-    """The same server with a KV cache of fp16, which is llama.cpp's default."""
+    """The same server with a KV cache of fp16, llama.cpp's default."""
 
     name = "lorakeet-kv16"
     flags = ("--kv-cache-dtype", "float16")
@@ -94,7 +94,7 @@ class LorakeetKv16(Lorakeet):
 
 
 class LorakeetInt8(Lorakeet):
-    """The same server with its int8 tier, whose logits are not exact: it says how far off they are."""
+    """The same server with int8 activations, and the resulting error of its logits."""
 
     name = "lorakeet-int8"
     flags = ("--activations", "int8")
@@ -105,17 +105,17 @@ class LorakeetInt8(Lorakeet):
 
 
 def executable() -> Path:
-    """The `lorakeet` command of this environment."""
+    """Return the `lorakeet` command of this environment."""
     return Path(sys.executable).with_name("lorakeet")
 
 
 def adapter_name(adapter: base.AdapterId) -> str:
-    """The name under which an adapter is uploaded."""
+    """Return the name under which an adapter is uploaded."""
     return f"{adapter[0]}-{adapter[1]}"
 
 
 async def upload_adapter(http: httpx.AsyncClient, name: str, folder: Path) -> dict[str, Any]:
-    """`POST /v1/adapters`; returns the receipt. Raises `SideError` with the server's message."""
+    """Upload an adapter; return the receipt. Raises `SideError` with the server's message."""
     config = (folder / "adapter_config.json").read_bytes()
     with (folder / "adapter_model.safetensors").open("rb") as weights:
         answer = await http.post(

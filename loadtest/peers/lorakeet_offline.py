@@ -1,4 +1,4 @@
-"""Our engine driven without a server: the difference is the cost of HTTP, tokenising and the second process."""
+"""Our engine without a server; the difference is the cost of HTTP, tokenising and the second process."""
 
 import importlib.metadata
 import os

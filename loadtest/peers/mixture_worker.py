@@ -1,7 +1,7 @@
 """transformers with bitsandbytes NF4 on a mixture of experts, in a process of its own: JSON lines in, JSON lines out.
 
 transformers holds the experts of a layer in two parameters, which its bitsandbytes quantisation leaves as they are. So
-there are three ways to run one, each at its best somewhere. Started by `loadtest.mixture`; bursts are `peft_worker`'s.
+there are three layouts, each the fastest in some case. Started by `loadtest.mixture`; bursts are `peft_worker`'s.
 """
 
 import json
@@ -10,14 +10,14 @@ import warnings
 from typing import Any
 
 LAYOUTS = {
-    "dense": "experts not quantised",  # what `load_in_4bit` gives
-    "parameters": "experts as 4-bit parameters",  # bitsandbytes' own, which are decoded whole
-    "linears": "experts as 4-bit linears",  # a module for each, as transformers had before version 5
+    "dense": "experts not quantised",  # the result of `load_in_4bit`
+    "parameters": "experts as 4-bit parameters",  # bitsandbytes' own, decoded whole
+    "linears": "experts as 4-bit linears",  # one module each, as in transformers before version 5
 }
 
 
 def quantize_experts(model: Any, layout: str) -> None:
-    """Bring the experts of a loaded model into one of the layouts."""
+    """Convert the experts of a loaded model to one of the layouts."""
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
     for layer in model.model.layers:
@@ -30,7 +30,7 @@ def quantize_experts(model: Any, layout: str) -> None:
 
 
 def separate(experts: Any) -> Any:
-    """transformers' experts with a `Linear4bit` in place of each weight."""
+    """Return transformers' experts with a `Linear4bit` in place of each weight."""
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
     from torch import Tensor, nn
@@ -38,7 +38,7 @@ def separate(experts: Any) -> Any:
     def linear(weight: Tensor) -> Linear4bit:
         made = Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4")
         made.weight = Params4bit(weight.detach().clone(), requires_grad=False, quant_type="nf4")
-        return made.to(weight.device)  # which quantises it
+        return made.to(weight.device)  # this quantises it
 
     class Separate(nn.Module):
         def __init__(self) -> None:
@@ -67,7 +67,7 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     answers = sys.stdout
-    sys.stdout = sys.stderr  # libraries print; the protocol's channel stays clean
+    sys.stdout = sys.stderr  # keeps libraries' prints out of the protocol
     settings = json.loads(sys.stdin.readline())
     model = load_base(settings, getattr(torch, settings["dtype"]))
     quantize_experts(model, settings["experts"])

@@ -1,4 +1,4 @@
-"""PEFT + transformers + bitsandbytes NF4 from this environment, the way its users run many adapters.
+"""PEFT + transformers + bitsandbytes NF4 from this environment, in its two usual ways of running many adapters.
 
 Either one mixed batch (`generate(adapter_names=[...])`) or adapter switching (a batch for each adapter in turn).
 """
@@ -48,12 +48,12 @@ class Peft(WorkerSide):
         }
 
     def adapter(self, adapter: base.AdapterId) -> str:
-        # The file's type makes no difference here: PEFT converts adapters to fp32 when it loads them.
+        # The file's dtype makes no difference: PEFT converts adapters to fp32 at load.
         return adapter_name(("float32", adapter[1]))
 
 
 class PeftBf16(Peft):
-    """The same in bfloat16, for which bitsandbytes has its own kernels where the CPU has AVX512-BF16."""
+    """`Peft` in bfloat16, for which bitsandbytes has its own kernels on CPUs with AVX512-BF16."""
 
     name = "peft-bf16"
     _dtype = "bfloat16"

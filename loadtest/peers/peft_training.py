@@ -1,7 +1,7 @@
 """PEFT training on a bitsandbytes NF4 base, in a process of its own: JSON lines in, JSON lines out.
 
-The protocol is `server.training.bench`'s. `checkpointing` turns gradient checkpointing on; the loss falls on
-the second half of each sequence, as there. On a CPU all arithmetic is fp32, on a GPU the base's is bf16.
+The protocol is `server.training.bench`'s. `checkpointing` turns gradient checkpointing on; as there, the loss is that
+of each sequence's second half. On a CPU all arithmetic is fp32, on a GPU the base's is bf16.
 """
 
 import json
@@ -19,17 +19,17 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def load(settings: dict[str, Any]) -> Any:
-    """The quantised base, ready for a trainable adapter."""
+    """Load the quantised base, ready for a trainable adapter."""
     base = load_base(settings, torch.bfloat16 if settings.get("device") == "cuda" else torch.float32)
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # It would repack the weight, and gradients would be lost.
+            # Otherwise it repacks the weight, and gradients are lost.
             module.support_avx512bf16_for_cpu = False
     return base
 
 
 def trainable(base: Any, settings: dict[str, Any]) -> Any:
-    """PEFT's model over the base."""
+    """Return PEFT's model over the base."""
     import peft
 
     base.requires_grad_(False)
@@ -40,14 +40,14 @@ def trainable(base: Any, settings: dict[str, Any]) -> Any:
 
 
 def checkpoint(base: Any) -> None:
-    """Turn gradient checkpointing on, for good."""
+    """Turn gradient checkpointing on; it stays on."""
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     base.enable_input_require_grads()
-    base.train()  # transformers checkpoint in this mode only
+    base.train()  # transformers checkpoints in this mode only
 
 
 def main() -> None:
-    """Answer until standard input ends."""
+    """Answer requests until standard input ends."""
     warnings.simplefilter("ignore")
     answers, sys.stdout = sys.stdout, sys.stderr
     settings = json.loads(sys.stdin.readline())
@@ -86,17 +86,17 @@ def main() -> None:
 
 
 def reset_peak(device: torch.device) -> int:
-    """Forget the memory peak so far; the bytes in use now: the GPU's own, or resident ones."""
+    """Reset the memory peak; return the bytes in use now: allocated on the GPU, or resident ones of the process."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # of the process (Linux)
+        Path("/proc/self/clear_refs").write_text("5")  # the process's peak (Linux)
     return peak(device)
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes in use since the last reset."""
+    """Return the most bytes in use since the last reset."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

@@ -1,7 +1,7 @@
 """PEFT on a bitsandbytes NF4 base, in a process of its own: JSON lines in, JSON lines out.
 
-Started by `peft.Peft`; a first line says what to load, every further one is a burst of prompts of equal length. Times
-are `perf_counter` seconds, which on Linux is one clock for all processes.
+Started by `peft.Peft`; the first line has the settings, every further one is a burst of prompts of equal length. Times
+are `perf_counter` seconds, on Linux one clock for all processes.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 
 
 class StepClock:
-    """A stopping criterion that never stops and notes when each step's tokens were there."""
+    """A stopping criterion that never stops and records the time of each step's tokens."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -27,7 +27,7 @@ class StepClock:
 
 
 def load_base(settings: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The quantised base alone."""
+    """Load the quantised base alone."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
@@ -45,7 +45,7 @@ def load_base(settings: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 def load(settings: dict[str, Any]) -> Any:
-    """The quantised base with every adapter attached."""
+    """Load the quantised base with all adapters."""
     from peft import PeftModel
 
     base = load_base(settings, getattr(torch, settings["dtype"]))
@@ -60,7 +60,7 @@ def load(settings: dict[str, Any]) -> Any:
 
 @torch.inference_mode()
 def generate(model: Any, prompts: list[list[int]], tokens: int, **keywords: Any) -> tuple[list[float], list[list[int]]]:
-    """Greedy generation of one batch: the time of each step, and the new token ids `[requests][tokens]`."""
+    """Generate one batch greedily; return the time of each step, and the new token ids `[requests][tokens]`."""
     from transformers import StoppingCriteriaList
 
     clock = StepClock()
@@ -77,7 +77,7 @@ def generate(model: Any, prompts: list[list[int]], tokens: int, **keywords: Any)
 
 
 def mixed_batch(model: Any, burst: dict[str, Any]) -> list[dict[str, Any]]:
-    """All requests in one batch, each row with its own adapter."""
+    """Run all requests in one batch, each row with its own adapter."""
     if not any(burst["adapters"]):
         return without_adapters(model, burst)
     names = [name or "__base__" for name in burst["adapters"]]
@@ -86,14 +86,14 @@ def mixed_batch(model: Any, burst: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def without_adapters(model: Any, burst: dict[str, Any]) -> list[dict[str, Any]]:
-    """The base alone, in one batch."""
+    """Run the base alone, in one batch."""
     with model.disable_adapter():
         times, rows = generate(model, burst["prompts"], burst["tokens"])
     return [{"times": times, "tokens": row} for row in rows]
 
 
 def switching(model: Any, burst: dict[str, Any]) -> list[dict[str, Any]]:
-    """One adapter at a time: requests are grouped by adapter, each group is a batch of its own."""
+    """Run one adapter at a time: a batch for the requests of each adapter."""
     if not any(burst["adapters"]):
         return without_adapters(model, burst)
     answers: dict[int, dict[str, Any]] = {}
@@ -109,7 +109,7 @@ def main() -> None:
     """Serve bursts until standard input ends."""
     warnings.simplefilter("ignore")
     answers = sys.stdout
-    sys.stdout = sys.stderr  # libraries print; the protocol's channel stays clean
+    sys.stdout = sys.stderr  # keeps libraries' prints out of the protocol
     settings = json.loads(sys.stdin.readline())
     model = load(settings)
     run = switching if settings["switching"] else mixed_batch

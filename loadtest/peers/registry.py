@@ -1,4 +1,4 @@
-"""Every system that a comparison can measure, by name."""
+"""All sides of comparisons, by name."""
 
 from loadtest.peers import llama, peft, transformers_serve, vllm
 from loadtest.peers.base import Side
@@ -27,5 +27,5 @@ SIDES: dict[str, type[Side]] = {
     )
 }
 
-# Peers that live in environments of their own, and how each gets there.
+# Peers with environments of their own, and their installers.
 RECIPES = {"llama": llama.install, "vllm": vllm.install, "transformers": transformers_serve.install}

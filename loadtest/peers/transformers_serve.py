@@ -1,7 +1,7 @@
 """`transformers serve`, Hugging Face's own server, in an environment of its own: the base alone.
 
-It serves no adapters per request, so it takes part only where none are asked for. Its completions take text, not token
-ids: it gets the prompt's ids as text, which it may cut into a few tokens more or fewer.
+It serves no adapters per request, so it takes part in cases without adapters only. Its completions take text, not token
+ids: it gets the decoded prompt, which it may split into a few tokens more or fewer.
 """
 
 import json
@@ -17,7 +17,7 @@ from loadtest.peers import base
 VERSION = "5.23.0"
 TORCH = "2.13.0"
 _PEER = "transformers"
-# Without these it takes what memory there is for its cache and attends over all of it, many times slower.
+# Without these its cache takes all free memory, and it attends over all of it, many times slower.
 _BATCHING = ("--continuous-batching", "--cb-num-blocks", "64", "--cb-block-size", "32", "--cb-max-batch-tokens", "256")
 
 
@@ -32,14 +32,14 @@ def _body(model: str, prompt: list[int], output_tokens: int, *, text: str) -> di
 
 
 def _read(timeline: Timeline, events: list[tuple[float, bytes]]) -> None:
-    """As OpenAI's, but for the end: the last event is the one with a finish reason and the usage."""
+    """Read events as OpenAI's, without `[DONE]`: the last event has the finish reason and the usage."""
     if events and json.loads(events[-1][1]).get("usage"):
         events = [*events, (events[-1][0], b"[DONE]")]
     OPENAI.read(timeline, events)
 
 
 class TransformersServe(base.ServerSide):
-    """With continuous batching, without which it would answer one request after the other."""
+    """`transformers serve` with continuous batching, without which it runs one request after the other."""
 
     name = "transformers-serve"
     per_request_adapters = False
@@ -77,14 +77,14 @@ class TransformersServe(base.ServerSide):
 
 
 class TransformersServeBf16(TransformersServe):
-    """The same in bfloat16: half the bytes to read, fast where the CPU has instructions for it."""
+    """The same in bfloat16: half the bytes to read, fast on CPUs with instructions for it."""
 
     name = "transformers-serve-bf16"
     _dtype = "bfloat16"
 
 
 def _endless(model: Path, folder: Path) -> Path:
-    """The model without an end of sequence, since no parameter of a request ignores it: a folder of links."""
+    """Make a folder of links to the model, without an EOS token, since requests have no parameter to ignore it."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in model.iterdir():
         if file.name in ("config.json", "generation_config.json"):

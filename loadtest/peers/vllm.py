@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 from loadtest.peers import base
 
 VERSION = "0.32.0"
-TORCH = "2.13.0"  # what that release is built against
+TORCH = "2.13.0"  # the version that this release is built against
 
-# Printed by the new environment: its requirements, without what a text model does not need and without torch, which is
-# named as a local build that PyPI does not have.
+# Run in the new environment: prints vLLM's requirements, without packages that a text model does not need and without
+# torch, which is named as a local build that PyPI does not have.
 _REQUIREMENTS = """
 import importlib.metadata
 from pip._vendor.packaging.requirements import Requirement
@@ -32,7 +32,7 @@ def install() -> None:
 
 
 class Vllm(base.ServerSide):
-    """`vllm serve` with every adapter of the kit resident."""
+    """`vllm serve` with all adapters of the kit resident."""
 
     name = "vllm"
     ready_seconds = 600.0
@@ -54,7 +54,7 @@ class Vllm(base.ServerSide):
         python = base.venv_python("vllm")
         loras = [f"{lora_name(adapter)}={path}" for adapter, path in kit.adapters.items() if adapter[0] == "float32"]
         command = [
-            # Not the `vllm` command, which looks for a distribution of that name.
+            # Not the `vllm` command, which needs a distribution of that name.
             *(str(python), "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(kit.model), "--served-model-name", "base"),
             *("--host", "127.0.0.1", "--port", str(port), "--dtype", self._dtype),
@@ -72,18 +72,18 @@ class Vllm(base.ServerSide):
         }
 
     def request(self, work: base.Work) -> tuple[str, dict[str, Any]]:
-        # An adapter's file type makes no difference here: rows are converted to the model's type when loaded.
+        # An adapter file's dtype makes no difference: rows are converted to the model's dtype at load.
         name = "base" if work.adapter is None else lora_name(("float32", work.adapter[1]))
         return name, {"ignore_eos": True, "skip_special_tokens": False}
 
 
 class VllmBf16(Vllm):
-    """The same in bfloat16: half the bytes to read, fast where the CPU has instructions for it."""
+    """The same in bfloat16: half the bytes to read, fast on CPUs with instructions for it."""
 
     name = "vllm-bf16"
     _dtype = "bfloat16"
 
 
 def lora_name(adapter: base.AdapterId) -> str:
-    """The name under which an adapter is served."""
+    """Return the name under which an adapter is served."""
     return f"{adapter[0]}-{adapter[1]}"

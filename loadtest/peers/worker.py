@@ -1,7 +1,7 @@
-"""A side that is a worker process: one JSON line in for each burst, one JSON line back with every step's time.
+"""A side in a worker process: one JSON line in for each burst, one JSON line back with the time of every step.
 
-For systems that are libraries. No HTTP is between, which favours them a little. Times are `perf_counter` seconds; on
-Linux that is one clock for all processes.
+For libraries. Without HTTP in between, they have a small advantage. Times are `perf_counter` seconds, on Linux one
+clock for all processes.
 """
 
 import asyncio
@@ -19,10 +19,10 @@ from loadtest.peers import base
 
 
 class WorkerSide(base.Side):
-    """Starts `command()`, sends it `settings()`, then a burst a line.
+    """A side that starts `command()`, sends it `settings()`, then one line per burst.
 
     A burst is `{"prompts": [[id]], "tokens": n, "adapters": [name or null]}`; its answer is, for each request,
-    `{"times": [when each token was there], "tokens": [id]}`.
+    `{"times": [time of each token], "tokens": [id]}`.
     """
 
     def __init__(self) -> None:
@@ -31,15 +31,15 @@ class WorkerSide(base.Side):
 
     @abstractmethod
     def command(self) -> list[str]:
-        """The worker's command line."""
+        """Return the worker's command line."""
 
     @abstractmethod
     def settings(self, kit: base.Kit) -> dict[str, Any]:
-        """Its first line of input; it answers when everything is loaded."""
+        """Return the worker's first line of input, which it answers once everything is loaded."""
 
     @abstractmethod
     def adapter(self, adapter: base.AdapterId) -> str:
-        """The name by which the worker knows an adapter."""
+        """Return the worker's name of an adapter."""
 
     async def start(self, kit: base.Kit) -> None:
         self._log = kit.folder / f"{self.name}.log"

@@ -1,4 +1,4 @@
-"""Whose turn it is, where few places are wanted by many: nobody's slow or frequent work holds up the rest."""
+"""A fair queue for a few places: slow or frequent work of one key does not hold up others."""
 
 import asyncio
 import time
@@ -7,44 +7,44 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 _SLOW_SECONDS = 0.25
-_WEIGHT = 10.0  # seconds that one has to wait behind others for each second that its work takes
-_REMEMBERED = 4096  # keys, and works
+_WEIGHT = 10.0  # seconds that a call is moved back for each second that its work took the last time
+_REMEMBERED = 4096  # keys, and kinds of work
 
 
 @dataclass(eq=False)
 class _Key:
     position: float = 0.0  # of its last call
-    taken: int = 0  # places that it has now
+    taken: int = 0  # places held now
 
 
 @dataclass(eq=False)
 class Call:
-    """A wish for a place."""
+    """A request for a place."""
 
     position: float
     key: _Key
     work: str
     place: asyncio.Future[None]
-    began: float = 0.0  # when its work did; whoever has the place may say later
+    began: float = 0.0  # start of its work, monotonic; the holder of the place may move it later
 
 
 class FairQueue:
-    """Places that are given to keys in turn.
+    """Places given to keys in turn.
 
-    The longer some work took the last time, the further back its calls stand, those of one key behind each other. The
-    last place is never given to a key that has one already, nor to work that was slow.
+    The longer a kind of work took the last time, the further back its calls are queued; calls of one key queue behind
+    each other. The last free place never goes to a key that already holds one, nor to work that was slow.
     """
 
     def __init__(self, places: int) -> None:
         self._places = places
         self._free = places
         self._waiting: list[Call] = []
-        self._keys: dict[str, _Key] = {}  # the first known first, as are works
-        self._seconds: dict[str, float] = {}  # work -> how long it took
+        self._keys: dict[str, _Key] = {}  # the oldest first
+        self._seconds: dict[str, float] = {}  # kind of work -> its last duration; the oldest first
 
     @asynccontextmanager
     async def take(self, key: str, work: str) -> AsyncIterator[Call]:
-        """Wait for a place, and have it until the end."""
+        """Wait for a place and hold it until the context ends."""
         owner = self._keys.setdefault(key, _Key())
         owner.position = max(time.monotonic(), owner.position) + _WEIGHT * self._seconds.get(work, 0.0)
         call = Call(owner.position, owner, work, asyncio.get_running_loop().create_future())

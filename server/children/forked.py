@@ -1,7 +1,7 @@
-"""A loop for programs whose work may explode: each order is carried out in a child of its own, within limits.
+"""A loop for programs with unbounded work: each order is carried out in a forked child, within limits.
 
-The child limits itself, works and is gone, so no order meets another one's, and what loops or explodes takes only its
-child with it. Needs nothing but the standard library, as the program does that renders templates.
+The child limits itself, works and exits, so orders share no state, and an endless loop or exhausted memory ends only
+its child. Imports the standard library only, since the template renderer uses it.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 
 from server.children.frames import end_with_parent, serve, within
 
-STACK_BYTES = 4 << 20  # less than any thread has that does the same work later
+STACK_BYTES = 4 << 20  # less than in any thread that does the same work later
 _LIMIT = json.dumps({"limit": "takes too long, or too much memory"}).encode()
 _LATE = json.dumps({"late": "takes too long"}).encode()
 
@@ -52,7 +52,7 @@ def _answer(
 
 
 def _limit(seconds: float, cpu_seconds: int, memory: int) -> None:
-    """What this process may use from now on; who exceeds it is ended by the kernel."""
+    """Limit this process from now on; the kernel ends it beyond the limits."""
     with open("/proc/self/statm", "rb") as statm:  # noqa: PTH123
         taken = int(statm.read().split()[0]) * resource.getpagesize()
     for kind, wanted in ((resource.RLIMIT_AS, taken + memory), (resource.RLIMIT_CPU, cpu_seconds)):

@@ -1,6 +1,6 @@
 """Orders and answers between this server and its helper processes: bytes with their length, over pipes.
 
-Needs nothing but the standard library, as the program does that renders templates which nobody vouches for.
+Imports the standard library only, since the renderer of untrusted templates uses it.
 """
 
 import ctypes
@@ -15,15 +15,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 def frame(content: bytes) -> bytes:
-    """The content as it is sent."""
+    """Return the content with its length in front."""
     return len(content).to_bytes(PREFIX_BYTES, "little") + content
 
 
 def serve(answer: Callable[[bytes], bytes]) -> None:
-    """Send an empty frame, and answer orders from standard input until that ends, or whoever sends them does."""
+    """Send an empty frame, then answer orders from standard input until it or the parent process ends."""
     end_with_parent()
     orders, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps the prints of libraries out of the answers
     answers.write(frame(b""))
     answers.flush()
     while prefix := orders.read(PREFIX_BYTES):
@@ -32,12 +32,12 @@ def serve(answer: Callable[[bytes], bytes]) -> None:
 
 
 def within(kind: int, wanted: int) -> int:
-    """A limit as wanted, or as low as the system has set it for us: nobody may ask for more."""
+    """Return the wanted limit, or this process's hard limit if that is lower, since it cannot be raised."""
     hard = resource.getrlimit(kind)[1]
     return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when the one that started it has gone, even in the middle of its work."""
+    """Have the kernel kill this process when its parent ends, even in the middle of its work."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

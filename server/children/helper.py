@@ -1,7 +1,7 @@
-"""Helper processes: heavy or dangerous work outside this one, bounded in time and memory, ended when nobody waits.
+"""Helper processes: heavy or dangerous work outside this process, bounded in time and memory, ended when cancelled.
 
 A helper runs a program that answers orders (`server.children.frames`), one at a time. `Helpers` shares several of them
-out among keys, so that nobody's slow work holds up others.
+among keys, so that slow work of one key does not hold up others.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ from adapters.peft_format.fields import AdapterError
 from server.children.fair_queue import FairQueue
 from server.children.frames import PREFIX_BYTES, frame, within
 
-FORK_GRACE_SECONDS = 2.0  # beyond an order's limit, for its child to be ended and the program to tell
+FORK_GRACE_SECONDS = 2.0  # beyond an order's limit, for its child to end and the program to report it
 WORK = "server.children.programs.work"
-# Variables of every process that we start: its modules are ours, whatever lies in the directory where we were started,
-# and have docstrings, which transformers reads.
+# Variables of every process that we start: its modules are ours, not those in the working directory, and have
+# docstrings, which transformers reads.
 OURS = {"PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": ""}
 _MAX_ANSWER = 256 * 1024 * 1024  # bytes
 _DIED = (asyncio.IncompleteReadError, ConnectionError)
@@ -34,23 +34,23 @@ log = logging.getLogger(__name__)
 
 
 class HelperFailed(RuntimeError):
-    """The program broke down; the log says how."""
+    """The program failed; the log has the cause."""
 
 
 class HelperLimit(Exception):
-    """The order took more time or memory than it may, and was ended. The message is a predicate."""
+    """The order exceeded its time or memory and was ended. The message is a predicate, such as "takes too long"."""
 
 
 class HelperLate(HelperLimit):
-    """Its time ran out on the clock: the order may be too much, or the machine busy."""
+    """The order exceeded its wall time: it may be too large, or the machine busy."""
 
 
 class Helper:
-    """One process, started when it is first asked and again when it has ended. Asked one thing at a time.
+    """One process, started with the first order and again after it has ended. Takes one order at a time.
 
     Args:
         command: the program's module, and its arguments.
-        memory: bytes of data that the process may have.
+        memory: limit of the process's data, in bytes.
     """
 
     def __init__(self, *command: str, priority: Priority = "normal", memory: int | None = None) -> None:
@@ -58,15 +58,15 @@ class Helper:
         self._priority: Priority = priority
         self._memory = memory
         self._process: Process | None = None
-        self.ready = 0.0  # since when, on the monotonic clock
+        self.ready = 0.0  # time of the last start, on the monotonic clock
         self._closed = False
 
     async def ask(self, order: Any, seconds: float | None, kind: Any = Any) -> Any:
-        """The answer, of type `kind`, to whatever JSON can say. Whoever stops waiting for it ends the process.
+        """Return the answer, of type `kind`, to an order that JSON can express. Cancelling ends the process.
 
         Raises:
             AdapterError: the program refuses the order.
-            OSError: the disk's fault.
+            OSError: a fault of the disk.
             HelperLimit, HelperLate, HelperFailed.
         """
         content, answer = frame(msgspec.json.encode(order, enc_hook=str)), None
@@ -78,14 +78,14 @@ class Helper:
                 except _DIED:
                     if not served_before:
                         raise
-                    await self._end()  # it may have died since its last answer
+                    await self._end()  # the process may have died since its last answer
                     answer = await self._exchange(content)
         except TimeoutError:
             raise HelperLate(f"takes more than {seconds:g} s") from None
         except _DIED:
             status = await self._end() or 0
             log.error("%s ended with status %d", " ".join(self._command), status)
-            if status < 0 and not self._closed:  # for want of memory, as a rule
+            if status < 0 and not self._closed:  # mostly for lack of memory
                 raise HelperLimit("ran out of memory, or was killed") from None
             raise HelperFailed("the helper process ended") from None
         finally:
@@ -94,7 +94,7 @@ class Helper:
         return _opened(answer, kind)
 
     async def close(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process, even at work."""
         self._closed = True
         await self._end()
 
@@ -108,7 +108,7 @@ class Helper:
         return await _read(process)
 
     async def _start(self) -> Process:
-        # Idle threads must sleep, not spin; and those of numpy's BLAS take memory that is never used.
+        # Idle threads must sleep, not spin; numpy's BLAS threads take memory that is never used.
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} | ({"OPENBLAS_NUM_THREADS": "1"} if self._memory else {})
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", *self._command),
@@ -117,7 +117,7 @@ class Helper:
             env=environment | dict(os.environ) | OURS,
             start_new_session=True,
         )
-        with suppress(ProcessLookupError):  # the interpreter still starts
+        with suppress(ProcessLookupError):  # set while the interpreter still starts
             give_way(self._priority, self._process.pid)
             if self._memory and sys.platform == "linux":
                 limit = within(resource.RLIMIT_DATA, self._memory)
@@ -128,18 +128,18 @@ class Helper:
         return process
 
     async def _end(self) -> int | None:
-        """Its exit status."""
+        """Kill the process; return its exit status."""
         process, self._process = self._process, None
         if process is None:
             return None
         if process.returncode is None:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it forked, too
+                os.killpg(process.pid, signal.SIGKILL)  # with its forked children
         return await process.wait()
 
 
 class Helpers:
-    """Several processes that run one program, shared out among keys: see `FairQueue`."""
+    """Several processes that run one program, shared among keys: see `FairQueue`."""
 
     def __init__(self, count: int, *command: str, priority: Priority = "normal", memory: int | None = None) -> None:
         self._all = [Helper(*command, priority=priority, memory=memory) for _ in range(count)]
@@ -147,30 +147,31 @@ class Helpers:
         self._queue = FairQueue(count)
 
     async def ask(self, key: str, order: Any, seconds: float, kind: Any = Any, work: str | None = None) -> Any:
-        """As `Helper.ask`, in turn; `seconds` begin with it. `work`: of orders that take as long, if not `key`."""
+        """As `Helper.ask`, in the key's turn, from which `seconds` count. `work`: a name for orders of like duration,
+        by default `key`."""
         async with self._queue.take(key, work or key) as call:
             helper = self._idle.pop()
             try:
                 return await helper.ask(order, seconds, kind)
             finally:
-                call.began = max(call.began, helper.ready)  # starting a process says nothing of the work
+                call.began = max(call.began, helper.ready)  # without the start of a process
                 self._idle.append(helper)
 
     async def close(self) -> None:
-        """End the processes, whatever they do."""
+        """Kill the processes, even at work."""
         await asyncio.gather(*(helper.close() for helper in self._all))
 
 
 def forking(program: str, seconds: float, cpu_seconds: int, memory: int) -> Helpers:
-    """Two helpers of a program that gives each order a child of its own, within these limits: `server.children.forked`.
+    """Make two helpers of a program that forks a child for each order, within these limits (`server.children.forked`).
 
-    Whoever asks them waits `FORK_GRACE_SECONDS` longer.
+    Their callers wait `FORK_GRACE_SECONDS` longer than `seconds`.
     """
     return Helpers(2, f"server.children.programs.{program}", str(seconds), str(cpu_seconds), str(memory))
 
 
 async def ask_once(function: str, order: Any, seconds: float | None) -> Any:
-    """Let a process of its own run a function (`package.module.function`). Raises what `Helper.ask` does."""
+    """Run a function (`package.module.function`) in a process of its own. Raises the errors of `Helper.ask`."""
     helper = Helper(WORK, priority="low")
     try:
         return await helper.ask({"function": function, "order": order}, seconds)

@@ -1,1 +1,1 @@
-"""The command line's clients: thin, over HTTP, importing nothing of the server that they talk to."""
+"""The command line's clients: thin, over HTTP, importing nothing of the server."""

@@ -1,4 +1,4 @@
-"""`lorakeet push`, `pull`, `list`, `rm`, `pin`, `unpin`: adapters of a running server, from and to PEFT directories."""
+"""`lorakeet push`, `pull`, `list`, `rm`, `pin`, `unpin`: adapters of a running server, as PEFT directories."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,14 +22,16 @@ from server.commands.remote import (
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-BESIDE = {"tokenizer": "tokenizer.json", "chat_template": "chat_template.jinja"}  # sent too when they are there
+BESIDE = {"tokenizer": "tokenizer.json", "chat_template": "chat_template.jinja"}  # optional
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.")]
 
 
 def push(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The name to serve it under, new or taken over at once.")],
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that PEFT's save_pretrained wrote.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The adapter's name; an existing one gets a new version.")
+    ],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory written by PEFT's save_pretrained.")],
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -64,10 +66,10 @@ def push(
 
 def pull(
     name: Name,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it; made if missing.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The target directory; made if missing.")],
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is already in DIR.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter in DIR.")] = False,
 ) -> None:
     """Download an adapter. PEFT's from_pretrained reads DIR."""
     targets = [directory / CONFIG, directory / WEIGHTS]
@@ -75,7 +77,7 @@ def pull(
         raise CommandError(f"{existing} exists; --force replaces it")
     directory.mkdir(parents=True, exist_ok=True)
     with _progress() as progress, connect(url, api_key) as client:
-        # Both files come from one version, even if the name is given to another one in between.
+        # Both files come from one version, even if the name is replaced in between.
         digest = get_json(client, adapter_path(name))["digest"]
         pinned = f"{name.partition('@')[0]}@{digest.removeprefix('sha256:')}"
         parts = [path.with_name(f".{path.name}.part") for path in targets]
@@ -96,7 +98,7 @@ def pull(
 
 
 def list_adapters(as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
-    """Show the adapters that the server knows."""
+    """Show the server's adapters."""
     with connect(url, api_key) as client:
         adapters = get_json(client, "/v1/adapters")["data"]
     if as_json:
@@ -126,29 +128,29 @@ def remove(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Delete adapters. Requests that run already finish with the weights they started with."""
+    """Delete adapters. Running requests finish with the weights they started with."""
     with connect(url, api_key) as client:
         for name in names:
             checked(client.delete(adapter_path(name)))
-            print(f"{name} is gone")
+            print(f"{name} is deleted")
 
 
 def pin(name: Name, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
-    """Keep an adapter on the device, and every later version of its name."""
+    """Keep an adapter on the device, later versions of its name included."""
     with connect(url, api_key) as client:
         answer = checked(client.post(adapter_path(name, "pin"))).json()
-    print(f"{name} is pinned: {_size(answer['bytes_on_device'])} of the device")
+    print(f"{name} is pinned: {_size(answer['bytes_on_device'])} of device memory")
 
 
 def unpin(name: Name, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
-    """Let an adapter leave the device when others need the room."""
+    """Let an adapter leave the device when others need its memory."""
     with connect(url, api_key) as client:
         checked(client.delete(adapter_path(name, "pin")))
     print(f"{name} is no longer pinned")
 
 
 def _progress() -> Progress:
-    """A bar for bytes on standard error, shown on a terminal only and gone when done."""
+    """A progress bar for bytes on standard error, on a terminal only, removed when done."""
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -17,18 +17,18 @@ from server.commands.remote import DEFAULT_URL, ApiKey, CommandError, Url, base_
 
 Message = dict[str, str]
 
-MAX_TOKENS = 512  # small models sometimes find no end
-_HELP = """/adapter NAME  talk to another adapter, or without NAME to the base; the conversation goes on
+MAX_TOKENS = 512  # small models sometimes never stop
+_HELP = """/adapter NAME  talk to another adapter, or without NAME to the base; the conversation continues
 /clear         forget the conversation
 /help          show this
 /quit          end (so does Ctrl-D); Ctrl-C ends an answer"""
 
-_PARTS = re.compile(r"\n|[^\S\n]*\S+|[^\S\n]+")  # ends of lines, words with the spaces before them
+_PARTS = re.compile(r"\n|[^\S\n]*\S+|[^\S\n]+")  # ends of lines; words with their leading spaces
 
 
 def chat(
-    adapter: Annotated[str | None, typer.Option(help="The adapter to talk to; the base when not given.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="The adapter to talk to; by default the base.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = MAX_TOKENS,
     url: Url = DEFAULT_URL,
@@ -71,7 +71,7 @@ class _Chat:
                     self._history.append({"role": "assistant", "content": self._answer()})
 
     def _known(self, adapter: str | None) -> str:
-        """The name of a model that is there; the base's for None. Raises CommandError."""
+        """The adapter's name, after checking that it exists; the base's for None. Raises CommandError."""
         if adapter is None:
             return base_name(self._client)
         get_json(self._client, f"/v1/models/{quote(adapter, safe='')}")
@@ -104,12 +104,12 @@ class _Chat:
                     page.write(piece)
         page.end()
         if finish == "length":
-            self._notes.print(f"[cut at its limit of tokens: --max-tokens {body['max_tokens']}]", style="dim")
+            self._notes.print(f"[cut at the limit of tokens: --max-tokens {body['max_tokens']}]", style="dim")
         return "".join(pieces)
 
     @contextlib.contextmanager
     def _stream(self, body: dict[str, Any]) -> Iterator[httpx.Response]:
-        """The answer to a request. One whose longest answer has no room in the context may fill what room there is."""
+        """Stream the answer to a request. If `max_tokens` does not fit into the context, send it again without."""
         with contextlib.ExitStack() as stack:
             for asked in (body, {name: value for name, value in body.items() if name != "max_tokens"}):
                 response = stack.enter_context(self._client.stream("POST", "/v1/chat/completions", json=asked))
@@ -119,16 +119,16 @@ class _Chat:
 
 
 class _Wrapped:
-    """Text that is printed as it comes, broken between words where a line is full.
+    """A printer for streamed text, which wraps lines between words.
 
     Args:
-        width: of the terminal, in cells; None: the text is printed as it is.
+        width: the terminal's, in cells; None: no wrapping.
     """
 
     def __init__(self, width: int | None) -> None:
         self._width = width
         self._column = 0
-        self._held = ""  # a part that may go on
+        self._held = ""  # the last part, which may be incomplete
 
     def write(self, piece: str) -> None:
         if self._width is None:

@@ -1,4 +1,4 @@
-"""`lorakeet doctor`: what a server has set aside in its data directory, and whether all that it keeps is whole."""
+"""`lorakeet doctor`: items set aside in a server's data directory, and verification of its files."""
 
 import json
 from dataclasses import asdict
@@ -12,25 +12,25 @@ from server.model_source import default_data_dir
 
 
 def doctor(
-    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID...]", help="Things that were set aside.")] = None,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID...]", help="Items that were set aside.")] = None,
     data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", envvar="LORAKEET_DATA_DIR", help="As of serve.")
+        Path | None, typer.Option("--data-dir", envvar="LORAKEET_DATA_DIR", help="As for serve.")
     ] = None,
-    restore: Annotated[bool, typer.Option("--restore", help="Register these things again, in their place.")] = False,
-    remove: Annotated[bool, typer.Option("--remove", help="Delete these things for good.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="With --restore or --remove: all that is listed.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Read all that is kept; exit 1 if any is damaged.")] = False,
+    restore: Annotated[bool, typer.Option("--restore", help="Move these items back and register them.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Delete these items.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="With --restore or --remove: all listed items.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all files; exit with 1 if any is damaged.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
 ) -> None:
-    """Show what a server set aside because no database knows it; register it again, remove it, or verify the rest.
+    """Show items that a server set aside because no database knows them; restore or remove them, or verify the rest.
 
     Works on the data directory itself. Restoring and removing need the server to be stopped.
     """
-    from server import doctor as surgery  # late: it knows every store
+    from server import doctor as surgery  # late, since it imports every store
 
     root = (data_dir or default_data_dir()).expanduser()
     if not root.is_dir():
-        raise CommandError(f"--data-dir: {root} is no directory")
+        raise CommandError(f"--data-dir: {root} is not a directory")
     if restore and remove:
         raise CommandError("give --restore or --remove, not both")
 
@@ -43,7 +43,7 @@ def doctor(
         except surgery.DoctorError as reason:
             raise CommandError(str(reason)) from None
         for thing in chosen:
-            show(thing, f"{thing.id} {'is registered again' if restore else 'is gone'}")
+            show(thing, f"{thing.id} {'is restored' if restore else 'is deleted'}")
         return
     for thing in surgery.found(root):
         show(thing, f"{thing.id}  {thing.kind}  {', '.join(thing.names) or '-'}  {thing.path}")

@@ -25,7 +25,7 @@ from server.commands.remote import (
 JOBS = "/v1/fine_tuning/jobs"
 _ENDS = ("succeeded", "failed", "cancelled")
 _POLL_SECONDS = 0.5
-_INTERRUPTED = 130  # a shell's status for a command that Ctrl-C ended
+_INTERRUPTED = 130  # a shell's status for a command ended by Ctrl-C
 
 Data = Annotated[
     Path, typer.Argument(metavar="DATA.jsonl", help="One example per line: messages, prompt and completion, or text.")
@@ -35,11 +35,13 @@ Data = Annotated[
 def finetune(
     data: Data,
     name: Annotated[str, typer.Option("--name", help="Becomes part of the result's name, ft:BASE:NAME:ID.")],
-    model: Annotated[str | None, typer.Option("--model", help="An adapter to go on from; else the base.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="An adapter to continue; by default the base.")] = None,
     validation: Annotated[Path | None, typer.Option("--validation", help="Held-out examples, as DATA.")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the data [default: 3].")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Examples per step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="The peak; else by the base.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="The peak [default: by the base].")
+    ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="The adapter's r [default: 16].")] = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="Its lora_alpha [default: 2 r].")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same result.")] = None,
@@ -72,7 +74,7 @@ def finetune(
         except KeyboardInterrupt:
             look = f"lorakeet jobs {job['id']}" + ("" if url == DEFAULT_URL else f" --url {url}")
             Console(stderr=True, highlight=False, soft_wrap=True).print(
-                f"The job goes on. `{look}` shows its log, `{look} --cancel` ends it."
+                f"The job continues. `{look}` shows its log, `{look} --cancel` ends it."
             )
             raise typer.Exit(_INTERRUPTED) from None
     if job["status"] != "succeeded":
@@ -83,9 +85,9 @@ def finetune(
 
 def jobs(
     job_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Show this job's log.")] = None,
-    cancel: Annotated[bool, typer.Option("--cancel", help="End it for good.")] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Cancel it.")] = False,
     pause: Annotated[bool, typer.Option("--pause", help="Stop after the current step, saving it.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with it.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue it.")] = False,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -117,7 +119,7 @@ def jobs(
 def evaluate(
     data: Data,
     adapter: Annotated[str, typer.Option("--adapter", help="The adapter's name.")],
-    examples: Annotated[int | None, typer.Option("--examples", help="Look at the first so many only.")] = None,
+    examples: Annotated[int | None, typer.Option("--examples", help="Use only this many, from the first.")] = None,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -153,7 +155,7 @@ def _upload(client: httpx.Client, path: Path) -> str:
 
 
 def _watch(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
-    """Show the job's events as a progress bar until it ends; the job then. Comes back after a lost connection."""
+    """Show a job's events as a progress bar until it ends; return the ended job. Continues when a stream ends early."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -165,7 +167,7 @@ def _watch(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
     last = None
     with _progress(*columns) as progress:
         bar = progress.add_task("Waiting", total=None, loss="-", speed=0.0)
-        began: tuple[float, int] | None = None  # when the first step was seen, and the tokens by then
+        began: tuple[float, int] | None = None  # time of the first step seen, and the tokens up to it
         while (job := get_json(client, f"{JOBS}/{job['id']}"))["status"] not in _ENDS:
             headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last} if last else {})
             with client.stream("GET", f"{JOBS}/{job['id']}/events", headers=headers) as response:
@@ -215,7 +217,7 @@ def _list(found: list[dict[str, Any]]) -> None:
 
 
 def _progress(*columns: Any) -> Progress:
-    """On standard error, shown on a terminal only and gone when done."""
+    """A progress bar on standard error, on a terminal only, removed when done."""
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 

@@ -1,4 +1,4 @@
-"""Lists on standard output: aligned columns on a terminal, plain rows in a pipe, JSON when asked for."""
+"""Lists on standard output: aligned columns on a terminal, plain rows in a pipe, JSON with --json."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -8,18 +8,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the API has it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
 
 _UNBOUNDED = 10_000  # columns: wider than any list
 
 
 def show_json(value: Any) -> None:
-    """Print a value of the API's."""
+    """Print a value from the API."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def show_rows(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """Print one line for each row, however narrow the terminal: what is cut or folded cannot be copied.
+    """Print one line for each row, neither truncated nor wrapped on a narrow terminal, so that it can be copied.
 
     Args:
         right: headings of columns of numbers.

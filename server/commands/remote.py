@@ -9,13 +9,13 @@ from urllib.parse import quote
 import httpx
 import typer
 
-Url = Annotated[str, typer.Option("--url", envvar="LORAKEET_URL", help="The server; http:// and /v1 may be left out.")]
-ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LORAKEET_API_KEY", help="A key that it accepts.")]
+Url = Annotated[str, typer.Option("--url", envvar="LORAKEET_URL", help="The server; http:// and /v1 are optional.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LORAKEET_API_KEY", help="An API key of the server.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 _HERE = re.compile(r"localhost|127(\.\d+){3}|::1")
 
-# Generation and uploads take as long as they take; only a server that does not answer at all is given up on.
+# Generation and uploads have no time limit; only connecting has.
 _TIMEOUT = httpx.Timeout(None, connect=10.0)
 
 
@@ -25,10 +25,10 @@ class CommandError(Exception):
 
 @contextlib.contextmanager
 def connect(url: str, api_key: str | None) -> Iterator[httpx.Client]:
-    """A client for the server at `url`; any failure inside the block that HTTP explains becomes a `CommandError`.
+    """A client for the server at `url`; turns failures of HTTP inside the block into `CommandError`.
 
-    `url` may lack its scheme and may end in /v1, as OpenAI's clients want it. `api_key` may be the comma-separated
-    list that `serve` reads from the same variable: the first one is used. No proxy leads to this machine.
+    `url` may lack its scheme and may end in /v1, as for OpenAI's clients. `api_key` may be the comma-separated list
+    that `serve` reads from the same variable: its first key is used. Proxies are not used for this machine.
     """
     headers = {b"Authorization": f"Bearer {api_key.split(',')[0].strip()}".encode()} if api_key else {}
     server = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
@@ -36,7 +36,7 @@ def connect(url: str, api_key: str | None) -> Iterator[httpx.Client]:
         here = _HERE.fullmatch(httpx.URL(server).host)
         direct = httpx.HTTPTransport(verify=server.startswith("https:")) if here else None
         client = httpx.Client(base_url=server, headers=headers, timeout=_TIMEOUT, transport=direct)
-    except (httpx.InvalidURL, ImportError, OSError, ValueError) as error:  # the last three are of variables, as a rule
+    except (httpx.InvalidURL, ImportError, OSError, ValueError) as error:  # the last three mostly from variables
         raise CommandError(f"--url {url!r}, or the environment's proxies and certificates: {error}") from None
     try:
         with client:
@@ -50,7 +50,7 @@ def connect(url: str, api_key: str | None) -> Iterator[httpx.Client]:
 
 
 def checked(response: httpx.Response) -> httpx.Response:
-    """The response itself, if it reports success.
+    """Return the response, if it reports success.
 
     Raises:
         CommandError: with the API's own message otherwise.
@@ -66,16 +66,16 @@ def checked(response: httpx.Response) -> httpx.Response:
 
 
 def get_json(client: httpx.Client, path: str) -> Any:
-    """The body of `GET path`."""
+    """Return the body of `GET path`."""
     return checked(client.get(path)).json()
 
 
 def base_name(client: httpx.Client) -> str:
-    """The name of the model that every adapter belongs to: it has no parent."""
+    """Return the base's name: that of the only model without a parent."""
     models = get_json(client, "/v1/models")["data"]
     return str(next(model["id"] for model in models if not model.get("parent")))
 
 
 def adapter_path(name: str, *rest: str) -> str:
-    """The path of an adapter's resource; names may hold characters that paths may not."""
+    """Return the path of an adapter's resource, its name percent-encoded."""
     return "/".join(["/v1/adapters", quote(name, safe=""), *rest])

@@ -1,4 +1,4 @@
-"""`lorakeet keys` and `lorakeet tenants`: who may use a running server."""
+"""`lorakeet keys` and `lorakeet tenants`: keys and tenants of a running server."""
 
 import time
 from typing import Annotated, Any
@@ -13,9 +13,10 @@ from server.commands.remote import DEFAULT_URL, ApiKey, CommandError, Url, check
 keys = typer.Typer(name="keys", no_args_is_help=True, help="Make, list and revoke keys.")
 tenants = typer.Typer(name="tenants", no_args_is_help=True, help="Make, list and remove tenants.")
 
-Tenant = Annotated[str | None, typer.Option(help="Whose; by default the tenant of the key that is used.")]
+Tenant = Annotated[str | None, typer.Option(help="The tenant; by default that of the API key.")]
 LimitOptions = Annotated[
-    list[str] | None, typer.Option("--limit", metavar="NAME=NUMBER", help="requests_per_minute=600, say; repeatable.")
+    list[str] | None,
+    typer.Option("--limit", metavar="NAME=NUMBER", help="Such as requests_per_minute=600; repeatable."),
 ]
 Ids = Annotated[list[str], typer.Argument(metavar="ID...")]
 
@@ -25,13 +26,13 @@ def create_key(
     tenant: Tenant = None,
     role: Annotated[list[str] | None, typer.Option(help="serve (default), upload, tune or admin; repeatable.")] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="Only for this adapter and the base; repeatable.")] = None,
-    name: Annotated[str, typer.Option(help="What people call it.")] = "",
-    days: Annotated[float | None, typer.Option(help="After how many days it expires.")] = None,
+    name: Annotated[str, typer.Option(help="A name for people.")] = "",
+    days: Annotated[float | None, typer.Option(help="Days until it expires.")] = None,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Make a key and print its secret, which is shown this once."""
+    """Make a key and print its secret, which cannot be shown again."""
     body: dict[str, Any] = {"name": name, "roles": role or ["serve"], "tenant": tenant}
     body |= {"adapters": adapter or None, "expires_in_days": days}
     with connect(url, api_key) as client:
@@ -39,7 +40,7 @@ def create_key(
     if as_json:
         show_json(made)
         return
-    Console(stderr=True, highlight=False, soft_wrap=True).print("Keep it: nobody can show it again.")
+    Console(stderr=True, highlight=False, soft_wrap=True).print("Save this secret: it cannot be shown again.")
     print(made["secret"])
 
 
@@ -68,7 +69,7 @@ def list_keys(tenant: Tenant = None, as_json: AsJson = False, url: Url = DEFAULT
 
 @keys.command("revoke")
 def revoke_keys(ids: Ids, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
-    """Let keys open nothing from now on."""
+    """Revoke keys at once."""
     with connect(url, api_key) as client:
         for id_ in ids:
             checked(client.delete(f"/v1/admin/keys/{quote(id_, safe='')}"))
@@ -85,7 +86,7 @@ def create_tenant(
     """Make a tenant; `lorakeet keys create --tenant ID` makes it a key."""
     with connect(url, api_key) as client:
         checked(client.post("/v1/admin/tenants", json={"id": id_, "limits": _limits(limit)}))
-    print(f"{id_} is there")
+    print(f"{id_} is created")
 
 
 @tenants.command("limit")
@@ -95,7 +96,7 @@ def limit_tenant(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Give a tenant these limits, in place of those that it has."""
+    """Replace a tenant's limits."""
     with connect(url, api_key) as client:
         checked(client.post(f"/v1/admin/tenants/{quote(id_, safe='')}", json={"limits": _limits(limit)}))
     print(f"{id_} has {len(limit or ())} limits")
@@ -120,11 +121,11 @@ def list_tenants(as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKe
 
 @tenants.command("rm")
 def remove_tenants(ids: Ids, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
-    """Forget tenants that have no adapters and no files, with their keys."""
+    """Delete tenants without adapters and files, together with their keys."""
     with connect(url, api_key) as client:
         for id_ in ids:
             checked(client.delete(f"/v1/admin/tenants/{quote(id_, safe='')}"))
-            print(f"{id_} is gone")
+            print(f"{id_} is deleted")
 
 
 def _limits(given: list[str] | None) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""What an adapter's name means: opening, publishing, pinning and discovering versions. API process."""
+"""The meaning of adapters' names: opening, publishing, pinning and discovering versions. API process."""

@@ -1,6 +1,6 @@
-"""How much of the device adapters take: whether one fits into all of it, several at once, pinned ones into their share.
+"""Device memory that adapters need: checks that one fits into an empty pool, and pinned ones into their share.
 
-Arithmetic on rows of memory per kind of linear.
+Arithmetic on rows of memory per module kind.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ MAX_CUDA_RANK = 512  # of one adapter in the grouped LoRA kernels
 
 
 def check_fit(spec: AdapterSpec, base: Ready) -> None:
-    """Raises AdapterError when the adapter would not fit into an empty device pool, or the kernels of its device."""
+    """Raise AdapterError for an adapter that an empty device pool, or the device's kernels, cannot hold."""
     if base.device.startswith("cuda") and spec.rank > MAX_CUDA_RANK:
         raise AdapterError(
             f"rank {spec.rank} is more than the {MAX_CUDA_RANK} that the GPU's kernels take", "r", "adapter_too_large"
@@ -52,7 +52,7 @@ def check_fit(spec: AdapterSpec, base: Ready) -> None:
 
 
 def row_units(versions: Iterable[Version]) -> Counter[str]:
-    """Row units per kind that these take together."""
+    """Return the row units per module kind that the versions take together."""
     needed: Counter[str] = Counter()
     for version in versions:
         needed.update({kind: rounded(units) for kind, units in version.receipt["rows"].items()})
@@ -60,7 +60,7 @@ def row_units(versions: Iterable[Version]) -> Counter[str]:
 
 
 def first_that_fit(versions: Iterable[Version], room: Mapping[str, int]) -> list[Version]:
-    """As many of the first versions as fit together."""
+    """Return the longest leading part of the versions that fits into the room together."""
     found: list[Version] = []
     needed: Counter[str] = Counter()
     for version in versions:
@@ -72,20 +72,20 @@ def first_that_fit(versions: Iterable[Version], room: Mapping[str, int]) -> list
 
 
 class PinLimit:
-    """How much of the device pinned adapters may take (`--adapter-pinned-bytes`)."""
+    """The limit on pinned adapters' memory on the device (`--adapter-pinned-bytes`)."""
 
     def __init__(self, settings: Settings, engine: EngineClient) -> None:
         self._allowed = settings.adapter_pinned_bytes
         self._engine = engine
 
     def room(self, base: Ready) -> dict[str, int]:
-        """Row units per module kind: as large a share of each as of all the memory."""
+        """Return the row units per module kind that pins may take: the limit's share of all memory, of each kind."""
         total = device_bytes({kind: units for kind, units in base.pool_rows.items() if kind != EXTRAS}, base.linears)
         share = 0.5 if self._allowed is None else min(1.0, self._allowed / max(total, 1))
         return {kind: int(units * share) for kind, units in base.pool_rows.items()}
 
     def check(self, versions: Collection[Version]) -> None:
-        """Raises Conflict when these are too much to be pinned together; EngineUnavailable while that is unknown."""
+        """Raise Conflict when these together exceed the limit; EngineUnavailable while the engine is not up."""
         room = self.room(served_base(self._engine))
         fitting = first_that_fit(versions, room)
         if len(fitting) < len(versions):

@@ -1,5 +1,5 @@
-"""Adapters that nobody uploads: those that `--adapter` names, whatever lies in `--adapter-dir`, and the repositories of
-the hub that `--adapter-hub` names."""
+"""Adapters without an upload: from `--adapter`, the directories in `--adapter-dir`, and the hub's repositories in
+`--adapter-hub`."""
 
 import asyncio
 import logging
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class Discovery:
-    """Brings in adapters from directories, and from the hub, at start and when an unknown name is asked for.
+    """Import of adapters from directories and from the hub, at start and when an unknown name is requested.
 
     Attributes:
-        pending: adapters of the command line are not all there yet.
+        pending: whether adapters of the command line are still to be imported.
     """
 
     def __init__(self, settings: Settings, engine: EngineClient, publisher: Publisher, hub: Hub) -> None:
@@ -41,10 +41,10 @@ class Discovery:
         self._importing = asyncio.Lock()
         self._unwanted: dict[str, object] = {}  # name -> signature of the files refused or deleted
         self._fetching: dict[str, asyncio.Task[bool]] = {}  # by name
-        self._not_before: dict[str, float] = {}  # name -> when the hub may be asked again
+        self._not_before: dict[str, float] = {}  # name -> time of the next attempt on the hub
 
     async def discover(self, tenant: str, name: str) -> bool:
-        """Look for an unknown name in `adapter_dir` and among `adapter_hub`; whether it is in the store now."""
+        """Look for an unknown name in `adapter_dir` and among `adapter_hub`; return whether it is in the store now."""
         root, reference = self._settings.adapter_dir, self._hub.named(name)
         if root is None and reference is None:
             return False
@@ -58,17 +58,17 @@ class Discovery:
         return reference is not None and await self._fetch(tenant, name, reference)
 
     async def forget(self, name: str) -> None:
-        """A name was deleted: its directory is not brought in again until its files change, from the hub not until the
-        server starts again."""
+        """Do not import a deleted name again: from its directory until its files change, from the hub until the next
+        start of the server."""
         if self._settings.adapter_dir is not None:
             self._unwanted[name] = await run_in_threadpool(_signature, self._settings.adapter_dir / name)
         if self._hub.named(name) is not None:
             self._not_before[name] = float("inf")
 
     async def import_configured(self, tenant: str) -> None:
-        """Once an engine is up, bring in `adapter` and everything in `adapter_dir`.
+        """Import the adapters of `adapter` and `adapter_dir` once an engine is up.
 
-        Raises SettingError when an adapter named by `--adapter` is refused: the server must not start without it.
+        Raises SettingError when an adapter of `--adapter` is refused: the server must not start without it.
         """
         while self._engine.info is None:  # noqa: ASYNC110 - the engine's interface has no event
             await asyncio.sleep(_POLL_SECONDS)
@@ -87,7 +87,7 @@ class Discovery:
             return
         try:
             directories = sorted(path for path in root.iterdir() if path.is_dir())
-        except OSError as fault:  # it may come later
+        except OSError as fault:  # the directory may appear later
             log.warning("--adapter-dir: nothing is read from it yet: %s", fault)
             return
         for directory in directories:
@@ -95,7 +95,7 @@ class Discovery:
                 await self._import(tenant, directory.name, root)
 
     async def _fetch(self, tenant: str, name: str, reference: Reference) -> bool:
-        """Once for all who ask meanwhile, whoever of them leaves."""
+        """Fetch once for all concurrent requests; the cancellation of one does not stop it."""
         if time.monotonic() < self._not_before.get(name, 0.0):
             return False
         if name not in self._fetching:
@@ -118,7 +118,7 @@ class Discovery:
         if signature is None or self._unwanted.get(name) == signature:
             return False
         try:
-            # Whoever gave the name another version since, over HTTP, meant it: the same old files do not undo that.
+            # A version given to the name over HTTP since then was intended: unchanged files do not undo it.
             await self._publisher.import_directory(tenant, name, directory, root=root, again=False)
         except _FAULTS as error:
             if isinstance(error, AdapterError | Conflict):
@@ -130,7 +130,7 @@ class Discovery:
 
 
 def _signature(directory: Path) -> tuple[tuple[int, int], ...] | None:
-    """Changes whenever the directory's files do; None when it is no adapter at all."""
+    """Return the files' times and sizes, which change with the files; None for a directory without an adapter."""
     try:
         stats = [(directory / name).stat() for name in (CONFIG_NAME, WEIGHTS_NAME)]
     except OSError:

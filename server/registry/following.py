@@ -1,4 +1,4 @@
-"""What other servers change in the object store, taken over here: by polling, and at once for a name not known here."""
+"""Changes that other servers make in the object store, applied here: by polling, and at once for an unknown name."""
 
 import asyncio
 import logging
@@ -10,17 +10,17 @@ from server.repeat import repeatedly
 from server.settings import Settings
 from server.tenants.caller import tenant_of
 
-_LOOKS = 64  # for names not known here, between two polls; the next one finds what these pass over
+_LOOKS = 64  # look-ups of unknown names between two polls; the next poll finds names beyond that
 
 log = logging.getLogger(__name__)
 
 
 class Following:
-    """Follows the names in `--adapter-store`; without one, there is nothing to follow."""
+    """Follower of the names in `--adapter-store`; does nothing without an object store."""
 
     def __init__(self, settings: Settings, store: AdapterStore, publisher: Publisher) -> None:
         self._shared = settings.adapter_store is not None
-        self._seconds = settings.store_poll_seconds / 2  # so that each change is seen within all of it
+        self._seconds = settings.store_poll_seconds / 2  # so that each change is seen within the full interval
         self._patience = settings.adapter_store_seconds
         self._store = store
         self._publisher = publisher
@@ -28,28 +28,28 @@ class Following:
         self._outage = False
 
     async def run(self) -> None:
-        """Again and again, take over what others changed."""
+        """Poll until cancelled."""
         if self._shared:
             await repeatedly(self.poll, self._seconds, "taking over changes of other servers")
 
     async def poll(self) -> None:
-        """Take over what others changed. While the store fails, what is known stays."""
+        """Apply other servers' changes once. While the store fails, known names stay as they are."""
         try:
             changes = await asyncio.to_thread(self._store.refresh)
-        except (RemoteUnavailable, OSError) as fault:  # of the network, or of this disk
+        except (RemoteUnavailable, OSError) as fault:  # network, or local disk
             if not self._outage:
                 log.warning("changes of other servers are not seen: %s", fault)
             self._outage = True
             return
         if self._outage:
             log.info("changes of other servers are seen again")
-            self._publisher.pins.renew()  # some of them may have been taken over before the fault
+            self._publisher.pins.renew()  # some changes may have been applied before the fault
         self._outage = False
         self._looks.clear()
         self._publisher.follow(changes)
 
     async def look(self, tenant: str, name: str) -> None:
-        """Look for a name that is not known here, once between two polls. Raises RemoteUnavailable."""
+        """Look for an unknown name in the object store, once between two polls. Raises RemoteUnavailable."""
         if not self._shared:
             return
         owner, slash, rest = name.partition("/")

@@ -1,6 +1,6 @@
-"""Adapters from the Hugging Face Hub: which references are followed, and how their files come here.
+"""Adapters from the Hugging Face Hub: allowed references, and fetching their files.
 
-A client's reference is followed only to a repository of the operator's list (`--adapter-hub`): without one, to none.
+A client's reference is followed only to a repository on the operator's list (`--adapter-hub`), by default empty.
 """
 
 import logging
@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 
 
 class HubUnavailable(Unavailable):
-    """503: the hub, or the way there, is down or too slow."""
+    """503: the hub, or the network to it, is down or too slow."""
 
     default_code = UNAVAILABLE
 
 
 class Hub:
-    """The hub, as far as the settings let it be used."""
+    """Access to the hub, within the settings."""
 
     def __init__(self, settings: Settings, publisher: Publisher) -> None:
         self._allowed = frozenset(settings.adapter_hub)
@@ -39,7 +39,7 @@ class Hub:
         self._publisher = publisher
 
     def allowed(self, written: str, *, param: str) -> Reference:
-        """What a client's reference means. Raises AdapterError when it is none, PermissionDenied beyond the list."""
+        """Parse a client's reference. Raises AdapterError when it is malformed, PermissionDenied when not allowed."""
         try:
             reference = Reference.parse(written)
         except ValueError as fault:
@@ -50,14 +50,14 @@ class Hub:
         return reference
 
     def named(self, name: str) -> Reference | None:
-        """The repository that the operator's list has under this name."""
+        """Return the repository of this name on the operator's list."""
         return Reference(name) if name in self._allowed and not name.endswith("/*") else None
 
     @asynccontextmanager
     async def staged(self, reference: Reference, *, param: str) -> AsyncIterator[Path]:
-        """Its files in a private directory, removed afterwards unless they were admitted.
+        """Fetch a reference's files into a private directory, removed afterwards unless they were admitted.
 
-        Raises AdapterError of `param`, HubUnavailable, StorageFull. Whoever stops waiting ends the transfer.
+        Raises AdapterError of `param`, HubUnavailable, StorageFull. Cancelling ends the transfer.
         """
         async with self._publisher.stage() as staging:
             with disk_faults():
@@ -66,7 +66,8 @@ class Hub:
             yield staging
 
     async def bring(self, tenant: str, name: str, reference: Reference, *, again: bool = True) -> tuple[Version, bool]:
-        """Fetch it and let the name mean it, as `Publisher.admit` does. Raises what that and `staged` do."""
+        """Fetch a reference and publish it under the name. Arguments, result and errors as `Publisher.admit`; raises
+        the errors of `staged`, too."""
         self._publisher.check_name(name)
         async with self.staged(reference, param="weights") as staging:
             return await self._publisher.admit(tenant, name, staging, again=again, strict_text=False)

@@ -1,9 +1,9 @@
-"""The one way to a version of an adapter: found by name, leased, its files fetched.
+"""Opening a version of an adapter, in one place: found by name, leased, its files fetched.
 
     async with registry.open(caller, "support@3f8a2c11") as version: ...
 
-A name stands for its current version or for its share of a split; `name@digest prefix` asks for one version. While it
-is open its files stay, whatever happens to the name meanwhile.
+A name stands for its current version, or for one chosen by its split; `name@digest prefix` selects one version. The
+files of an open version stay, even if its name is changed or deleted in the meantime.
 """
 
 import asyncio
@@ -61,13 +61,13 @@ _HEX = frozenset("0123456789abcdef")
 
 
 class Registry:
-    """Names of adapters.
+    """Names of adapters, and access to the versions that they mean.
 
     Attributes:
-        publisher: changes what they mean.
-        hub: has some that may be fetched.
-        discovery: finds them on this machine's disk, or on the hub.
-        following: takes over what other servers change.
+        publisher: changes of names.
+        hub: repositories that may be fetched.
+        discovery: import from this machine's disk, or from the hub.
+        following: changes of other servers.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Registry:
         text: TextProcessor | None = None,
         checker: Helpers | None = None,
     ) -> "Registry":
-        """The registry and its parts; see `Publisher` for what may be left out."""
+        """Make a registry and its parts; see `Publisher` for the optional ones."""
         fetch = partial(_fetch, store, seconds=settings.adapter_store_seconds)
         pins = Pins(settings, engine, store, metrics, fetch)
         publisher = Publisher(settings, engine, store, metrics, pins, outline, text, checker)
@@ -102,12 +102,12 @@ class Registry:
     async def open(
         self, caller: Caller, asked: str, *, user: str | None = None, param: str = "model", whole: bool = False
     ) -> AsyncIterator[Version]:
-        """A version with its files, until the end.
+        """Find a version and hold its files until the context ends.
 
         Args:
             asked: a name, or `name@digest prefix`.
-            user: who asks; one user always gets the same version of a name whose requests are split.
-            param: where the name came from, for the error.
+            user: the user; a split name resolves to the same version for one user.
+            param: the request's field with the name, for errors.
             whole: see `hold`.
 
         Raises ModelNotFound (404), Conflict (409, an ambiguous digest prefix), InvalidRequest, RemoteUnavailable,
@@ -128,13 +128,14 @@ class Registry:
                     raise ModelNotFound(asked, param=param) from None
                 except AmbiguousDigest:
                     raise Conflict(f"Several versions of `{name}` start with {prefix}.", param=param) from None
-                with suppress(UnknownAdapter):  # removed in this very moment: look again
+                with suppress(UnknownAdapter):  # removed concurrently: look again
                     await held.enter_async_context(self.hold(version, whole=whole))
                     break
             yield version
 
     def rows(self, caller: Caller, versions: Iterable[Version]) -> Rows:
-        """What counts for the caller's limit of rows on the device: these versions and those that it has pinned."""
+        """Return the rows that count towards the caller's limit on the device: of these versions and of its pinned
+        ones."""
         if caller.allowance.limits.device_rows is None:
             return NO_ROWS
         pinned = [version for version in self._store.pinned_versions() if version.tenant == caller.tenant]
@@ -145,12 +146,13 @@ class Registry:
 
     @asynccontextmanager
     async def hold(self, version: Version, *, whole: bool = False) -> AsyncIterator[Version]:
-        """A version that was found, with its files, until the end.
+        """Hold a found version and its files until the context ends.
 
-        The engine holds what it reads against the version's record by itself. `whole`: for who reads files without
-        that, all are read and, where they are damaged, mended first.
+        Args:
+            whole: verify all files first, and mend damaged ones. The engine needs no `whole`: it compares the files
+                with the version's record as it reads them.
 
-        Raises UnknownAdapter when it was removed since, RemoteUnavailable, AdapterDamaged, StorageFull.
+        Raises UnknownAdapter when it was removed in the meantime, RemoteUnavailable, AdapterDamaged, StorageFull.
         """
         with self._store.lease(version):
             try:
@@ -162,7 +164,8 @@ class Registry:
                 raise AdapterDamaged(version.name, version.digest) from None
 
     async def read(self, version: Version, work: Callable[[], T]) -> T:
-        """What `work` makes of a held version's files, in a thread; once more after mending, if they are damaged."""
+        """Return the result of `work`, which reads a held version's files, run in a thread. If it raises DamagedFile,
+        mend the files and run it once more."""
         try:
             return await asyncio.to_thread(work)
         except DamagedFile:
@@ -170,7 +173,7 @@ class Registry:
             return await asyncio.to_thread(work)
 
     async def mend(self, adapters: Sequence[AdapterRef]) -> None:
-        """The engine could not load one of these: see that their files are whole. Raises AdapterDamaged."""
+        """Check and mend the files of adapters, one of which the engine failed to load. Raises AdapterDamaged."""
         for adapter in adapters:
             version = self._store.named(adapter.digest)
             if version is not None:
@@ -189,7 +192,7 @@ class Registry:
             raise AdapterDamaged(version.name, version.digest) from None
 
     async def find(self, caller: Caller, name: str, digest_prefix: str | None = None) -> Version:
-        """A version's record, its files not asked for. Raises UnknownAdapter, AmbiguousDigest."""
+        """Find a version, without a lease and without its files. Raises UnknownAdapter, AmbiguousDigest."""
         pointer = await self._pointer(caller, name)
         return pointer.current if digest_prefix is None else pointer.find(digest_prefix)
 
@@ -199,7 +202,8 @@ class Registry:
         try:
             return await self._readable(caller.tenant, name)
         except UnknownAdapter:
-            if caller.tenant != TENANT or not await self.discovery.discover(TENANT, name):  # the directory is theirs
+            # adapters of `--adapter-dir` and `--adapter-hub` belong to the default tenant
+            if caller.tenant != TENANT or not await self.discovery.discover(TENANT, name):
                 raise
             return self._store.pointer(TENANT, name)
 
@@ -210,17 +214,17 @@ class Registry:
         return self._store.readable(tenant, name)
 
     def list(self, caller: Caller) -> Sequence[Version]:
-        """The current version of every name that there is for the caller, by name."""
+        """Return the current version of every name visible to the caller, sorted by name."""
         known = [*self._store.list(caller.tenant), *self._store.shared_with(caller.tenant)]
         named = sorted(((version.name_for(caller.tenant), version) for version in known), key=itemgetter(0))
         return [version for name, version in named if caller.sees(name)]
 
     async def own(self, caller: Caller, name: str) -> Version:
-        """A version that the caller may change. Raises UnknownAdapter, PermissionDenied."""
+        """Return the current version of a name that the caller may change. Raises UnknownAdapter, PermissionDenied."""
         return _changeable(caller, await self._pointer(caller, name))
 
     async def delete(self, caller: Caller, name: str) -> Version:
-        """Take the name away; requests that run keep their version. Raises UnknownAdapter."""
+        """Delete the name; running requests keep their version. Raises UnknownAdapter."""
         if not caller.sees(name):
             raise UnknownAdapter(name)
         _changeable(caller, await self._readable(caller.tenant, name))
@@ -230,8 +234,8 @@ class Registry:
         return version
 
     async def collect_orphans(self) -> None:
-        """Again and again, remove versions from the object store that no name has any more, or ever had: uploads that
-        a crash cut short."""
+        """Periodically remove versions without a name from the object store: deleted ones, and uploads interrupted by a
+        crash."""
 
         async def collect() -> None:
             if count := await self._store.remove_orphans(self._orphan_seconds):
@@ -250,7 +254,7 @@ def _changeable(caller: Caller, pointer: Pointer) -> Version:
 
 
 async def _fetch(store: AdapterStore, version: Version, seconds: float) -> None:
-    """Return once a leased version's files are on this disk.
+    """Wait until a leased version's files are on this disk.
 
     Args:
         seconds: the longest wait (`--adapter-store-seconds`).

@@ -1,4 +1,4 @@
-"""Pinned names: what they mean stays on the device, within a limit, and its files here."""
+"""Pinned names: their versions stay on the device, within a limit, and their files on this disk."""
 
 import asyncio
 import contextlib
@@ -15,15 +15,15 @@ from server.metrics import Metrics
 from server.registry.capacity import PinLimit, first_that_fit
 from server.settings import Settings
 
-_RETRY_SECONDS = 10.0  # until the files of a pinned adapter are asked for again
+_RETRY_SECONDS = 10.0  # between attempts to fetch the files of a pinned adapter
 
-Fetch = Callable[[Version], Awaitable[None]]  # returns once the files of a leased version are on this disk
+Fetch = Callable[[Version], Awaitable[None]]  # waits until the files of a leased version are on this disk
 
 log = logging.getLogger(__name__)
 
 
 class Pins:
-    """Leases of what is pinned, and the engine's knowledge of it."""
+    """Leases of the pinned versions, and the engine's list of them."""
 
     def __init__(
         self, settings: Settings, engine: EngineClient, store: AdapterStore, metrics: Metrics, fetch: Fetch
@@ -37,10 +37,10 @@ class Pins:
         self._fetching: set[asyncio.Task[None]] = set()
 
     def renew(self) -> None:
-        """Lease what is pinned now, and tell the engine; what is not here yet follows when it has been fetched."""
+        """Lease the versions pinned now and report them to the engine; missing files are reported once fetched."""
         versions = self._store.pinned_versions()
         base = self._engine.info
-        if base is None or not (versions or self._leases):  # when the first engine is up, all this follows
+        if base is None or not (versions or self._leases):  # called again when the first engine is up
             return
         fitting = first_that_fit(versions, self._limit.room(base))
         for version in versions[len(fitting) :]:
@@ -60,7 +60,7 @@ class Pins:
 
     def _lease(self, version: Version) -> None:
         held = contextlib.ExitStack()
-        with contextlib.suppress(UnknownAdapter):  # removed this very moment: another change follows
+        with contextlib.suppress(UnknownAdapter):  # removed concurrently: that change calls `renew` again
             held.enter_context(self._store.lease(version))
             self._leases[version.digest] = held
             if not self._store.has(version):

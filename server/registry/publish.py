@@ -1,7 +1,7 @@
-"""Changes of what names mean: publish (checked against the base, sure to fit), promote, split, roll back, pin, delete.
+"""Changes of names: publish (checked against the base and the device's memory), promote, split, roll back, pin, delete.
 
-Uploads, directories of the command line, vLLM's load endpoint and finished fine-tunes all come through here, so
-whatever the store holds can be served.
+Uploads, directories of the command line, vLLM's load endpoint and finished fine-tunes all come through here, so every
+version in the store can be served.
 """
 
 import asyncio
@@ -43,25 +43,25 @@ from server.registry.pins import Pins
 from server.settings import Settings
 from server.text.processor import TextProcessor
 
-FILES = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, TEMPLATE_NAME)  # of a directory that is brought in
-_CHANGES = 8  # that are checked, or wait for a disk or a network, at once
+FILES = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, TEMPLATE_NAME)  # of an imported directory
+_CHANGES = 8  # concurrent changes: being checked, or waiting for a disk or a network
 
 A = TypeVar("A")
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-audit_log = logging.getLogger("server.audit")  # one line per change of what a name means
+audit_log = logging.getLogger("server.audit")  # one line per change of a name
 
 
 class Publisher:
-    """The one door through which stored adapters change.
+    """All changes of stored adapters.
 
     Args:
-        settings: the base's names and the threads' priority are read.
-        pins: renewed whenever a name means something else.
-        outline: the base's parameters beside its linears; without, adapters may touch nothing but linears.
-        text: the base's, to which an adapter's own is added; without, no adapter brings any.
-        checker: the processes to check adapters in; without, a thread does.
+        settings: read for the base's names and the threads' priority.
+        pins: renewed with every change of a name.
+        outline: the base's parameters beside its linears; without it, adapters may change linears only.
+        text: the base's tokenizer and chat template, to which an adapter adds; without it, adapters' own are ignored.
+        checker: processes that check adapters; without it, threads do.
     """
 
     def __init__(
@@ -87,19 +87,19 @@ class Publisher:
         self._workers = threads(_CHANGES, "publisher", settings.background_priority)
 
     async def close(self) -> None:
-        """End the processes that check."""
+        """End the checker processes."""
         if self._checker is not None:
             await self._checker.close()
 
     def check_name(self, name: str, *, fine_tuned: bool = False) -> None:
-        """Raises AdapterError when an adapter may not be called so."""
+        """Raise AdapterError for a name that an adapter may not have."""
         check_name(name, fine_tuned=fine_tuned)
         if name.casefold() in {alias.casefold() for alias in self._settings.base_aliases}:
             raise AdapterError(f"'{name}' is the base model's name.", "name")
 
     @contextlib.asynccontextmanager
     async def stage(self) -> AsyncIterator[Path]:
-        """A private directory for incoming files, removed afterwards unless `admit` took them. Raises StorageFull."""
+        """Make a private directory for incoming files, removed afterwards unless admitted. Raises StorageFull."""
         clean_up = contextlib.ExitStack()
         with disk_faults():
             staging = clean_up.enter_context(self._store.stage())
@@ -120,12 +120,15 @@ class Publisher:
         strict_text: bool = True,
         learned: AdapterText = NO_TEXT,
     ) -> tuple[Version, bool]:
-        """Validate what lies in `staging` and make it the current content of `name`, or with `promote=False` a version
-        of it that waits; with `again=False` leave a name that has this version already as it is. A tokenizer or chat
-        template that cannot be used is refused, or with `strict_text=False` left out with a warning. `learned`
-        is what the rows of a fine-tune taught it: stop tokens beside the base's, formats of calls and thoughts.
+        """Validate the files in `staging` and publish them as the current version of `name`.
 
-        Returns the version and whether the name changed. Raises AdapterError (its fault), StorageFull,
+        Args:
+            promote: False to stage the version only.
+            again: False to leave a name that already has this version as it is.
+            strict_text: refuse an unusable tokenizer or chat template; False leaves it out with a warning.
+            learned: learned from a fine-tune's rows: stop tokens beside the base's, formats of calls and thoughts.
+
+        Returns the version and whether the name changed. Raises AdapterError (the adapter's fault), StorageFull,
         EngineUnavailable.
         """
         base = served_base(self._engine)
@@ -156,7 +159,8 @@ class Publisher:
         return await self._run(name, inspect_adapter, check, "weights")
 
     async def _run(self, name: str, function: Callable[[A], T], order: A, param: str) -> T:
-        """What `function(order)` returns, in the name's turn. Raises AdapterError of `param` when it takes too much."""
+        """Return `function(order)`, run in the name's turn. Raises AdapterError of `param` beyond the time or memory
+        limit."""
         if self._checker is None:
             return await run_in(self._workers, partial(function, order))
         named = {"function": f"{function.__module__}.{function.__qualname__}", "order": order}
@@ -169,7 +173,7 @@ class Publisher:
         return result
 
     def _check_vocabulary(self, spec: AdapterSpec, base: Ready) -> None:
-        """Raises AdapterError for an adapter that lacks tokens which the tokenizer makes of text."""
+        """Raise AdapterError for an adapter with fewer tokens than the tokenizer can produce."""
         have, size = base.vocab_size + spec.variants.new_tokens, 0
         if self._text is not None and spec.variants.new_tokens < 0:
             size = max(self._text.tokenizer.get_vocab().values(), default=-1) + 1
@@ -177,9 +181,9 @@ class Publisher:
             raise AdapterError(f"the weights have {have} tokens, fewer than the {size} of the tokenizer", "weights")
 
     async def remake(self, version: Version) -> None:
-        """Find anew, from a leased version's own config and weights, what its damaged files said of it.
+        """Rebuild a leased version's damaged files from its own config and weights.
 
-        Raises AdapterError or DamagedAdapter when these are damaged, too, EngineUnavailable, StorageFull.
+        Raises AdapterError or DamagedAdapter when these are damaged, too; EngineUnavailable, StorageFull.
         """
         base = served_base(self._engine)
         await run_in(self._workers, partial(check_noted, version.path, CONFIG_NAME))
@@ -198,17 +202,17 @@ class Publisher:
         """Copy a PEFT directory of this machine and admit the copy.
 
         Args:
-            root: files outside of it are refused, whatever links lead to them.
+            root: files outside of it are refused, links to them included.
         """
         self.check_name(name)
         async with self.stage() as staging:
             with disk_faults():
                 await run_in(self._workers, partial(copy_files, FILES, directory, staging, root))
-            # Whatever trained it may have saved its tokenizer there, adapted to its own needs.
+            # A trainer may have saved its own modified tokenizer there.
             return await self.admit(tenant, name, staging, again=again, strict_text=False)
 
     async def _text_beside(self, name: str, directory: Path, *, strict: bool) -> tuple[AdapterText, list[str]]:
-        """The tokens and the template in a staged directory, whose files are then removed; and warnings."""
+        """Read and remove the tokenizer and template files of a staged directory; return their content and warnings."""
         tokenizer, template = directory / TOKENIZER_NAME, directory / TEMPLATE_NAME
         made: AdapterText = NO_TEXT
         warnings: list[str] = []
@@ -225,7 +229,7 @@ class Publisher:
             if template.exists():
                 source = check_template(template)
                 if base.chat_template is not None and source == base.chat_template.source:
-                    pass  # many who train save the base's own
+                    pass  # many trainers save the base's own
                 elif base.renderer is None:
                     warnings.append("its chat template is not used: the operator has not allowed any")
                 else:
@@ -241,7 +245,7 @@ class Publisher:
         return made, warnings
 
     async def promote(self, tenant: str, name: str, digest: str, expected: Collection[str] | None) -> Pointer:
-        """Let the name mean one of its versions. Raises what `AdapterStore.promote` does, and StorageFull."""
+        """Point the name at one of its versions. Raises the errors of `AdapterStore.promote`, and StorageFull."""
         return await self._repoint(
             "promote", tenant, name, partial(self._store.promote, tenant, name, digest, expected)
         )
@@ -249,17 +253,17 @@ class Publisher:
     async def divide(
         self, tenant: str, name: str, shares: Mapping[str, float], expected: Collection[str] | None
     ) -> Pointer:
-        """Split the name's requests between its versions. Raises what `AdapterStore.divide` does, and StorageFull."""
+        """Split the name's requests among its versions. Raises the errors of `AdapterStore.divide`, and StorageFull."""
         return await self._repoint("split", tenant, name, partial(self._store.divide, tenant, name, shares, expected))
 
     async def roll_back(self, tenant: str, name: str, expected: Collection[str] | None) -> Pointer:
-        """Undo the last change of the name. Raises what `AdapterStore.roll_back` does, and StorageFull."""
+        """Undo the last change of the name. Raises the errors of `AdapterStore.roll_back`, and StorageFull."""
         return await self._repoint("rollback", tenant, name, partial(self._store.roll_back, tenant, name, expected))
 
     async def pin(self, tenant: str, name: str, pinned: bool) -> Pointer:
-        """Keep whatever the name means on the device, now and later, or no longer.
+        """Pin the name, so that its current and later versions stay on the device, or unpin it.
 
-        Raises UnknownAdapter, StorageFull; Conflict when more would be pinned than may be.
+        Raises UnknownAdapter, StorageFull; Conflict beyond the limit of pins.
         """
         before = self._store.pinned(tenant, name)
         pointer = await self._change(partial(self._store.pin, tenant, name, pinned))
@@ -269,7 +273,7 @@ class Publisher:
         return pointer
 
     async def share(self, tenant: str, name: str, readers: Collection[str]) -> Pointer:
-        """Let these tenants use the name, and no others. Raises UnknownAdapter, StorageFull."""
+        """Share the name with these tenants and no others. Raises UnknownAdapter, StorageFull."""
         return await self._change(partial(self._store.share, tenant, name, readers))
 
     async def _repoint(self, action: str, tenant: str, name: str, change: Callable[[], Pointer]) -> Pointer:
@@ -286,7 +290,7 @@ class Publisher:
             return await run_in(self._workers, change)
 
     async def delete(self, tenant: str, name: str) -> Version:
-        """Take the name away; requests that run keep their version. Raises UnknownAdapter."""
+        """Delete the name; running requests keep their version. Raises UnknownAdapter."""
         before = self._shares(tenant, name)
         version = await self._change(partial(self._store.delete, tenant, name))
         self._metrics.adapter_deleted(version.label)
@@ -296,7 +300,7 @@ class Publisher:
         return version
 
     def follow(self, changes: Iterable[Change]) -> None:
-        """Do here what follows from changes that other servers made."""
+        """Update metrics, pins and the engine after changes made by other servers."""
         for before, after in changes:
             if before is not None and after is None:
                 self._metrics.adapter_deleted(before.current.label)
@@ -304,7 +308,7 @@ class Publisher:
             self.pins.renew()
 
     def _with_warnings(self, spec: AdapterSpec) -> AdapterSpec:
-        """Tell the owner when the config names another base than the one that serves."""
+        """Return the spec, with a warning added if the config names a base other than the served one."""
         named = spec.config["base_model_name_or_path"]
         ours = {Path(name).name.lower() for name in self._settings.base_aliases}
         if not isinstance(named, str) or not named or Path(named).name.lower() in ours:
@@ -319,10 +323,10 @@ class Publisher:
             return {}
 
     def _forget_unused(self, digests: Iterable[str]) -> None:
-        """Let the engine drop versions that answer for no name any more; it does so once their last request ends.
+        """Have the engine drop versions that no name means any more; it does so once their last request ends.
 
-        A digest that slips through when one name changes twice at once, or is wanted again, costs a little memory or
-        time: the engine evicts and loads by itself.
+        Concurrent changes may miss a digest, or drop one needed again. That costs a little memory or time only: the
+        engine evicts and loads on its own.
         """
         for digest in digests:
             if not self._store.answers(digest):
@@ -332,7 +336,7 @@ class Publisher:
 
 
 def outline_of(files: Outline, base: Ready) -> Outline:
-    """The outline of a base as its engine loaded it, out of that of its files."""
+    """Return the outline of the base as the engine loaded it, from the outline of its files."""
     return files.loaded(
         tied=base.tied,
         embedding=base.embedding,
@@ -348,7 +352,7 @@ def outline_of(files: Outline, base: Ready) -> Outline:
 
 
 def _audit(name: str, action: str, before: Mapping[str, float], after: str | None, **more: object) -> None:
-    """Who asked is in the access log's line of the same moment."""
+    """Log a change of a name. The access log's line of the same time has the caller."""
     was = ", ".join(before) or "nothing"
     fields = {"action": action, "adapter": name, "before": dict(before), "after": after, **more}
     audit_log.info("%s %s: %s -> %s", action, name, was, after or "nothing", extra={FIELDS: fields})

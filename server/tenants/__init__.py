@@ -1,1 +1,1 @@
-"""Tenants: who asks, with which key, and what is theirs."""
+"""Tenants: callers and their keys, limits, and the audit log."""

@@ -1,4 +1,4 @@
-"""Who changed what: JSON lines in the data directory, the newest last, and in the object store when there is one."""
+"""The audit log: JSON lines in the data directory, the newest last, and in the object store when there is one."""
 
 import asyncio
 import heapq
@@ -20,13 +20,13 @@ from server.tenants.caller import DEFAULT_NAME, Caller, tenant_name
 if TYPE_CHECKING:
     from adapters.storage.pages import Pages
 
-OLDER = 4  # files beside the one that is written to
+OLDER = 4  # files beside the current one
 
 log = logging.getLogger(__name__)
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """One change. `key`: the id of the key, null without one; `object`: its name or id."""
+    """One change. `key`: the id of the caller's key, null without one; `object`: the changed object's name or id."""
 
     id: str
     time: float
@@ -38,29 +38,29 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str | None
 
 
-_ENTRIES = msgspec.json.Decoder(Entry)  # made in one thread: when several use a type first, msgspec crashes
+_ENTRIES = msgspec.json.Decoder(Entry)  # made in one thread: msgspec crashes if several threads use a new type at once
 
 
 class AuditLog:
-    """One server's.
+    """The audit log of one server.
 
     Args:
-        max_bytes: of a file, beyond which the next is begun.
-        pages: of hours, where all servers on one object store see each other's.
+        max_bytes: maximal size of a file, beyond which a new one is started.
+        pages: hourly pages in the object store, through which servers see each other's entries.
     """
 
     def __init__(self, path: Path, max_bytes: int, pages: "Pages | None" = None) -> None:
         self._path = path
         self._pages = pages
         self._unsent: list[Entry] = []
-        self._caught_up = False  # those from before this start are among them
+        self._caught_up = False  # whether entries from before this start are in `_unsent`, too
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
 
     async def record(
         self, caller: Caller, action: str, named: str | None, digest: str | None, request_id: str | None
     ) -> None:
-        """Write down a change that was made. A disk that takes nothing is logged: the change stands."""
+        """Append a change that was made. If the disk fails, the entry is logged and the change stands."""
         entry = Entry(
             id=f"audit-{uuid4().hex}",
             time=round(time.time(), 3),
@@ -94,7 +94,7 @@ class AuditLog:
         return self._path.with_name(f"{self._path.name}.{age}") if age else self._path
 
     def page(self, tenant: str | None, limit: int, after: str | None) -> tuple[list[Entry], bool]:
-        """Newest first, and whether more follow; `tenant` None: all tenants'.
+        """Return entries, newest first, and whether more follow; `tenant` None: of all tenants.
 
         Raises UnknownCursorError, RemoteUnavailable.
         """
@@ -114,14 +114,14 @@ class AuditLog:
         return found, False
 
     def _entries(self) -> Iterator[Entry]:
-        """The entries on this disk, newest first."""
+        """Yield the entries on this disk, newest first."""
         with self._lock:
             contents = [path.read_bytes() for i in range(OLDER + 1) if (path := self._file(i)).exists()]
         for content in contents:
             yield from reversed(_read(content))
 
     def _everywhere(self) -> Iterator[Entry]:
-        """The entries of all servers, each once, newest first."""
+        """Yield the entries of all servers, each once, newest first."""
         if self._pages is None:
             yield from self._entries()
             return
@@ -132,7 +132,7 @@ class AuditLog:
                 yield entry
 
     def _sent(self, pages: "Pages") -> Iterator[Entry]:
-        """The entries in the object store, newest first."""
+        """Yield the entries in the object store, newest first."""
         hour, found = "", list[Entry]()
         for page in pages.read("", "~", own=True):
             entries = _read(page)
@@ -143,7 +143,7 @@ class AuditLog:
         yield from sorted(found, key=lambda entry: -entry.time)
 
     def send(self) -> None:
-        """Let other servers see what is new. Waits for the disk and the object store; raises RemoteUnavailable."""
+        """Send new entries to the object store. Blocks on the disk and the store; raises RemoteUnavailable."""
         assert self._pages is not None
         if not self._caught_up:
             last = max(self._pages.own(), default="")
@@ -161,7 +161,7 @@ def _hour(entry: Entry) -> str:
 
 
 def _added(page: bytes, entries: list[Entry]) -> bytes:
-    """A page with these entries, each once."""
+    """Return the page with these entries added, each once."""
     there = {entry.id for entry in _read(page)}
     fresh = {entry.id: entry for entry in sorted(entries, key=lambda entry: entry.time) if entry.id not in there}
     return page + b"".join(msgspec.json.encode(entry) + b"\n" for entry in fresh.values())
@@ -172,6 +172,6 @@ def _read(content: bytes) -> list[Entry]:
     for line in content.splitlines():
         try:
             found.append(_ENTRIES.decode(line))
-        except msgspec.DecodeError:  # the end of a line that a crash cut short
+        except msgspec.DecodeError:  # a line truncated by a crash
             continue
     return found

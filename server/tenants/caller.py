@@ -1,4 +1,4 @@
-"""The one who asks: a tenant, by a key that may do so much."""
+"""The caller of a request: a tenant, and the key that speaks for it."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -8,21 +8,21 @@ from server.tenants.limits import Allowance
 
 Role = Literal["serve", "upload", "tune", "admin"]
 
-DEFAULT_NAME = DEFAULT_TENANT  # as people write it
-TENANT = ""  # the default tenant, as rows have it: everybody, where there are no keys
+DEFAULT_NAME = DEFAULT_TENANT  # in requests and responses
+TENANT = ""  # the default tenant's id in database rows; without keys, every caller is of this tenant
 ROLES: tuple[Role, ...] = get_args(Role)
-OPERATOR = "operator"  # what an admin of the default tenant is beside: the whole server is theirs
+OPERATOR = "operator"  # additional role of the default tenant's admins: control of the whole server
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Put into the scope of every request (`server.http.middleware`).
+    """The caller of a request; `server.http.middleware` puts it into the request's scope.
 
     Attributes:
-        key: the id of the key, which is no secret; empty without one.
-        roles: what the key may do, with all that follows from it; see `allowed`.
+        key: the id of the key, which is not secret; empty without a key.
+        roles: the key's roles, included ones among them; see `allowed`.
         adapters: names that the key is bound to; None: all.
-        allowance: what is left of the tenant's limits.
+        allowance: the rest of the tenant's limits.
     """
 
     tenant: str = TENANT
@@ -33,7 +33,7 @@ class Caller:
 
     @property
     def only_tenant(self) -> str | None:
-        """The only tenant whose keys, usage and changes the caller sees; None: all."""
+        """The only tenant of which the caller sees keys, usage and changes; None: all."""
         return None if OPERATOR in self.roles else self.tenant
 
     def sees(self, name: str) -> bool:
@@ -42,20 +42,20 @@ class Caller:
 
 
 def allowed(tenant: str, roles: frozenset[str]) -> frozenset[str]:
-    """A key's roles with those that they include."""
+    """Return a key's roles, together with the roles that they include."""
     if "admin" not in roles:
         return roles
     return frozenset(ROLES) | ({OPERATOR} if tenant == TENANT else set())
 
 
-EVERYTHING = Caller(roles=allowed(TENANT, frozenset({"admin"})))  # a server without keys, and its own work
+EVERYTHING = Caller(roles=allowed(TENANT, frozenset({"admin"})))  # any caller of a server without keys; its own work
 
 
 def tenant_name(tenant: str) -> str:
-    """A tenant as people write it."""
+    """Return a tenant's name in requests and responses."""
     return tenant or DEFAULT_NAME
 
 
 def tenant_of(name: str) -> str:
-    """The tenant that people write so, as rows have it."""
+    """Return a tenant's id in database rows, from its name in requests."""
     return TENANT if name == DEFAULT_NAME else name

@@ -1,6 +1,6 @@
 """The tables of tenants, their keys and their usage.
 
-Damaged, they are not made anew: without keys everybody would be let in.
+A damaged database is not replaced by an empty one: without keys, every caller would be admitted.
 """
 
 from pathlib import Path
@@ -29,12 +29,12 @@ INSERT INTO server VALUES (lower(hex(randomblob(8))))
 
 
 def server_id(database: Database) -> str:
-    """The name under which other servers know the usage and the changes that are written down here."""
-    with database.transaction(removing=True) as connection:  # a copy in memory may have another
+    """Return this server's id, under which its usage and audit entries lie in the object store."""
+    with database.transaction(removing=True) as connection:  # not `reading`: a copy in memory may have another id
         id_: str = connection.execute("SELECT id FROM server").fetchone()[0]
     return id_
 
 
 def open_database(path: Path, busy_seconds: float = BUSY_SECONDS) -> Database:
-    """The database of one server's tenants, made or migrated. Raises what `Database` does."""
+    """Open, create or migrate the database of one server's tenants. Raises the errors of `Database`."""
     return Database(path, _MIGRATIONS, busy_seconds)

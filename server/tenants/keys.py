@@ -1,7 +1,7 @@
 """Tenants and their keys: durable in `server.tenants.rolls`, found in memory.
 
-A secret is `lk-<id>-<256 random bits>`. Its SHA-256 is kept, the id is shown. A secret that nobody can guess needs no
-slow hash.
+A secret is `lk-<id>-<256 random bits>`. Its SHA-256 is stored, the id is shown. Such a secret cannot be guessed and
+needs no slow hash.
 """
 
 import asyncio
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from adapters.storage.records import Records
 
 TENANT_ID = re.compile("[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?")
-FLUSH_SECONDS = 60.0  # by which the time of a key's last use may be behind after a crash
+FLUSH_SECONDS = 60.0  # between writes of keys' last uses, so at most this much of them is lost in a crash
 _ID_LENGTH = len("lk-01234567")
-_NOTHING = bytes(32)  # what an unknown id is compared with, so that it takes as long
+_NOTHING = bytes(32)  # compared with an unknown id's secret, so that the comparison takes as long
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +44,11 @@ class Tenants:
 
     Args:
         static_keys: secrets of the command line, each an admin of the default tenant.
-        shared: where other servers see them, and change them.
-        poll_seconds: within how long their changes are seen.
+        shared: the rolls in the object store, which other servers read and change.
+        poll_seconds: the time within which their changes are seen.
 
     Attributes:
-        closed: a key is needed, since the first one was made.
+        closed: whether requests need a key: from the first key on.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Tenants:
         self._static = [_hash(key.encode()) for key in static_keys]
         self._changing = threading.Lock()
         self.closed = bool(self._static)
-        self._used: dict[str, int] = {}  # key -> Unix time that is not written yet
+        self._used: dict[str, int] = {}  # key -> Unix time of its last use, not yet written
         self._rolls = {TENANT: DEFAULT}
         self.tenants: dict[str, Tenant] = {TENANT: DEFAULT.tenant}
         self.keys: dict[str, Key] = {}
@@ -72,10 +72,10 @@ class Tenants:
         self._allowances = {TENANT: Allowance()}
         self.everything = replace(EVERYTHING, allowance=self._allowances[TENANT])
 
-    # --- its life -------------------------------------------------------------------------------------
+    # --- start and background tasks -------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Read everything. Raises RemoteUnavailable."""
+        """Read all tenants and keys. Raises RemoteUnavailable."""
         await asyncio.to_thread(self._read)
 
     def _read(self) -> None:
@@ -83,19 +83,19 @@ class Tenants:
             self._know(id_, roll)
 
     async def follow(self) -> None:
-        """Again and again, take over what other servers changed."""
+        """Poll other servers' changes until cancelled."""
         if self._shared:
             look = partial(asyncio.to_thread, self.poll)
             await repeatedly(look, self._poll_seconds, "taking over other servers' keys", RemoteUnavailable)
 
     def poll(self) -> None:
-        """Take over what other servers changed. Raises RemoteUnavailable."""
+        """Apply other servers' changes once. Raises RemoteUnavailable."""
         with self._changing:
             for id_, roll in self._kept.news(self._rolls):
                 self._know(id_, roll)
 
     async def run(self) -> None:
-        """Write the times of last use, now and then and at the end."""
+        """Write keys' times of last use, periodically and when cancelled."""
         try:
             await repeatedly(partial(asyncio.to_thread, self._flush), FLUSH_SECONDS, "writing when keys were used")
         finally:
@@ -119,7 +119,7 @@ class Tenants:
                 for id_, when in used.items():
                     self._used.setdefault(id_, when)
 
-    # --- who asks -------------------------------------------------------------------------------------
+    # --- authentication -------------------------------------------------------------------------------
 
     @property
     def several(self) -> bool:
@@ -127,9 +127,9 @@ class Tenants:
         return len(self.tenants) > 1
 
     def find(self, secret: bytes) -> Caller | None:
-        """Whose secret this is; None when nobody's, or no longer. Asks memory only."""
+        """Return the caller with this secret; None for an unknown, revoked or expired one. Uses memory only."""
         digest = _hash(secret)
-        # Every comparison is made, so that the time taken tells nothing of which key was near.
+        # All comparisons are made, so that the time taken reveals nothing about the keys.
         static = [hmac.compare_digest(digest, known) for known in self._static]
         id_ = secret[:_ID_LENGTH].decode("latin-1")
         kept, caller = self._known.get(id_, (_NOTHING, None))
@@ -142,14 +142,14 @@ class Tenants:
     # --- tenants --------------------------------------------------------------------------------------
 
     def tenant(self, id_: str, own: str | None = None) -> Tenant:
-        """With `own`, that one alone is there. Raises NotFound."""
+        """Return a tenant. With `own`, all other tenants count as missing. Raises NotFound."""
         tenant = self.tenants.get(id_)
         if tenant is None or own not in (None, tenant.id):
             raise _no_tenant(id_)
         return tenant
 
     def create_tenant(self, id_: str, limits: Limits = UNLIMITED) -> Tenant:
-        """Waits for the disk, or the object store, as all that changes something does. Raises InvalidRequest, Conflict,
+        """Create a tenant. Like all changes, blocks on the disk or the object store. Raises InvalidRequest, Conflict,
         RemoteUnavailable."""
         if not TENANT_ID.fullmatch(id_) or id_ == DEFAULT_NAME:
             message = f"`id`: 1 to 64 of a-z, 0-9 and -, neither first nor last a -, and not `{DEFAULT_NAME}`."
@@ -164,7 +164,7 @@ class Tenants:
         return self.tenant(id_)
 
     def limit(self, id_: str, limits: Limits) -> Tenant:
-        """Give a tenant these limits, in place of those that it has. Raises NotFound."""
+        """Replace a tenant's limits. Raises NotFound."""
 
         def limited(roll: Roll | None) -> Roll:
             roll = _there(id_, roll)
@@ -174,7 +174,7 @@ class Tenants:
         return self.tenant(id_)
 
     def delete_tenant(self, id_: str) -> None:
-        """Its keys are no longer known. Raises NotFound, Conflict."""
+        """Delete a tenant and its keys. Raises NotFound, Conflict."""
 
         def delete(roll: Roll | None) -> None:
             if _there(id_, roll).tenant.id == TENANT:
@@ -187,7 +187,7 @@ class Tenants:
             self._know(id_, self._kept.change(id_, self._rolls.get(id_), change))
 
     def _know(self, id_: str, roll: Roll | None) -> None:
-        """Take a tenant's roll into memory, in place of the one before; None: the tenant is gone."""
+        """Replace a tenant's roll in memory; None: the tenant was deleted."""
         before = self._rolls.get(id_)
         for gone in (before.keys.keys() if before else set()) - (roll.keys.keys() if roll else set()):
             self._known.pop(gone)
@@ -211,11 +211,11 @@ class Tenants:
     # --- keys -----------------------------------------------------------------------------------------
 
     def last_used(self, key: Key) -> int | None:
-        """Unix time of a request with it."""
+        """Return the Unix time of the last request with the key; None: it was never used."""
         return self._used.get(key.id, key.last_used_at)
 
     def key(self, tenant: str | None, id_: str) -> Key:
-        """A tenant's key, or with None anybody's. Raises NotFound."""
+        """Return a key of this tenant, or with None of any tenant. Raises NotFound."""
         key = self.keys.get(id_)
         if key is None or tenant not in (None, key.tenant):
             raise _no_key(id_)
@@ -230,7 +230,7 @@ class Tenants:
         adapters: Sequence[str] | None = None,
         expires_at: int | None = None,
     ) -> tuple[Key, str]:
-        """A new key and its secret, which nobody can be told again. Raises NotFound, InvalidRequest."""
+        """Create a key; return it and its secret, which is not stored. Raises NotFound, InvalidRequest."""
         while (id_ := f"lk-{secrets.token_hex(4)}") in self.keys:
             pass
         secret = f"{id_}-{secrets.token_urlsafe(32)}"
@@ -255,7 +255,7 @@ class Tenants:
         return key, secret
 
     def revoke(self, key: Key) -> Key:
-        """From now on it opens nothing. Raises Conflict for the last one that could make others."""
+        """Revoke a key at once. Raises NotFound, and Conflict for the last key that can create others."""
 
         def revoked(roll: Roll | None) -> Roll:
             roll = _there(key.tenant, roll)

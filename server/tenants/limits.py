@@ -1,4 +1,4 @@
-"""How much one tenant may have under way, and by the minute."""
+"""One tenant's limits: on running work, on rates per minute, and on rows on the device."""
 
 import math
 import time
@@ -12,29 +12,30 @@ import msgspec
 from server.errors import PermissionDenied, TooManyRequests
 
 _MINUTE = 60.0
-Rows = Mapping[str, Mapping[str, int]]  # digest of an adapter -> its rows on the device, by kind of linear
+Rows = Mapping[str, Mapping[str, int]]  # digest of an adapter -> its rows on the device, by module kind
 NO_ROWS: Rows = MappingProxyType({})
 RATE_HEADERS = [f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one tenant; None: as much as the server has."""
+    """The limits of one tenant; None: no limit but the server's."""
 
     requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None  # of prompts and answers
-    running: int | None = None  # sequences under way at once
-    device_rows: int | None = None  # of each kind of linear, that its adapters have on the device
+    tokens_per_minute: int | None = None  # prompt and generated tokens
+    running: int | None = None  # concurrent sequences
+    device_rows: int | None = None  # of its adapters on the device, for each module kind
     stored_bytes: int | None = None  # adapters, files and kept responses
-    training_jobs: int | None = None  # that are not at an end
-    training_tokens_per_day: int | None = None  # a job that has begun goes on
-    weight: float = 1.0  # of its share of the engine, beside those of other tenants
+    training_jobs: int | None = None  # unfinished jobs
+    training_tokens_per_day: int | None = None  # checked when a job is created; running jobs continue
+    weight: float = 1.0  # of its share of the engine, relative to other tenants
 
 
 UNLIMITED = Limits()
 
 
 class _Bucket:
-    """So much a minute, and at most a minute's worth at once. It may owe: an answer's length is known at its end."""
+    """A token bucket that holds one minute's amount. Its level may be negative: a response's length is known only once
+    it has finished."""
 
     def __init__(self, per_minute: int) -> None:
         self.limit = per_minute
@@ -51,32 +52,32 @@ class _Bucket:
         self._level = self.left() - amount
 
     def seconds(self, amount: float) -> float:
-        """Seconds until so much is left."""
+        """Return the seconds until this amount is available."""
         return max(0.0, amount - self.left()) * _MINUTE / self.limit
 
 
 class Allowance:
-    """What is left of a tenant's limits. Used on the event loop.
+    """The rest of a tenant's limits. Used on the event loop.
 
     Attributes:
-        limited: whether there is any limit on requests.
+        limited: whether requests are limited at all.
     """
 
     def __init__(self, limits: Limits = UNLIMITED) -> None:
         self.running = 0
-        self._users: Counter[str] = Counter()  # requests under way, by the adapters that they use
+        self._users: Counter[str] = Counter()  # running sequences by digest of the adapter
         self._rows: dict[str, Mapping[str, int]] = {}  # of these adapters
         self.set(limits)
 
     def set(self, limits: Limits) -> None:
-        """Begin anew under these limits; what is under way stays counted."""
+        """Replace the limits and refill the buckets; running sequences stay counted."""
         self.limits = limits
         each = {"requests": limits.requests_per_minute, "tokens": limits.tokens_per_minute}
         self._buckets = {name: _Bucket(limit) for name, limit in each.items() if limit is not None}
         self.limited = bool(self._buckets) or limits.running is not None or limits.device_rows is not None
 
     def check(self, sequences: int, prompt_tokens: int, rows: Rows = NO_ROWS) -> None:
-        """Raises what `check_rows` does, and TooManyRequests for a request that is beyond another limit now."""
+        """Raise TooManyRequests for a request beyond a limit at present, and the errors of `check_rows`."""
         self.check_rows(rows)
         running = self.limits.running
         if running is not None and self.running and self.running + sequences > running:
@@ -87,9 +88,9 @@ class Allowance:
                 raise self._refused(f"Your limit is {bucket.limit} {name} per minute.", wait)
 
     def check_rows(self, rows: Rows) -> None:
-        """Whether these adapters may be on the device beside those that requests under way use.
+        """Check that these adapters' rows fit the limit, together with those of running requests' adapters.
 
-        Raises TooManyRequests when not now, PermissionDenied when never.
+        Raises TooManyRequests when they do not fit now, PermissionDenied when they never can.
         """
         most = self.limits.device_rows
         if most is None or not rows:
@@ -104,7 +105,7 @@ class Allowance:
             raise self._refused(f"{message} your limit is {most}.", 1)
 
     def take(self, sequences: int, prompt_tokens: int, rows: Rows = NO_ROWS) -> None:
-        """A request begins; each of its sequences is to `end`."""
+        """Count a starting request; each of its sequences must `end`."""
         self._rows.update(rows)
         for digest in rows:
             self._users[digest] += sequences
@@ -113,7 +114,7 @@ class Allowance:
             bucket.take(prompt_tokens if name == "tokens" else 1)
 
     def end(self, adapters: Iterable[str]) -> None:
-        """A sequence of a request that began with these adapters is over."""
+        """Count the end of one sequence of a request with these adapters."""
         self.running -= 1
         for digest in adapters:
             self._users[digest] -= 1
@@ -121,12 +122,12 @@ class Allowance:
                 del self._users[digest], self._rows[digest]
 
     def spend(self, tokens: int) -> None:
-        """Count the tokens of an answer."""
+        """Count generated tokens."""
         if "tokens" in self._buckets:
             self._buckets["tokens"].take(tokens)
 
     def headers(self) -> dict[str, str]:
-        """OpenAI's, of the limits that there are."""
+        """Return OpenAI's rate limit headers, for the limits that are set."""
         found = {}
         for name, bucket in self._buckets.items():
             found[f"x-ratelimit-limit-{name}"] = str(bucket.limit)
@@ -139,7 +140,7 @@ class Allowance:
 
 
 def _most(rows: Rows) -> tuple[str, int]:
-    """The kind of linear of which these take most rows together, and how many."""
+    """Return the module kind of which these adapters take the most rows together, and the number of rows."""
     sums = Counter[str]()
     for each in rows.values():
         sums.update(each)

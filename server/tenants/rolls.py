@@ -1,8 +1,8 @@
-"""Where tenants and their keys are kept: in a database here, and in the object store when there is one.
+"""Storage of tenants and their keys: in a local database, and in the object store when there is one.
 
-A tenant and its keys are one `Roll`, changed whole: rules about several keys hold although many servers change them.
-With an object store the rolls there are what counts, and the database has a copy. A roll in it that never was in the
-store, from a time without one, is written there.
+A tenant and its keys are one `Roll`, changed as a whole, so that rules about several keys hold although many servers
+change them. With an object store, its rolls are authoritative and the database has a copy. A roll in the database that
+was never in the store, from a time without one, is written to the store.
 """
 
 import logging
@@ -32,7 +32,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True):
-    """One key, without its secret. `id` begins the secret, so that people know which one it is."""
+    """One key, without its secret. The secret starts with `id`, so that people recognise it."""
 
     id: str
     tenant: str
@@ -63,20 +63,20 @@ class Roll(msgspec.Struct, frozen=True):
     keys: dict[str, KeptKey] = {}
 
     def having(self, kept: KeptKey) -> "Roll":
-        """This one with a key that is new, or in place of what it was."""
+        """Return this roll with a key added or replaced."""
         return msgspec.structs.replace(self, keys=self.keys | {kept.key.id: kept})
 
 
-DEFAULT = Roll(Tenant(id=TENANT, created_at=0))  # there always
+DEFAULT = Roll(Tenant(id=TENANT, created_at=0))  # always exists
 
 Change = Callable[[Roll | None], Roll | None]
 
 
 class Rolls:
-    """All rolls. Everything here waits for the disk, and with an object store for that; one at a time.
+    """All rolls. Every method blocks on the disk, and on the object store when there is one; one call at a time.
 
     Args:
-        shared: where other servers see them.
+        shared: the rolls in the object store.
     """
 
     def __init__(self, database: Database, shared: "Records | None" = None) -> None:
@@ -84,7 +84,7 @@ class Rolls:
         self._shared = shared
 
     def load(self) -> dict[str, Roll]:
-        """All of them, by tenant. Raises RemoteUnavailable."""
+        """Return all rolls by tenant. Raises RemoteUnavailable."""
         rolls = {TENANT: DEFAULT}
         with self._database.reading() as connection:
             for (record,) in connection.execute("SELECT record FROM tenants ORDER BY id"):
@@ -104,9 +104,9 @@ class Rolls:
         return {TENANT: DEFAULT} | {id_: found for id_, found in there.items() if found is not None}
 
     def change(self, id_: str, known: Roll | None, change: Change) -> Roll | None:
-        """Let a tenant's roll be what `change` makes of it; `known` is what this server knows. Durable on return.
+        """Apply `change` to a tenant's roll and return the result, durable; `known` is the roll in memory.
 
-        `change` may be called several times; what it raises, this does. Raises RemoteUnavailable.
+        `change` may be called several times. Raises its errors, and RemoteUnavailable.
         """
         if self._shared is None:
             now = change(known)
@@ -116,9 +116,9 @@ class Rolls:
 
         def applied(content: "Content | None") -> "Content | None":
             before = None
-            with suppress(ValueError):  # what is damaged is made anew
+            with suppress(ValueError):  # a damaged record counts as missing and is replaced
                 before = None if content is None else _roll(content)
-            after = change(known if before is None and id_ == TENANT else before)  # that one is never removed
+            after = change(known if before is None and id_ == TENANT else before)  # the default tenant always exists
             return None if after is None else msgspec.to_builtins(after)
 
         record = self._shared.change(tenant_name(id_), applied)
@@ -127,7 +127,7 @@ class Rolls:
         return now
 
     def news(self, known: dict[str, Roll]) -> Iterator[tuple[str, Roll | None]]:
-        """Tenants whose rolls other servers changed or removed. Raises RemoteUnavailable."""
+        """Yield tenants and rolls that other servers changed or removed (None). Raises RemoteUnavailable."""
         for id_, roll in self._news(self._shared) if self._shared is not None else ():
             self._copy(id_, known.get(id_), roll)
             yield id_, roll
@@ -143,7 +143,7 @@ class Rolls:
                 yield tenant_of(record.key), roll
 
     def _copy(self, id_: str, before: Roll | None, now: Roll | None) -> None:
-        """Keep here, too, what is in the store; a disk that does not take it gets it with the next start."""
+        """Copy a roll of the store to the local database; after a failure the next start copies it."""
         try:
             if now != before:
                 self._write(id_, before, now)
@@ -166,7 +166,7 @@ class Rolls:
 
 
 def _gone(record: "Record") -> bool:
-    """Whether not even a tombstone is there, which nobody here removes."""
+    """Whether not even a tombstone exists: the record was deleted from outside, as servers keep tenants' tombstones."""
     return record.version is None
 
 

@@ -1,4 +1,4 @@
-"""Gives the object store what this server wrote down: usage and changes, for all servers to show."""
+"""Sending of this server's usage and audit entries to the object store, for all servers to show."""
 
 import asyncio
 import logging
@@ -13,7 +13,8 @@ log = logging.getLogger(__name__)
 
 
 async def keep_sending(seconds: float, *sends: Callable[[], None]) -> None:
-    """Every so many seconds, and at the end. What a fault keeps back goes the next time, after a restart too."""
+    """Call `sends` periodically, and once more when cancelled. After a fault the next call sends the rest, also after a
+    restart."""
     outage = False
     try:
         while True:

@@ -1,1 +1,1 @@
-"""The base's tokenizer and chat templates, and text that is streamed. API process."""
+"""The base's tokenizer and chat templates, and streamed text. API process."""

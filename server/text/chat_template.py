@@ -1,9 +1,9 @@
-"""A model's chat template: messages in, the prompt's text out.
+"""A model's chat template: renders messages to the prompt's text.
 
-Templates are Jinja and come with the base, so they mean well; what they are applied to comes from clients. Hence the
-sandbox, a deadline, a bound on the output, and only scalars as further arguments.
-Renders as `transformers`' `apply_chat_template` does, without importing it. The sandbox's program loads this module and
-needs nothing but Jinja for it, so what a hostile template could reach stays small.
+Templates are Jinja from the base and trusted, but their input comes from clients. Hence the sandbox, a deadline, a
+limit on the output, and only scalars as further arguments.
+Renders like `transformers`' `apply_chat_template`, without importing it. The sandbox's program loads this module with
+Jinja as its only library, so that a hostile template can reach little.
 """
 
 import json
@@ -25,15 +25,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 RENDER_SECONDS = 2.0
 MAX_OUTPUT = 32 * 1024 * 1024  # characters
 
-# Arguments that are not the template's own switches but decide what is rendered, or how the caller gets it.
+# `apply_chat_template`'s own arguments, which are no switches of the template.
 RESERVED = frozenset(
     {"messages", "conversation", "tools", "documents", "chat_template", "tokenize", "tokenizer_kwargs"}
     | {"add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length"}
     | {"return_tensors", "return_dict", "return_assistant_tokens_mask"}
 )
-_PART = "{'type': 'text'"  # a part that was written down as it is, in place of its text
-_MOST = 64  # messages looked for in a prompt
-_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # ends in a space to tell whether the template trims what it is given
+_PART = "{'type': 'text'"  # in a prompt: a template printed the part itself in place of its text
+_MOST = 64  # messages searched for in a prompt
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # ends in a space, which shows whether the template trims messages
 
 
 class TemplateRefusal(Exception):
@@ -50,7 +50,7 @@ class TemplateRefusal(Exception):
 
 
 class _Unbounded(TemplateRefusal):
-    """It takes too long or writes too much: no other form of the messages is tried."""
+    """Rendering took too long or wrote too much; no other form of the messages is tried."""
 
 
 class _OverrunError(Exception):
@@ -58,7 +58,7 @@ class _OverrunError(Exception):
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the assistant says; for rendering it is its content."""
+    """`{% generation %}...{% endgeneration %}` marks the assistant's text; it renders as its content."""
 
     tags = {"generation"}  # noqa: RUF012  # Jinja's interface
 
@@ -68,7 +68,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with an eye on the clock whenever a template calls something or reads an attribute or an item."""
+    """The sandbox, with a check of the deadline at every call and at every read of an attribute or item."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -80,7 +80,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._max_characters = max_characters
 
     def start_clock(self) -> None:
-        """Give the rendering that begins in this thread its time."""
+        """Start the time limit of a rendering in this thread."""
         self._render.deadline = time.monotonic() + RENDER_SECONDS
 
     def check_clock(self) -> None:
@@ -117,8 +117,8 @@ class ChatTemplate:
 
     Args:
         source: the Jinja text.
-        special_tokens: `bos_token`, `eos_token`, ... as the template sees them.
-        max_characters: that it may write.
+        special_tokens: the template's variables `bos_token`, `eos_token`, ...
+        max_characters: limit of its output.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], max_characters: int = MAX_OUTPUT) -> None:
@@ -137,13 +137,13 @@ class ChatTemplate:
         arguments: Mapping[str, str | int | float | bool | None] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt's text for messages of `role` and `content` (text), and calls whose arguments are objects.
+        """Render messages of `role` and `content` (text), and calls with objects as arguments, to the prompt's text.
 
-        `continue_final_message` ends the prompt inside the last message, so that the completion carries on from it.
-        Raises `TemplateRefusal` for what the template refuses, and when it takes too long.
+        `continue_final_message` ends the prompt inside the last message, so that the completion continues it.
+        Raises `TemplateRefusal` when the template refuses the messages, takes too long or writes too much.
         """
         chat = [dict(message) for message in messages]
-        if not self._knows_developer:  # OpenAI's newer name for the system's role; most templates predate it
+        if not self._knows_developer:  # OpenAI's newer name of the system role; most templates predate it
             for message in chat:
                 message["role"] = "system" if message["role"] == "developer" else message["role"]
         context = dict(arguments or {}) | {"tools": tools, "add_generation_prompt": add_generation_prompt}
@@ -162,7 +162,7 @@ class ChatTemplate:
         return text[:end] if keeps_spaces else text[:end].rstrip()
 
     def _with_instructions(self, chat: list[dict[str, Any]], context: Mapping[str, Any]) -> str:
-        """The text. Instructions that come first in several messages are one, where the template takes no more."""
+        """Render; join leading system messages into one if the template refuses or drops some of several."""
         leading = list(takewhile(lambda message: message["role"] in ("system", "developer"), chat))
         if len(leading) < 2:
             return self._render(chat, context)
@@ -183,7 +183,7 @@ class ChatTemplate:
         return text
 
     def _render(self, chat: list[dict[str, Any]], context: Mapping[str, Any]) -> str:
-        """The text; templates that pass over a string, or refuse it, get it as a list of parts."""
+        """Render; if the template drops or refuses contents as strings, pass them as lists of parts."""
         text, refusal = "", None
         try:
             text = self._written(chat, context)
@@ -221,7 +221,7 @@ class ChatTemplate:
                 self._environment.check_size(size)
         except _OverrunError as overrun:
             raise _Unbounded(f"The chat template {overrun} on these messages.") from None
-        except jinja2.TemplateError as exc:  # what templates raise by themselves: "roles must alternate"
+        except jinja2.TemplateError as exc:  # raised by the template itself, such as "roles must alternate"
             raise TemplateRefusal(f"The chat template refuses these messages: {exc}") from None
         except Exception as exc:
             name = type(exc).__name__
@@ -230,7 +230,7 @@ class ChatTemplate:
 
 
 def _lost(contents: Sequence[str], text: str) -> int:
-    """How many of the messages are not in a prompt's text; of a long chat's those at its ends are looked for."""
+    """Return the number of messages missing in a prompt's text; of a long chat, only those at its ends count."""
     some = contents if len(contents) <= _MOST else [*contents[: _MOST // 2], *contents[-_MOST // 2 :]]
     return sum(content not in text for content in some)
 
@@ -250,5 +250,5 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without Jinja's HTML escapes."""
+    """Return JSON without Jinja's HTML escapes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

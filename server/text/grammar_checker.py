@@ -1,4 +1,4 @@
-"""Grammars of requests, compiled on trial in a process that can be killed, before an engine sees them."""
+"""Trial compilation of requests' grammars, in a process that can be killed, before they reach an engine."""
 
 import asyncio
 import json
@@ -14,18 +14,18 @@ from server.children.helper import FORK_GRACE_SECONDS, HelperFailed, HelperLate,
 from server.errors import InvalidRequest, Unavailable, shown
 from server.messages.protocol import INVALID_GRAMMAR, Grammar
 
-_KEPT = 1024  # answers: a few numbers each
-_WAIT = 4.0  # times the seconds of the processor that a grammar may have, on the clock: a busy machine takes longer
+_KEPT = 1024  # answers, a few numbers each
+_WAIT = 4.0  # wall time per processor time of the limit, as a busy machine takes longer
 
 log = logging.getLogger(__name__)
 
 
 class GrammarChecker:
-    """Refuses what no engine could follow, or not within limits. `close` ends its processes.
+    """Checks of grammars: refuses those that do not compile, or not within the limits. `close` ends its processes.
 
     Args:
-        seconds: of the processor that compiling may take.
-        memory: bytes that it may take.
+        seconds: limit of processor time for compiling.
+        memory: limit of its memory, in bytes.
     """
 
     def __init__(self, seconds: float, memory: int) -> None:
@@ -39,12 +39,12 @@ class GrammarChecker:
         await self._helpers.close()
 
     async def check(self, grammar: Grammar, param: str) -> Grammar:
-        """The grammar, with its size. Raises `InvalidRequest`; for a schema that names the keyword and its path.
-
-        Raises `Unavailable` when the machine is too busy to tell.
+        """Check a grammar and return it with its size.
 
         Args:
-            param: where the client gave it.
+            param: the request's field with the grammar.
+
+        Raises `InvalidRequest`, for a schema with the keyword and its path; `Unavailable` when the machine is too busy.
         """
         key = blake2b(msgspec.msgpack.encode(grammar)).digest()
         if key in self._answers:
@@ -56,13 +56,13 @@ class GrammarChecker:
             answer = None
             try:
                 answer = await self._helpers.ask(key.hex(), order, _WAIT * self._seconds + FORK_GRACE_SECONDS)
-            except HelperLate as late:  # which says nothing of the grammar
+            except HelperLate as late:  # not the grammar's fault
                 log.warning("a grammar was not compiled: it %s", late)
                 raise Unavailable(f"The server was too busy to compile `{param}`.", retry_after=5) from None
             except (HelperLimit, HelperFailed) as fault:
                 if grammar.kind == "json":
                     answer = {"path": await asyncio.to_thread(_heaviest, grammar.text)}
-                if isinstance(fault, HelperFailed):  # perhaps not the next time
+                if isinstance(fault, HelperFailed):  # not remembered: it may succeed the next time
                     raise self._refusal(answer or {}, param) from None
             self._answers[key] = answer
             if len(self._answers) > _KEPT:
@@ -81,7 +81,7 @@ class GrammarChecker:
 
 
 def _heaviest(text: str) -> list[str]:
-    """The path to the part of a schema that makes it large; empty when it is nested too deep to be read."""
+    """Return the path to the part of a schema that makes it large; empty if the schema is nested too deep to parse."""
     path: list[str] = []
     try:
         part: Any = json.loads(text)

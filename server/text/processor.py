@@ -1,7 +1,7 @@
-"""The base's tokenizer and chat template, from its directory. Text in, token ids out, and back.
+"""The base's tokenizer and chat template, from its directory: text to token ids, and back.
 
-Uses the `tokenizers` library directly: importing `transformers` would bring torch into the HTTP process.
-Streaming text back is `server.text.streaming`'s matter; requests and limits are the handlers'.
+Uses the `tokenizers` library directly: `transformers` would import torch into the API process. Streaming of text is in
+`server.text.streaming`.
 """
 
 import asyncio
@@ -30,40 +30,40 @@ from server.text.tools.table import format_of
 
 T = TypeVar("T")
 
-_LONG = 2048  # characters or tokens; from here on work on them leaves the event loop
-_TURN = 2**16  # characters of several texts that are encoded before other requests have their turn
-_ADAPTED = 8  # tokenizers of adapters that are kept: tens of megabytes each
+_LONG = 2048  # characters or tokens from which work leaves the event loop
+_TURN = 2**16  # characters of several texts encoded before other requests have their turn
+_ADAPTED = 8  # cached tokenizers of adapters, tens of megabytes each
 _PROBE = ({"role": "user", "content": "Say it."}, {"role": "assistant", "content": "Ara ararauna"})
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class TokenizerError(Exception):
-    """The model's directory has no tokenizer that can be used; the message says which file and why."""
+    """The model's directory has no usable tokenizer; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class TokenText:
-    """What one token stands for, by itself: its exact bytes, and those as text for people."""
+    """One token by itself: its exact bytes, and these as readable text."""
 
     text: str
     bytes: bytes
 
 
 class TextProcessor:
-    """The tokenizer and the chat template of one base model, and of adapters that bring some of their own.
+    """The tokenizer and the chat template of one base model, with those of adapters that have their own.
 
     Args:
         tokenizer: the tokenizer.
         chat_template: None when the base has none: chat is then refused.
-        special_tokens: `bos_token`, ... as templates see them.
-        renderer: of the templates that adapters bring; None: these are not used.
-        stop_tokens: tokens that end an answer, and the files of the model that say so.
-        tool_parser: the name of the templates' format of tool calls, where these know tools; None: by their text.
-        reasoning_parser: the name of the answers' format of thoughts; "auto": by the template's text; "none".
+        special_tokens: the templates' variables `bos_token`, ...
+        renderer: of adapters' templates; None: these are not used.
+        stop_tokens: tokens that end an answer -> the model's files that name them.
+        tool_parser: the format of tool calls, for templates that know tools; None: recognised from the template.
+        reasoning_parser: the format of thoughts; "auto": recognised from the template; "none".
 
     Attributes:
-        stop_tokens: id -> where it is named; the chat template's end of an assistant's turn is among them.
-        longest_token: bytes of text that one token stands for, at most.
+        stop_tokens: id -> names of its sources, the chat template's end of an assistant's turn among them.
+        longest_token: the most bytes of text that one token stands for.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class TextProcessor:
         added = tokenizer.get_added_tokens_decoder()
         self._added = {id_: token.content for id_, token in added.items()}
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
-        characters = self._piece_bytes is _byte_level  # each of which is a byte
+        characters = self._piece_bytes is _byte_level  # one character per byte
         pieces = tokenizer.get_vocab(with_added_tokens=True)
         self.longest_token = max((len(p) if characters else len(p.encode()) for p in pieces), default=1)
         self._named_stops = dict(stop_tokens or {})
         self.stop_tokens = self._with_turn_end(_probed(chat_template))
-        # One thread: tokenising must not take the engine's cores.
+        # One thread, since tokenising must not take the engine's cores.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")
 
     @classmethod
@@ -107,7 +107,7 @@ class TextProcessor:
         tool_parser: str | None = None,
         reasoning_parser: str = "auto",
     ) -> "TextProcessor":
-        """From a Hugging Face layout: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`.
+        """Load a directory in Hugging Face layout: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`.
 
         Raises `TokenizerError`.
         """
@@ -134,25 +134,25 @@ class TextProcessor:
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
-        """`bos_token`, `eos_token`, ... as the model's files name them."""
+        """`bos_token`, `eos_token`, ... from the model's files."""
         return self._special_tokens
 
     @property
     def tool_format(self) -> ToolFormat | None:
-        """How answers call functions; None without a chat template."""
+        """The answers' format of tool calls; None without a chat template."""
         source = self._template_source
         return None if source is None else format_of(source, self._tool_parser)
 
     @property
     def reasoning_format(self) -> ReasoningFormat | None:
-        """How answers think; None where they do not."""
+        """The answers' format of thoughts; None if they have none."""
         source = self._template_source
         if source is None or self._reasoning_parser == "none":
             return None
         return reasoning_of(source) if self._reasoning_parser == "auto" else REASONING_FORMATS[self._reasoning_parser]
 
     def template_takes(self, argument: str) -> bool:
-        """Whether the chat template's source has this name."""
+        """Whether the chat template's source contains this name."""
         return re.search(rf"\b{argument}\b", self._template_source or "") is not None
 
     @property
@@ -163,7 +163,7 @@ class TextProcessor:
     # --- adapters
 
     async def adapted(self, key: str, read: Callable[[], AdapterText]) -> "TextProcessor":
-        """The same with what an adapter brings; kept under `key` for a while. `read` may wait for a disk."""
+        """Return a copy with an adapter's tokens and template, cached under `key`. `read` runs in a thread."""
         found = self._adapted.get(key)
         if found is None:
             found = await asyncio.to_thread(lambda: self._extended(read()))
@@ -181,7 +181,7 @@ class TextProcessor:
         other = copy(self)
         if text.tokens:
             other.tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
-            # All at once: each call goes through the tokens that there are.
+            # All at once, since each call iterates over the existing tokens.
             fields = [{name: value for name, value in vars(token).items() if name != "id"} for token in text.tokens]
             other.tokenizer.add_tokens([AddedToken(**each) for each in fields])
             other._added = self._added | {token.id: token.content for token in text.tokens}
@@ -191,22 +191,22 @@ class TextProcessor:
             other._own_template = text.chat_template
         return other
 
-    # --- the end of an answer
+    # --- stop tokens and formats
 
     def _with_turn_end(self, rendered: str) -> dict[int, tuple[str, ...]]:
-        """The stop tokens that files name, and the special token that follows the answer in a rendered probe."""
+        """Return the files' stop tokens, and the special token that follows the answer in a rendered probe."""
         stops = {id_: tuple(named) for id_, named in self._named_stops.items()}
         _, found, rest = rendered.rpartition(_PROBE[-1]["content"])
         for id_ in self._encode([rest], add_special_tokens=False)[0] if found else ():
             if id_ in self._added:
                 stops[id_] = (*stops.get(id_, ()), "chat template")
                 break
-            if self.token_bytes(id_).strip():  # white space may come before it
+            if self.token_bytes(id_).strip():  # white space may precede it
                 break
         return stops
 
     async def _render_probe(self) -> str:
-        """A short conversation through an adapter's own template; empty when that refuses it."""
+        """Render a short conversation with an adapter's own template; empty if that refuses it."""
         with suppress(InvalidRequest):
             return await self.render_chat(
                 _PROBE,
@@ -218,7 +218,7 @@ class TextProcessor:
         return ""
 
     def with_stops(self, ids: Iterable[int], named_by: str) -> "TextProcessor":
-        """The same with further tokens that end an answer."""
+        """Return a copy with additional stop tokens."""
         other = copy(self)
         other.stop_tokens = dict(self.stop_tokens)
         for id_ in ids:
@@ -226,7 +226,7 @@ class TextProcessor:
         return other
 
     def with_formats(self, tool_parser: str | None, reasoning_parser: str | None) -> "TextProcessor":
-        """The same with these formats, where they are named."""
+        """Return a copy with other formats; None keeps one as it is."""
         other = copy(self)
         other._tool_parser = tool_parser or self._tool_parser
         other._reasoning_parser = reasoning_parser or self._reasoning_parser
@@ -234,18 +234,18 @@ class TextProcessor:
 
     @property
     def added_tokens(self) -> Mapping[int, str]:
-        """Tokens beside the vocabulary that texts are split into, special ones among them."""
+        """Tokens added to the vocabulary, special ones among them."""
         return self._added
 
     def stops_as_json(self) -> list[dict[str, Any]]:
-        """The stop tokens as the API lists them."""
+        """Return the stop tokens in the API's form."""
         return [
             {"id": id_, "token": self.token(id_).text, "named_by": list(named)}
             for id_, named in self.stop_tokens.items()
         ]
 
     def details(self) -> dict[str, Any]:
-        """How answers end and call tools, as the API tells it."""
+        """Return stop tokens and formats in the API's form."""
         formats = {"tool_format": self.tool_format, "reasoning_format": self.reasoning_format}
         return {"stop_tokens": self.stops_as_json()} | {key: each and each.name for key, each in formats.items()}
 
@@ -254,10 +254,10 @@ class TextProcessor:
     async def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool, max_tokens: int, param: str
     ) -> list[list[int]]:
-        """Token ids of each text; `add_special_tokens` lets the tokenizer add what it puts around one (a BOS, say).
+        """Return the token ids of each text; `add_special_tokens` lets the tokenizer add its own, such as a BOS.
 
-        Raises `ContextLengthExceeded`, before any work, for a text whose bytes are more than `max_tokens` could stand
-        for. (A tokenizer that drops white space could make fewer of it: by hundreds of kilobytes of that only.)
+        Raises `ContextLengthExceeded`, before any work, for a text of more bytes than `max_tokens` can stand for. (A
+        tokenizer that drops white space could fit it nevertheless, but only with hundreds of kilobytes of that.)
         """
         most = max_tokens * self.longest_token
         for text in texts:
@@ -274,7 +274,7 @@ class TextProcessor:
         return ids
 
     def offsets(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Where in `text` each token of `encode` starts, in characters."""
+        """Return the start of each token of `encode` in `text`, in characters."""
         encoding = self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         return [start for start, _ in encoding.offsets]
 
@@ -288,8 +288,8 @@ class TextProcessor:
         max_tokens: int,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """The prompt's text. Raises `InvalidRequest` when the template refuses, or when there is none, and when an
-        adapter's template writes more than `max_tokens` could stand for."""
+        """Render messages to the prompt's text. Raises `InvalidRequest` when the template refuses them, when there is
+        none, and when an adapter's template writes more than `max_tokens` can stand for."""
         if self._template_source is None:
             raise InvalidRequest("The base model has no chat template; use /v1/completions.", param="messages")
         size = sum(len(message["content"]) for message in messages) + len(messages) + _LONG * bool(tools)
@@ -328,7 +328,7 @@ class TextProcessor:
     def for_template(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-        """Messages and tools as the chat template takes them; tools are None where it is to see none."""
+        """Return messages and tools in the chat template's form; tools are None if it must not see any."""
         source, tool_format = self._template_source, self.tool_format
         assert source is not None
         assert tool_format is not None
@@ -336,12 +336,12 @@ class TextProcessor:
         return for_template(chat, tools, source, tool_format)
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        # `encode_batch*` releases the interpreter's lock, `encode` does not.
+        # `encode_batch*` releases the interpreter's lock; `encode` does not.
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
     async def in_thread(self, size: int, work: Callable[[], T]) -> T:
-        """Run `work` here when `size` (characters or tokens) is small, else where it does not hold others up."""
+        """Run `work` here if `size` (characters or tokens) is small, else in the tokenising thread."""
         if size < _LONG:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -349,10 +349,10 @@ class TextProcessor:
     # --- tokens -> text
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """The text of whole token ids. Ids that the tokenizer does not know stand for nothing."""
+        """Return the text of token ids. Ids unknown to the tokenizer have no text."""
         if len(ids) < _LONG:
             text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-        else:  # releases the interpreter's lock, at the price of a thread pool
+        else:  # releases the interpreter's lock, at the cost of a thread pool
             [text] = self.tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return text
 
@@ -362,11 +362,11 @@ class TextProcessor:
         return {id_: self._added[id_] for id_ in self.special_ids}
 
     def has_special(self, texts: Sequence[str]) -> bool:
-        """Whether a special token's text occurs in one of these."""
+        """Whether a special token's text occurs in any of these."""
         return bool(texts) and any(special in text for special in self.special_texts.values() for text in texts)
 
     def token(self, id_: int) -> TokenText:
-        """One token by itself. Bytes that are no text by themselves read `bytes:\\xe2\\x82`, as OpenAI writes them."""
+        """Return one token by itself. Bytes that are not UTF-8 read `bytes:\\xe2\\x82`, as with OpenAI."""
         raw = self.token_bytes(id_)
         try:
             return TokenText(raw.decode(), raw)
@@ -374,7 +374,7 @@ class TextProcessor:
             return TokenText("bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw)
 
     def token_bytes(self, id_: int) -> bytes:
-        """The bytes that one token adds to a text; empty for an id that the tokenizer does not know."""
+        """Return the bytes that one token adds to a text; empty for an id unknown to the tokenizer."""
         if (content := self._added.get(id_)) is not None:
             return content.encode()
         piece = self.tokenizer.id_to_token(id_)
@@ -386,7 +386,7 @@ def _is_more_than_text(message: Mapping[str, Any]) -> bool:
 
 
 def _turns(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts a few at a time, so that requests with many of them let others in between."""
+    """Yield texts in groups, so that a request with many of them lets others run in between."""
     turn: list[str] = []
     size = 0
     for text in texts:
@@ -400,7 +400,7 @@ def _turns(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _probed(template: ChatTemplate | None) -> str:
-    """A short conversation through the base's template; empty when that refuses it."""
+    """Render a short conversation with the base's template; empty if that refuses it."""
     with suppress(TemplateRefusal):
         return template.render(_PROBE, add_generation_prompt=False) if template is not None else ""
     return ""
@@ -420,7 +420,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _chat_template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """Newer repositories keep the template in a file of its own, older ones in the tokenizer's config, some several."""
+    """Return the template's source: from its own file in newer repositories, from the tokenizer's config in older ones,
+    the default one of several."""
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -433,7 +434,7 @@ def _chat_template_source(directory: Path, config: Mapping[str, Any]) -> str | N
 
 
 def _stop_tokens(directory: Path, tokenizer: Tokenizer, special_tokens: Mapping[str, str]) -> dict[int, list[str]]:
-    """Every token that a file of the model calls its end of text, and the names of these files."""
+    """Return the end-of-text tokens named in the model's files, with the names of these files."""
     named: dict[int, list[str]] = {}
     for name in ("generation_config.json", "config.json"):
         content = _read_json(directory / name)
@@ -458,11 +459,11 @@ def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     return tokens
 
 
-# --- from a vocabulary's piece to bytes ----------------------------------------------------------------
+# --- bytes of a vocabulary's pieces --------------------------------------------------------------------
 
 
 def _piece_decoder(tokenizer: Mapping[str, Any]) -> Any:
-    """How this kind of vocabulary writes bytes. Returns a function from piece to bytes."""
+    """Return the function from piece to bytes for this kind of vocabulary."""
     decoder = tokenizer.get("decoder") or {}
     kinds = {step.get("type") for step in decoder.get("decoders", [decoder])}
     if "ByteLevel" in kinds:
@@ -473,7 +474,7 @@ def _piece_decoder(tokenizer: Mapping[str, Any]) -> Any:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's: printable Latin-1 stands for itself, every other byte for the next character from U+0100 on."""
+    """Return GPT-2's alphabet: printable Latin-1 for itself, characters from U+0100 on for the other bytes in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     alphabet = {chr(byte): byte for byte in printable}

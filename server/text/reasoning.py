@@ -1,4 +1,4 @@
-"""Thoughts in answers: what a model writes before it answers, between two marks that its family has for that."""
+"""Thoughts: text that a model writes before its answer, between two marks of its family's reasoning format."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -9,17 +9,17 @@ from typing import Any
 from server.text.tools.grammar import as_lark
 from server.text.tools.source import Parser, Reader, Source, Step
 
-_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of messages, as templates name them
+_FIELDS = ("reasoning_content", "reasoning", "thinking")  # templates' names for a message's thought
 
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """How a family of models thinks.
+    """The format in which a family of models writes thoughts.
 
     Attributes:
-        signs: texts by any of which a chat template is known to be of this format.
-        begin, end: around a thought; the prompt may have begun it.
-        close: `end` with what models write around it, to cut a thought short.
+        signs: texts, any of which in a chat template identifies the format.
+        begin, end: marks around a thought; `begin` may be the prompt's end.
+        close: `end` with its usual surroundings, for ending a thought early.
         silent: texts around the answer that are not part of it.
     """
 
@@ -32,18 +32,18 @@ class ReasoningFormat:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """Special tokens that have to be seen, if they are any."""
+        """Texts of the marks; those that are special tokens must be decoded."""
         return (self.begin, self.end, *self.silent)
 
     def written(self, thought: str) -> str:
-        """A thought before its answer, for templates that know none."""
+        """Return a thought as text in front of its answer, for templates without thoughts."""
         between = self.close.partition(self.end)[0]
         return f"{self.begin}{between}{thought}{self.close}"
 
 
 _TURN, _FINAL = "<|start|>assistant", "<|channel|>final<|message|>"
 THINK = ReasoningFormat("think", ("<think>", "</think>"), "<think>", "</think>", "\n</think>\n\n")
-# In the order in which a template is held against them.
+# In the order of matching.
 _ALL = (
     ReasoningFormat("seed", ("<seed:think>",), "<seed:think>", "</seed:think>", "</seed:think>\n"),
     ReasoningFormat("mistral", ("[THINK]",), "[THINK]", "[/THINK]", "[/THINK]"),
@@ -100,15 +100,15 @@ VLLM_NAMES = dict.fromkeys(("deepseek_r1", "deepseek_v3", "glm45", "kimi_k2", "o
 
 @lru_cache(64)
 def reasoning_of(template: str) -> ReasoningFormat | None:
-    """The format of a chat template's source; None where it knows no thoughts."""
+    """Return the format of a chat template's source; None for a template without thoughts."""
     return next((each for each in _ALL if any(sign in template for sign in each.signs)), None)
 
 
 def begun(reasoning: ReasoningFormat, prompt: str, continued: str | None = None) -> bool | None:
-    """Whether a prompt ends within a thought; None where the answer may begin with one.
+    """Whether a prompt ends within a thought; None if the answer may begin with one.
 
     Args:
-        continued: the last message's text, where the answer goes on with that.
+        continued: the text of the last message, if the answer continues it.
     """
     if continued is not None:
         _, opened, rest = continued.rpartition(reasoning.begin)
@@ -118,7 +118,7 @@ def begun(reasoning: ReasoningFormat, prompt: str, continued: str | None = None)
 
 
 def thinking(reasoning: ReasoningFormat, inside: bool | None, then: Reader) -> Reader:
-    """A thought, if there is one, and the answer, which `then` reads; `inside` is as `begun` has it."""
+    """Return a reader of an optional thought, and of the answer by `then`. `inside`: the result of `begun`."""
 
     def reader(source: Source) -> Step[None]:
         source.silent = reasoning.silent
@@ -137,12 +137,12 @@ def thinking(reasoning: ReasoningFormat, inside: bool | None, then: Reader) -> R
 
 
 def any_text(source: Source) -> Step[None]:
-    """An answer without calls."""
+    """Read an answer without calls."""
     yield from source.text()
 
 
 class ThoughtTokens:
-    """Counts the tokens of an answer's thought, its marks included, and tells its text from the answer's."""
+    """The count of the tokens of an answer's thought, marks included, and the split of its text from the answer's."""
 
     def __init__(self, reasoning: ReasoningFormat, inside: bool | None) -> None:
         self._parser = Parser(thinking(reasoning, inside, any_text), {})
@@ -151,12 +151,12 @@ class ThoughtTokens:
         self.end = reasoning.end
         self._tokens = 0
         self._thought = False
-        self._tail = ""  # the thought's last characters, which may begin its end
-        self._held = ""  # what may be of either
+        self._tail = ""  # the thought's last characters, possibly the beginning of its end mark
+        self._held = ""  # text not yet assigned to thought or answer
         self._ended = self._answering = False
 
     def add(self, text: str) -> tuple[str, str]:
-        """One more token, with the text that it completes. Returns what `split` does."""
+        """Add a token with the text that it completes. Returns the result of `split`."""
         if self._parser.thinking is not False:
             self._tokens += 1
             self._thought |= bool(self._parser.thinking)
@@ -165,7 +165,7 @@ class ThoughtTokens:
         return self.split(text)
 
     def split(self, text: str, *, last: bool = False) -> tuple[str, str]:
-        """What of the text up to here is thought, with marks and white space around, and what is answer."""
+        """Split text, with any held before, into thought (with its marks and white space) and answer."""
         if self._answering:
             return "", text
         text, self._held = self._held + text, ""
@@ -194,18 +194,18 @@ class ThoughtTokens:
 
     @property
     def count(self) -> int:
-        """So far."""
+        """Tokens of the thought so far."""
         return self._tokens if self._thought else 0
 
 
 def lark_of_thought(
     reasoning: ReasoningFormat, inside: bool | None, tokens: Mapping[str, int], stops: Collection[int]
 ) -> str:
-    """Lark of a thought and of `@answer`, the grammar of what comes after it; empty where there is no thought.
+    """Return the Lark grammar of a thought followed by `@answer`, the answer's grammar; empty without a thought.
 
     Args:
-        tokens: that texts are split into before all others, such as special ones.
-        stops: tokens that end an answer: no thought has these.
+        tokens: added tokens by text, such as special ones, which tokenising matches first.
+        stops: tokens that end an answer, not allowed in a thought.
     """
     if inside is False:
         return ""
@@ -225,7 +225,7 @@ def lark_of_thought(
 
 
 def with_thoughts(chat: list[dict[str, Any]], template: str, reasoning: ReasoningFormat | None) -> list[dict[str, Any]]:
-    """Messages whose `reasoning` stands where this template looks for it; in the text, where it looks nowhere."""
+    """Move messages' `reasoning` to the fields that this template reads, or into the text if it reads none."""
     known = [field for field in _FIELDS if re.search(rf"""\.{field}\b|["']{field}["']""", template)]
     for message in chat:
         thought = message.pop("reasoning", None)

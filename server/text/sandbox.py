@@ -1,4 +1,4 @@
-"""Chat templates of adapters, rendered in processes that can be killed, within limits of time, memory and text."""
+"""Rendering of adapters' chat templates in processes that can be killed, within limits of time, memory and output."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +13,7 @@ _PROBE = ({"role": "user", "content": "Hello"},)
 
 
 class TemplateRenderer:
-    """Renders any template, each in its turn and within these limits. `close` ends its processes."""
+    """A renderer of any template, within limits, in the adapters' turn. `close` ends its processes."""
 
     def __init__(self, seconds: float, cpu_seconds: int, memory_bytes: int) -> None:
         self._seconds = seconds + FORK_GRACE_SECONDS
@@ -24,7 +24,7 @@ class TemplateRenderer:
         await self._helpers.close()
 
     async def check(self, source: str) -> None:
-        """Raises `InvalidRequest` for what is no template. Learns whether it is slow."""
+        """Raise `InvalidRequest` for an invalid template; measure its duration, for the queue."""
         await self.render(source, {}, None)
         with suppress(InvalidRequest):
             await self.render(source, {}, _PROBE, 2**20)
@@ -38,7 +38,7 @@ class TemplateRenderer:
         adapter: str = "",
         **options: Any,
     ) -> str:
-        """As `ChatTemplate.render`, in `adapter`'s turn. Raises `InvalidRequest` also for what exceeds its limits."""
+        """As `ChatTemplate.render`, in `adapter`'s turn. Raises `InvalidRequest` beyond a limit, too."""
         known = {"source": source, "special_tokens": special_tokens, "max_characters": max_characters}
         order, param = known | {"messages": messages, "options": options}, "messages"
         try:

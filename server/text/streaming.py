@@ -1,28 +1,28 @@
-"""Text that grows token by token: never half a character, never part of a stop string.
+"""Streamed text, token by token: never half a character, never part of a stop string.
 
-Pure bookkeeping over a decode function.
+Bookkeeping over a decode function.
 """
 
 from collections.abc import Callable, Container, Sequence
 from functools import lru_cache
 
-_CONTEXT = 6  # prompt tokens that give the first new token its left neighbours
+_CONTEXT = 6  # prompt tokens decoded as left context of the first new token
 _PATIENCE = 64
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer:
-    """Incremental decoding. The pieces joined are what decoding everything at once gives.
+    """Incremental decoding. The joined pieces equal the text decoded at once.
 
-    Tokenizers do not decode token by token: a character may be spread over tokens, and sentencepiece-style decoders
-    drop the space at the very beginning. So a short window is decoded with and without the new tokens; the difference
-    is emitted once it does not end in the middle of a character. (After `_PATIENCE` tokens that complete none it is
-    emitted as it is, so that the window stays short.)
+    Tokens cannot be decoded one by one: a character may span several, and sentencepiece-style decoders drop the leading
+    space. So a short window is decoded with and without the new tokens; the difference is emitted once it does not end
+    within a character. (After `_PATIENCE` tokens without a complete character it is emitted as it is, so that the
+    window stays short.)
 
     Args:
         decode: token ids -> text.
-        prompt: what precedes; only its last few tokens matter.
-        silent: ids that `decode` passes over.
+        prompt: preceding tokens, of which only the last few matter.
+        silent: ids for which `decode` returns no text.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class Detokenizer:
         self._silent = silent
         self._window = [token for token in prompt[-_PATIENCE:] if token not in silent][-_CONTEXT:]
         self._emitted = len(decode(self._window)) if self._window else 0  # characters of the window's text already out
-        self._settled = len(self._window)  # tokens of the window that are out entirely
+        self._settled = len(self._window)  # tokens of the window already out entirely
 
     def add(self, token: int) -> str:
-        """The text that this token completes; empty while a character is incomplete."""
+        """Add a token and return the text that it completes; empty while a character is incomplete."""
         if token in self._silent:
             return ""
         self._window.append(token)
@@ -44,7 +44,7 @@ class Detokenizer:
         if incomplete and len(self._window) - self._settled < _PATIENCE:
             return ""
         piece = text[self._emitted :]
-        if len(self._window) > _CONTEXT:  # the tokens just emitted are left context enough
+        if len(self._window) > _CONTEXT:  # the tokens just emitted are enough left context
             self._window = self._window[self._settled :]
             text = self._decode(self._window)
         self._settled = len(self._window)
@@ -52,15 +52,15 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """What is held back, at the end: bytes that never became a character read U+FFFD."""
+        """Return the rest once the sequence has ended; bytes of an incomplete character read U+FFFD."""
         return self._decode(self._window)[self._emitted :]
 
 
 class StopStrings:
-    """Looks for stop strings in text that arrives in pieces and holds back what may be the beginning of one.
+    """A search for stop strings in text that arrives in pieces, which holds back a possible beginning of one.
 
-    A Knuth-Morris-Pratt automaton per string: constant work per character, however long the strings. Of several
-    matches the one that ends first counts, of those the longest; so the result does not depend on how text is cut.
+    A Knuth-Morris-Pratt automaton per string: constant work per character for any length of strings. Of several
+    matches, the one that ends first counts, and of those the longest, so the result is independent of the pieces.
 
     Args:
         stops: non-empty strings.
@@ -73,7 +73,8 @@ class StopStrings:
         self._held = ""
 
     def add(self, piece: str, *, may_stop: bool = True) -> tuple[str, str | None]:
-        """Text safe to emit, and the stop string that ended it, if any. `may_stop`: matches that end here count."""
+        """Add text; return the text safe to emit, and the stop string that ended it, if any. `may_stop`: False ignores
+        matches that end in this piece."""
         if not self._automata:
             return piece, None
         text = self._held + piece
@@ -90,21 +91,21 @@ class StopStrings:
         return text[: len(text) - hold], None
 
     def flush(self) -> str:
-        """What was held back, at the end: it did not become a stop string."""
+        """Return the text held back as a possible stop string, once the sequence has ended."""
         held, self._held = self._held, ""
         return held
 
 
 class _Automaton:
-    """How far the text's end agrees with one stop string."""
+    """The Knuth-Morris-Pratt automaton of one stop string."""
 
     def __init__(self, stop: str) -> None:
         self.stop = stop
-        self.progress = 0  # the longest proper prefix of `stop` that the text ends with
+        self.progress = 0  # length of the longest proper prefix of `stop` that the text ends with
         self._fallback = _fallback(stop)
 
     def step(self, char: str) -> bool:
-        """Take one character; True when it completes the stop string."""
+        """Advance by one character; return True when it completes the stop string."""
         k = self.progress
         while k and self.stop[k] != char:
             k = self._fallback[k]
@@ -116,7 +117,7 @@ class _Automaton:
 
 @lru_cache(maxsize=256)
 def _fallback(stop: str) -> tuple[int, ...]:
-    """After k characters have agreed: the next shorter agreement, for k from 0 to all."""
+    """Return the automaton's failure function: for k matched characters, the next shorter match; k from 0 to all."""
     fallback = [0] * (len(stop) + 1)
     k = 0
     for i in range(1, len(stop)):

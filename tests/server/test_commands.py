@@ -202,7 +202,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_so(
     (tmp_path / "data.jsonl").touch()
     assert run(monkeypatch, "finetune", str(tmp_path / "data.jsonl"), "--name", "a", "--url", "localhost:1") == 130
     said = capsys.readouterr().err
-    assert "The job goes on." in said
+    assert "The job continues." in said
     assert "`lorakeet jobs ftjob-1 --url localhost:1 --cancel` ends it" in said
     assert not [path for path in asked if path.endswith("/cancel")]
 

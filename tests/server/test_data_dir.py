@@ -114,7 +114,7 @@ def test_one_of_them_is_restored_as_an_older_version_and_one_removed(
         newer = put(store, "b", 9).digest
     chosen, other = (digest.removeprefix("sha256:") for digest in kept["b"])
     assert "--all" in doctor(tmp_path, "--remove")[1]
-    assert "nothing of that id" in doctor(tmp_path, "--remove", "nobody")[1]
+    assert "no item of this id" in doctor(tmp_path, "--remove", "nobody")[1]
     assert doctor(tmp_path, "--restore", chosen)[0] == 0
     assert doctor(tmp_path, "--remove", other)[0] == 0
     with opened(tmp_path) as store:
@@ -134,7 +134,7 @@ def test_a_disk_without_locks_is_called_that(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(SettingError, match=r"takes no lock \(No locks available\)"), data_dir.taken(tmp_path):
+    with pytest.raises(SettingError, match=r"cannot be locked \(No locks available\)"), data_dir.taken(tmp_path):
         pass
 
 
@@ -235,7 +235,7 @@ def test_the_doctor_verifies_everything(tmp_path: Path, kept: dict[str, list[str
     code, said = doctor(tmp_path, "--verify")
     assert code == 1
     first, second = sorted(said.splitlines()[:2], key=lambda line: a.name not in line)
-    assert "rows.bin: damaged; its weights are whole: the server mends it" in first
+    assert "rows.bin: damaged; its weights are undamaged: the server mends it" in first
     assert "adapter_model.safetensors: damaged; upload it again" in second
 
 

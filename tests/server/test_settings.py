@@ -121,15 +121,15 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         ({"model": ""}, {}, "--model: expected a value"),
         ({"model": "base-\udcff"}, {}, r"--model: 'base-\\udcff' is not UTF-8"),
         ({"adapter_dir": "/\udcff"}, {}, "--adapter-dir: .* is not UTF-8"),
-        ({"data_dir": "~nobody.here/x"}, {}, "--data-dir: ~nobody.here/x begins with nobody's home directory"),
-        ({"adapter": ["a=~nobody.here/x"]}, {}, "--adapter: ~nobody.here/x begins with nobody's home directory"),
+        ({"data_dir": "~nobody.here/x"}, {}, "--data-dir: ~nobody.here/x: there is no such home directory"),
+        ({"adapter": ["a=~nobody.here/x"]}, {}, "--adapter: ~nobody.here/x: there is no such home directory"),
         ({"adapter": ["a=x", "b=y", "a=z"]}, {}, "--adapter: a name is given twice"),
         ({"kv_cache_bytes": "9" * 400}, {}, "--kv-cache-bytes: expected a size"),
         ({"device": "gpu"}, {}, "--device: expected auto, cpu"),
         ({"device": "cuda:all"}, {}, "--device: expected auto, cpu"),
         ({"api_key": [""]}, {}, "--api-key: expected a value"),  # as `--api-key "$UNSET"` says
         ({}, {"LORAKEET_API_KEY": ","}, "LORAKEET_API_KEY: expected a value"),
-        ({"allowed_origins": ["https://example.com/"]}, {}, "--allowed-origins: .* without a slash at its end"),
+        ({"allowed_origins": ["https://example.com/"]}, {}, "--allowed-origins: .* without a trailing slash"),
         ({"allowed_origins": ["example.com"]}, {}, "--allowed-origins: 'example.com' is neither"),
         ({"tool_parser": "kimi_k2"}, {}, "--tool-parser: 'kimi_k2' is not one of .*hermes, .*qwen3_coder"),
         ({"reasoning_parser": "step3"}, {}, "--reasoning-parser: 'step3' is not one of auto, none, .*think"),
@@ -150,7 +150,7 @@ def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting(caplog: py
 def test_a_misspelt_variable_is_told(caplog: pytest.LogCaptureFixture) -> None:
     environ = {"LORAKEET_API_KEYS": "a", "LORAKEET_MAX_MODEL_LENGTH": "64", "LORAKEET_MODEL": "x", "HOME": "/"}
     tell_of_unknown(environ | {"LORAKEET_URL": "x", "LORAKEET_TRITON": "0", "LORAKEET_RAY_COMMAND": "x"})
-    assert caplog.messages == ["LORAKEET_API_KEYS is no setting", "LORAKEET_MAX_MODEL_LENGTH is no setting"]
+    assert caplog.messages == ["LORAKEET_API_KEYS is not a setting", "LORAKEET_MAX_MODEL_LENGTH is not a setting"]
 
 
 def test_origins_are_as_browsers_write_them() -> None:

@@ -1,1 +1,1 @@
-"""Programs that helper processes run."""
+"""Programs of helper processes."""

@@ -1,7 +1,7 @@
-"""A GGUF file becomes a Hugging Face directory.
+"""Conversion of a GGUF file to a Hugging Face directory.
 
-For a process of its own: it needs torch and several times the file's size in memory, and whoever asks for it (see
-`server.model_source`) wants to keep neither.
+Runs in a process of its own: it needs torch and several times the file's size in memory, both of which its caller
+(`server.model_source`) must not keep.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def convert(order: Mapping[str, Path]) -> None:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
-    # transformers refuses to save a model that it read from GGUF, so the weights move into one that it did not.
+    # transformers refuses to save a model read from GGUF, so the weights move into a fresh one.
     config = packed.config
     vars(config).pop("quantization_config", None)
     with torch.device("meta"):

@@ -1,6 +1,6 @@
-"""A program that compiles grammars which nobody vouches for: some take all memory, some overflow the stack.
+"""A program that compiles untrusted grammars: some take all memory, some overflow the stack.
 
-An answer is `{"size": bytes that it took}`, or `{"error": why it cannot be, "path": of the culprit in a JSON Schema}`.
+An answer is `{"size": bytes taken}`, or `{"error": reason, "path": path to the culprit in a JSON Schema}`.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from server.messages.grammar_definition import LIMITS, definition
 from server.messages.protocol import Grammar
 
 _BYTES = LLTokenizer("byte")
-_LATE = ("$defs", "definitions")  # members that others refer to are looked into last
+_LATE = ("$defs", "definitions")  # members that others refer to are searched last
 
 
 def _carry_out(order: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def _resident() -> int:
 def _error(grammar: Grammar) -> str | None:
     try:
         defined = definition(grammar)
-        if grammar.kind in ("lark", "structural_tag"):  # which may name tokens of the model
+        if grammar.kind in ("lark", "structural_tag"):  # may name tokens of the model
             return LLMatcher.validate_grammar(defined, limits=LIMITS) or None
         return _error_at_start(LLMatcher(_BYTES, defined, log_level=0, limits=LIMITS))
     except (ValueError, TypeError, KeyError, AssertionError, RecursionError) as fault:
@@ -52,7 +52,7 @@ def _error(grammar: Grammar) -> str | None:
 
 
 def _error_at_start(matcher: LLMatcher) -> str | None:
-    """Why no answer can begin; it is found out where one would."""
+    """Return the reason why no text can begin under the grammar, found by computing the first mask; None if one can."""
     if matcher.is_error():
         return matcher.get_error()
     matcher.consume_tokens(matcher.compute_ff_tokens())
@@ -62,7 +62,7 @@ def _error_at_start(matcher: LLMatcher) -> str | None:
 
 
 def _is_refused_like(error: str, until: float) -> Callable[[Any], bool]:
-    """Whether a schema is refused for the same reason; raises TimeoutError when there is no time left to say."""
+    """Return a test whether a schema is refused for the same reason; it raises TimeoutError after `until`."""
     kind = error.partition(":")[0].split("'")[0]
 
     def is_refused(schema: Any) -> bool:
@@ -75,12 +75,13 @@ def _is_refused_like(error: str, until: float) -> Callable[[Any], bool]:
 
 
 def culprit(schema: Any, is_refused: Callable[[Any], bool]) -> list[str]:
-    """The path to the first part for which a schema is refused: with it and what comes before it is, without not."""
+    """Return the path to the first part that makes a schema refused: refused with it and the parts before it, accepted
+    without it."""
     path: list[str] = []
     part = schema
     while isinstance(part, dict | list) and part:
         members = _members(part)
-        fewest, most = 0, len(members)  # leading members that it takes
+        fewest, most = 0, len(members)  # bounds of the number of leading members that are refused
         while fewest < most:
             count = (fewest + most) // 2
             _keep(part, members[:count])
@@ -97,7 +98,7 @@ def culprit(schema: Any, is_refused: Callable[[Any], bool]) -> list[str]:
 
 
 def _members(part: dict[str, Any] | list[Any]) -> list[tuple[Any, Any]]:
-    """Words and numbers first, for they say what the rest is."""
+    """Return the part's members with their keys, scalars first, since these determine the meaning of the others."""
     if isinstance(part, list):
         return list(enumerate(part))
     return sorted(part.items(), key=lambda item: (item[0] in _LATE, isinstance(item[1], dict | list)))

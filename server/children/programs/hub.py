@@ -1,7 +1,7 @@
-"""Fetches an adapter's files from the Hugging Face Hub.
+"""Fetching of an adapter's files from the Hugging Face Hub.
 
-For a process of its own: a hub may be slow, and whoever asks (see `server.registry.hub`) ends it when its time is over.
-Endpoint and token are those of `huggingface_hub`'s own variables (`HF_ENDPOINT`, `HF_TOKEN`).
+Runs in a process of its own: a hub may be slow, and its caller (`server.registry.hub`) ends it after a time limit.
+Endpoint and token come from `huggingface_hub`'s own variables (`HF_ENDPOINT`, `HF_TOKEN`).
 """
 
 import shutil
@@ -12,12 +12,12 @@ from pathlib import Path
 from adapters.disk import is_full
 from adapters.peft_format.fields import AdapterError
 
-UNAVAILABLE = "hub_unavailable"  # the code of a fault of the hub's, or of the way there
+UNAVAILABLE = "hub_unavailable"  # error code for faults of the hub or the network
 
 
 @dataclass(frozen=True)
 class Order:
-    """Which of a repository's files go where; those that it lacks are left out."""
+    """The files to fetch from a repository, and their target; files missing there are left out."""
 
     repository: str
     revision: str | None
@@ -28,10 +28,10 @@ class Order:
 
 
 def fetch(order: Order) -> str:
-    """Fetch the files; the commit that they are of. Raises AdapterError, OSError of the disk."""
+    """Fetch the files and return their commit. Raises AdapterError, OSError for the disk."""
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         EntryNotFoundError,
-        HTTPError,  # httpx's, of whatever release it uses
+        HTTPError,  # that of the httpx release in use
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )

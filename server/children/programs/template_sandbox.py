@@ -1,4 +1,4 @@
-"""A program that renders chat templates which nobody vouches for; `server.text.sandbox` is the other end."""
+"""A program that renders untrusted chat templates; `server.text.sandbox` is the other end."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """A program that runs functions of modules, one order after another: `{"function": "a.module.function", "order": ...}`.
 
-Whoever sends the orders is trusted; the files that they name need not be. A function takes one argument, whose type
-says what the order becomes.
+The sender of orders is trusted; the files that they name need not be. A function takes one argument; the order is
+converted to its type.
 """
 
 import errno
@@ -18,7 +18,7 @@ from server.children.frames import serve
 
 
 def answer(content: bytes) -> bytes:
-    """The frame's content in answer to another's; see `server.children.helper`."""
+    """Return the content of the frame that answers an order's; see `server.children.helper`."""
     result: Any
     try:
         return msgspec.json.encode({"answer": _carry_out(**msgspec.json.decode(content))}, enc_hook=str)

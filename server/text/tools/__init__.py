@@ -1,1 +1,1 @@
-"""Calls of functions: how models are told of tools, and how their calls are read and enforced."""
+"""Tool calls: tools in prompts, and parsers and grammars of models' calls."""

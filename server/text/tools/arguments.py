@@ -1,4 +1,4 @@
-"""Arguments of calls: JSON of an object, as they should be; a model that no grammar holds may write anything."""
+"""Arguments of calls: expected to be a JSON object, although a model without a grammar may write anything."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-INVALID = "INVALID_JSON"  # Anthropic's name for the text of what is none
+INVALID = "INVALID_JSON"  # Anthropic's key for the text of invalid arguments
 _DEEPEST = 100
 _LONGEST_NUMBER = 4000  # digits; Python reads 4300
 
@@ -21,9 +21,9 @@ _PART_OF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,4}|u[dD][89abAB][0-9a-fA-F]{2
 
 
 def as_object(text: str) -> dict[str, Any]:
-    """What a model sees of arguments that it wrote: those that were cut short are closed where they end.
+    """Parse arguments for a prompt; truncated ones are closed where they end.
 
-    What is no JSON of an object stands as it is under `INVALID`.
+    Text that is no JSON object is put under `INVALID`, as it is.
     """
     if text.strip() in ("", "null"):
         return {}
@@ -40,10 +40,10 @@ class _Invalid(Exception):
 
 
 class ObjectText:
-    """Arguments in pieces, passed on as they come for as long as they are JSON of an object.
+    """Streamed arguments, passed on as long as they are a JSON object.
 
-    What has been passed on can be closed at any time: names and commas are held back until a value follows, words until
-    they are whole.
+    The text passed on can be closed at any time: names and commas are held back until a value follows, words until they
+    are complete.
     """
 
     def __init__(self) -> None:
@@ -51,14 +51,14 @@ class ObjectText:
         self._passed: list[str] = []
         self._rest = ""  # arrived, and not read
         self._held = ""  # read, and not passed on
-        self._open: list[str] = []  # brackets that close what is open
+        self._open: list[str] = []  # closing brackets that are due
         self._next = "object"  # or "name or end", "name", "colon", "value", "value or end", "comma or end", "nothing"
-        self._string = ""  # "name" or "value", within one of these
-        self._before_string = 0  # pieces passed on before a value that is a string
+        self._string = ""  # "name" or "value" within such a string, else empty
+        self._before_string = 0  # pieces passed on before the last value that is a string
         self._valid = True
 
     def feed(self, text: str) -> str:
-        """What may be passed on."""
+        """Add text and return the part that may be passed on."""
         self._all.append(text)
         self._rest += text
         made: list[str] = []
@@ -72,7 +72,8 @@ class ObjectText:
         return "".join(made)
 
     def end(self, *, cut: bool) -> str:
-        """What is still to be passed on: of what is no object all, as a text, unless the answer was `cut` short."""
+        """Return the rest to pass on: all text as a string under `INVALID` if it is no object; nothing if it is one, or
+        the beginning of one in an answer that was `cut` short."""
         if self._next == "nothing" or (cut and self._valid):
             return ""
         first = len(self._passed) < 2
@@ -85,7 +86,7 @@ class ObjectText:
         return last
 
     def object(self) -> dict[str, Any]:
-        """What has been passed on, without a text that is not whole."""
+        """Return the object passed on so far, without an incomplete string."""
         pieces = self._passed[: self._before_string] if self._string == "value" and self._open else self._passed
         given: dict[str, Any] = from_json("".join([*pieces, *reversed(self._open)]) or "{}")
         return given
@@ -118,7 +119,7 @@ class ObjectText:
         return text
 
     def _say(self, text: str) -> Iterator[str]:
-        """Text of a string: of a name it is held back."""
+        """Yield text of a string value; hold back that of a name."""
         if self._string == "name":
             self._held += text
         else:

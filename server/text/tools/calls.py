@@ -1,4 +1,4 @@
-"""What formats have in common: calls in JSON, calls behind a marker, arguments as text that a schema gives types."""
+"""Parts shared by formats: calls in JSON, calls behind a marker, arguments as text with types from a schema."""
 
 import ast
 import json
@@ -9,7 +9,7 @@ from server.text.tools.source import Malformed, Reader, Source, Step
 
 
 def marked(read: Callable[[Source, str], Step[None]], *markers: str) -> Reader:
-    """Text, and calls behind any of these markers; `read` is told which."""
+    """Return a reader of text, and of calls behind any of these markers, which is passed to `read`."""
 
     def reader(source: Source) -> Step[None]:
         while (marker := (yield from source.text(*markers))) is not None:
@@ -22,7 +22,7 @@ def marked(read: Callable[[Source, str], Step[None]], *markers: str) -> Reader:
 
 
 def leading(read: Reader) -> Reader:
-    """Calls that are the beginning of the answer; everything else is text."""
+    """Return a reader of calls at the beginning of the answer; all else is text."""
 
     def reader(source: Source) -> Step[None]:
         source.attempt()
@@ -38,7 +38,7 @@ def leading(read: Reader) -> Reader:
 
 
 def json_call(source: Source, known: Collection[str] | None = None) -> Step[None]:
-    """`{"name": ..., "arguments": {...}}`, in any order; `parameters` are arguments, and so is JSON in a string."""
+    """Read `{"name": ..., "arguments": {...}}`, in any order. Also accept `parameters`, and JSON in a string."""
     name, early, written = None, None, False
     yield from source.expect("{")
     while True:
@@ -77,7 +77,7 @@ def json_call(source: Source, known: Collection[str] | None = None) -> Step[None
 
 
 def _object_in(text: str) -> str:
-    """The arguments that a JSON value stands for which is no object."""
+    """Return the arguments in a JSON string; `{}` for other values."""
     try:
         inner = json.loads(text)
         if isinstance(inner, str) and isinstance(json.loads(inner), dict):
@@ -88,7 +88,7 @@ def _object_in(text: str) -> str:
 
 
 def listed(source: Source, read: Callable[[], Step[None]]) -> Step[None]:
-    """A list in brackets of what `read` reads."""
+    """Read a list in brackets, each item with `read`."""
     yield from source.expect("[")
     while True:
         yield from read()
@@ -98,7 +98,7 @@ def listed(source: Source, read: Callable[[], Step[None]]) -> Step[None]:
 
 
 def json_calls(source: Source) -> Step[None]:
-    """A list of them, or one."""
+    """Read one JSON call, or a list of them."""
     if (yield from source.peek()) == "[":
         yield from listed(source, lambda: json_call(source))
     else:
@@ -106,7 +106,7 @@ def json_calls(source: Source) -> Step[None]:
 
 
 def literal(text: str) -> Any:
-    """A value in JSON or in Python's syntax; text that is neither stands for itself."""
+    """Parse a value in JSON or in Python's syntax; return other text as it is."""
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(text)
@@ -118,7 +118,7 @@ def literal(text: str) -> Any:
 
 
 def typed(source: Source, function: str, key: str, text: str) -> Any:
-    """An argument that is written as bare text, as the function's schema has it."""
+    """Convert an argument in bare text to the type in the function's schema."""
     schema = source.parameters.get(function, {}).get("properties", {}).get(key)
     types = _types(schema)
     if "null" in types and text.strip().lower() in ("null", "none"):
@@ -127,7 +127,7 @@ def typed(source: Source, function: str, key: str, text: str) -> Any:
 
 
 def _loose(text: str) -> Any:
-    """Of an argument without a type: JSON if it is any."""
+    """Parse an argument without a type: as a value other than a string if possible, else as text."""
     value = literal(text.strip())
     return text if isinstance(value, str) else value
 

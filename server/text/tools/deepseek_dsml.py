@@ -30,7 +30,7 @@ def _call(source: Source, marker: str) -> Step[None]:
 
 
 def _named(source: Source) -> Step[tuple[str, str]]:
-    """A tag's name, and its text."""
+    """Read a tag; return its name and its text."""
     tag, _ = yield from source.until(">")
     found = _NAME.search(tag)
     if found is None:

@@ -1,4 +1,4 @@
-"""What a format of tool calls is."""
+"""Formats of tool calls."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from server.text.tools.source import Reader
 
 @dataclass(frozen=True)
 class Frame:
-    """How calls whose arguments are JSON are written: `begin`, calls with a `separator` between them, `end`.
+    """The layout of calls with JSON arguments: `begin`, calls with a `separator` between them, `end`.
 
     A call is `head`, the function's name, `middle`, the arguments, `tail`.
     """
@@ -18,25 +18,25 @@ class Frame:
     begin: str = ""
     separator: str = ""
     end: str = ""
-    marker: str = ""  # the beginning of `begin` and `head`, by which calls in free text are known
-    free: str = ""  # without a marker: the regex of an answer that has no calls
+    marker: str = ""  # the beginning of `begin` + `head`, which identifies calls in free text
+    free: str = ""  # without a marker: the regex of an answer without calls
 
 
-# Of a `Frame` whose calls are objects in a JSON list.
+# Fields of a `Frame` with calls as objects in a JSON list.
 JSON_LIST = {"head": '{"name": "', "middle": '", "arguments": ', "tail": "}", "separator": ", "}
 
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How a family of models calls functions.
+    """The format in which a family of models writes calls.
 
     Attributes:
-        signs: texts by any of which a chat template is known to be of this format.
-        reader: of the answer.
-        frame: of calls that a grammar enforces; the reader reads these, too.
-        markers: special tokens that the reader has to see.
-        id_length: of the ids of calls that the template takes, if it takes no others.
-        arguments_as_text: the template joins arguments to text, where others want an object.
+        signs: texts, any of which in a chat template identifies the format.
+        reader: of answers.
+        frame: of calls enforced by a grammar; the reader reads these, too.
+        markers: texts that the reader needs, so special tokens among them must be decoded.
+        id_length: the only length of calls' ids that the template accepts; None: any.
+        arguments_as_text: whether the template takes arguments as text, where others take an object.
     """
 
     name: str

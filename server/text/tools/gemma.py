@@ -11,7 +11,7 @@ _DEEPEST = 32
 
 def _format(name: str, marker: str, end: str, quote: str) -> ToolFormat:
     def call(source: Source, marker: str) -> Step[None]:
-        if (yield from source.peek()) == "{":  # how a grammar has it written
+        if (yield from source.peek()) == "{":  # the layout under a grammar
             yield from json_call(source)
         else:
             yield from source.expect("call:")
@@ -32,7 +32,7 @@ def _format(name: str, marker: str, end: str, quote: str) -> ToolFormat:
 
 
 def _closes(source: Source, bracket: str, first: bool) -> Step[bool]:
-    """Whether the bracket closes here; otherwise another member follows."""
+    """Read the bracket, or a comma before another member; return whether it was the bracket."""
     if (yield from source.accept(bracket)):
         return True
     if not first:

@@ -9,7 +9,7 @@ _TAGS = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>"
 
 
 def _call(source: Source, marker: str) -> Step[None]:
-    if (yield from source.peek()) == "{":  # how a grammar has it written
+    if (yield from source.peek()) == "{":  # the layout under a grammar
         yield from json_call(source)
         yield from source.accept("</tool_call>")
     else:

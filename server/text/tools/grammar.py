@@ -1,4 +1,4 @@
-"""The grammar of answers that call functions: llguidance's Lark, with a JSON Schema for each function's arguments."""
+"""The grammar of answers with tool calls: llguidance's Lark, with a JSON Schema for each function's arguments."""
 
 import json
 import re
@@ -9,19 +9,19 @@ from typing import Any
 from server.messages.grammar_schema import EXACT, exact
 from server.text.tools.format import Frame
 
-# As models are taught to write JSON; nothing of a schema is passed over.
+# JSON in the spacing that models were trained on; unsupported keywords of a schema are errors.
 _AS_WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "} | EXACT
 
 
 def as_lark(text: str, tokens: Mapping[str, int]) -> str:
-    """A text as a rule has it, the tokens among it by their ids."""
+    """Return a text as part of a rule, with its tokens by id."""
     pattern = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)"
     parts = re.split(f"({pattern})", text)
     return " ".join(f"<[{tokens[p]}]>" if p in tokens else json.dumps(p, ensure_ascii=False) for p in parts if p)
 
 
 def _parted(marker: str, tokens: Mapping[str, int]) -> tuple[str, str, str]:
-    """A marker around the first token in it."""
+    """Split a marker at its first token: text before it, the token, text after it."""
     found = [(marker.find(token), token) for token in tokens if token in marker]
     return marker.partition(min(found)[1]) if found else (marker, "", "")
 
@@ -35,14 +35,14 @@ def calls_grammar(
     several: bool,
     answer: Mapping[str, Any] | None,
 ) -> str:
-    """Lark of an answer.
+    """Return the Lark grammar of an answer.
 
     Args:
         functions: names, and schemas of their arguments.
-        tokens: that a text is split into before all others, such as special ones.
-        required: there is a call at least; otherwise free text may come before it, or in its place.
-        several: there may be more calls than one.
-        answer: the schema of an answer without calls, where calls have a marker; None: free text.
+        tokens: added tokens by text, such as special ones, which tokenising matches first.
+        required: whether at least one call is required; otherwise free text may precede or replace it.
+        several: whether several calls are allowed.
+        answer: the schema of an answer without calls, for formats with a marker; None: free text.
     """
 
     written = partial(as_lark, tokens=tokens)

@@ -14,7 +14,7 @@ _NAME = re.compile(r"to=functions\.([\w.:/-]+)")
 def _call(source: Source, marker: str) -> Step[None]:
     header, _ = yield from source.until(_MESSAGE)
     found = _NAME.search(marker + header)
-    if found is None:  # what the model says beside its calls
+    if found is None:  # text beside calls
         source.attempt()
         text, _ = yield from source.until("<|end|>")
         source.emit(text)

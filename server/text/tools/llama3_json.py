@@ -1,4 +1,4 @@
-"""Llama 3.1 to 3.3: an answer that is `{"name": ..., "parameters": {...}}`, several with `;` between them."""
+"""Llama 3.1 to 3.3: an answer of `{"name": ..., "parameters": {...}}`, several separated by `;`."""
 
 from server.text.tools.calls import json_call, leading
 from server.text.tools.format import Frame, ToolFormat

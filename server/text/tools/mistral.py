@@ -1,4 +1,4 @@
-"""Mistral: `[TOOL_CALLS][{"name": ..., "arguments": {...}}]`, and since 2025 `[TOOL_CALLS]name[ARGS]{...}` for each."""
+"""Mistral: `[TOOL_CALLS][{"name": ..., "arguments": {...}}]`; since 2025, `[TOOL_CALLS]name[ARGS]{...}` for each."""
 
 from server.text.tools.calls import json_calls, marked
 from server.text.tools.format import JSON_LIST, Frame, ToolFormat

@@ -1,4 +1,4 @@
-"""Tools, calls and results as a chat template takes them."""
+"""Conversion of tools, calls and results to a chat template's form."""
 
 import json
 import re
@@ -33,10 +33,10 @@ To call a function, write a JSON object with its name and arguments between <too
 def for_template(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], template: str, tool_format: ToolFormat
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """Messages and tools for this template; tools are None where it is to see none.
+    """Return messages and tools for this template; tools are None if it must not see any.
 
-    Arguments of calls become objects, and results come in the order of their calls, with their functions' names. A
-    template that knows no tools gets them as text, in the Hermes format.
+    Arguments of calls become objects, and results come in the order of their calls, with their functions' names. For a
+    template without tools, they become text in the Hermes format.
     """
     chat = _with_results_in_order([dict(message) for message in messages])
     if not knows_tools(template):
@@ -47,7 +47,7 @@ def for_template(
     for message in chat:
         named |= {call.get("id"): call["function"]["name"] for call in message.get("tool_calls") or ()}
         if message["role"] == "tool" and (name := named.get(message.get("tool_call_id"))) is not None:
-            message.setdefault("name", name)  # some templates refuse a result without
+            message.setdefault("name", name)  # some templates require a name
         if message.get("tool_calls"):
             message["tool_calls"] = [_call(call, tool_format) for call in message["tool_calls"]]
         if "tool_call_id" in message:
@@ -60,12 +60,12 @@ def for_template(
 
 @lru_cache(64)
 def takes_one_call(template: str) -> bool:
-    """Whether a chat template refuses all calls of a message but the first, or passes over them."""
+    """Whether a chat template refuses or drops all calls of a message but the first."""
     return _FIRST_CALL.search(template) is not None and _EACH_CALL.search(template) is None
 
 
 def with_one_call_each(messages: Sequence[Message]) -> list[Message]:
-    """Several calls of one message as that many messages, each with its results behind it."""
+    """Split messages with several calls into one message per call, each followed by its results."""
     chat: list[Message] = []
     rest = list(_with_results_in_order([dict(message) for message in messages]))
     while rest:
@@ -80,7 +80,7 @@ def with_one_call_each(messages: Sequence[Message]) -> list[Message]:
             chat.append(message | {"tool_calls": [call]})
             message = {name: value for name, value in message.items() if name != "reasoning"} | {"content": ""}
             own = [each for each in results if each.get("tool_call_id") == call["id"]]
-            if not own and results and "tool_call_id" not in results[0]:  # told by their order alone
+            if not own and results and "tool_call_id" not in results[0]:  # results without ids, matched by their order
                 own = results[:1]
             chat += own
             results = [each for each in results if all(each is not one for one in own)]
@@ -89,9 +89,9 @@ def with_one_call_each(messages: Sequence[Message]) -> list[Message]:
 
 
 def _with_results_in_order(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results of one message's calls in the order of the calls.
+    """Sort the results of one message's calls into the order of the calls.
 
-    Most templates leave ids out, so that the model tells results by their place; clients send them as they are done.
+    Most templates omit ids, so the model matches results by position; clients send them in the order of completion.
     """
     ordered: list[dict[str, Any]] = []
     places: dict[str, int] = {}
@@ -112,7 +112,7 @@ def _call(call: Mapping[str, Any], tool_format: ToolFormat) -> dict[str, Any]:
 
 
 def _id(id_: str, length: int | None) -> str:
-    """Some templates refuse ids of another length."""
+    """Return the id, replaced by a hash if it does not have the length that the template requires."""
     if length is None or (len(id_) == length and id_.isalnum()):
         return id_
     return blake2b(id_.encode()).hexdigest()[:length]
@@ -129,7 +129,7 @@ def _with_calls_as_text(chat: list[dict[str, Any]], frame: Frame) -> list[dict[s
 
 
 def _with_results_as_text(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results as users' messages, those that follow each other as one."""
+    """Convert results to users' messages, consecutive ones to a single message."""
     written: list[dict[str, Any]] = []
     for is_result, group in groupby(chat, lambda message: message["role"] == "tool"):
         if is_result:
@@ -148,7 +148,7 @@ def _with_system_text(chat: list[dict[str, Any]], tools: Sequence[Mapping[str, A
 
 
 def _with_system(chat: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    """With this at the end of the system's message."""
+    """Append text to the system message, which is added if missing."""
     if chat[0]["role"] not in ("system", "developer"):
         return [{"role": "system", "content": text}, *chat]
     chat[0]["content"] = "\n\n".join(filter(None, [chat[0]["content"], text]))

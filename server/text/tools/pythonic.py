@@ -12,7 +12,7 @@ def _calls(source: Source, known: Collection[str] | None) -> Step[None]:
 
 
 def _call(source: Source, known: Collection[str] | None) -> Step[None]:
-    if (yield from source.peek()) == "{":  # how a grammar has it written
+    if (yield from source.peek()) == "{":  # the layout under a grammar
         yield from json_call(source, known)
         return
     name = yield from source.name()

@@ -11,7 +11,7 @@ _CALL, _FUNCTION = "<tool_call>", "<function="
 def _call(source: Source, marker: str) -> Step[None]:
     if marker == _CALL:
         yield from source.space()
-    if (yield from source.next()) == "{":  # how a grammar has it written
+    if (yield from source.next()) == "{":  # the layout under a grammar
         yield from json_call(source)
     else:
         if marker == _CALL:

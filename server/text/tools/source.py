@@ -1,7 +1,7 @@
-"""Text that arrives in pieces, and a parser of tool calls over it.
+"""A parser of tool calls in streamed text.
 
-A format's reader is a generator: straight code that yields wherever it needs more text. So it cannot depend on where
-the text was cut.
+A format's reader is a generator: sequential code that yields wherever it needs more text, so that its result is
+independent of the pieces.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-NAME = r"[A-Za-z0-9_.:/-]{1,128}"  # of a function
+NAME = r"[A-Za-z0-9_.:/-]{1,128}"  # function names
 _NAME, _IN_NAME = re.compile(NAME), re.compile(r"[A-Za-z0-9_.:/-]*")
 Step = Generator[None, None, T]
 
@@ -25,21 +25,21 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """A call of this function begins."""
+    """The beginning of a call of this function."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """More of the JSON of the last call's arguments."""
+    """A further piece of the last call's arguments, in JSON."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """What the model thinks before it answers."""
+    """A piece of the thought before the answer."""
 
     text: str
 
@@ -47,21 +47,21 @@ class Thought:
 Event = Text | Begin | Arguments | Thought
 
 
-class Malformed(Exception):  # caught by every reader, and no error of ours
-    """No call is written like this."""
+class Malformed(Exception):  # caught by every reader
+    """The text is no call of the format."""
 
 
 class Source:
-    """What has arrived and is not read yet, and the events that reading it made.
+    """The unread text, and the events made by reading.
 
     Args:
         parameters: JSON Schemas of the functions' arguments, by the functions' names.
-        calls_only: a grammar lets the answer be calls and nothing else.
+        calls_only: whether a grammar allows nothing but calls.
 
     Attributes:
-        cut: the answer has ended before it was whole.
-        thinking: whether what comes next is a thought; None before that is known.
-        silent: texts that are left out wherever they stand.
+        cut: whether the answer ended before it was complete.
+        thinking: whether the next text is a thought; None while unknown.
+        silent: texts that are left out everywhere.
     """
 
     def __init__(self, parameters: dict[str, dict[str, Any]], *, calls_only: bool = False) -> None:
@@ -72,17 +72,17 @@ class Source:
         self.thinking: bool | None = None
         self.silent: tuple[str, ...] = ()
         self._calls_only = calls_only
-        self._attempt: str | None = None  # read since a call may have begun; text, if it has not
-        self._certain = False  # that what comes next is of a call
-        self._exhausted = False  # more was wanted than there is
-        self._spaces = ""  # at the end of the text: none of it, if a call follows
+        self._attempt: str | None = None  # read since a possible beginning of a call; becomes text if it is none
+        self._certain = False  # whether the next text certainly belongs to a call
+        self._exhausted = False  # whether reading reached the end of the answer
+        self._spaces = ""  # white space at the end of the text, dropped if a call follows
         self._called = False
-        self._begins = False  # white space that comes next is no text
+        self._begins = False  # whether to drop white space before the next text
 
     # --- events
 
     def emit(self, text: str) -> None:
-        """Text outside of calls. White space before and after these is none of it, nor is any after a thought."""
+        """Add text outside of calls, without white space around calls and after a thought."""
         text = self._spaces + text
         if self._begins:
             text = text.lstrip()
@@ -93,7 +93,7 @@ class Source:
             self.events.append(Text(shown))
 
     def begin(self, name: Any, known: Collection[str] | None = None) -> None:
-        """A call begins. Raises Malformed if no function has such a name, or none of the `known`."""
+        """Begin a call. Raises Malformed for a name that no function can have, or that is not among `known`."""
         if not isinstance(name, str) or not _NAME.fullmatch(name) or (known is not None and name not in known):
             raise Malformed
         self._spaces, self._attempt = "", None
@@ -101,20 +101,20 @@ class Source:
         self.events.append(Begin(name))
 
     def write(self, text: str) -> None:
-        """More of the call's arguments."""
+        """Add text to the call's arguments."""
         if text:
             self.events.append(Arguments(text))
 
     def write_member(self, first: bool, key: str, value: Any) -> None:
-        """One of the call's arguments; `close` ends them."""
+        """Add one of the call's arguments; `close` ends them."""
         self.write(("{" if first else ", ") + f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
 
     def close(self, empty: bool) -> None:
-        """The end of arguments that were written one by one."""
+        """End arguments added by `write_member`; `empty`: there were none."""
         self.write("{}" if empty else "}")
 
     def give_back(self) -> None:
-        """What was read is no call: it is text, unless a call has begun in it, or would have if it was whole."""
+        """Turn the text of an attempt that is no call into text; drop it if it is the truncated beginning of a call."""
         attempt, self._attempt = self._attempt, None
         if self.cut and self._exhausted and (self._certain or self._calls_only):
             self.buffer = ""
@@ -122,18 +122,18 @@ class Source:
             self.emit(attempt or "")
 
     def finish(self) -> None:
-        """Nothing follows."""
+        """End the answer: emit trailing white space, unless there were calls."""
         if self._spaces and not self._called:
             self.events.append(Text(self._spaces))
 
     # --- reading
 
     def attempt(self) -> None:
-        """A call may begin here."""
+        """Start to record text that may be a call."""
         self._attempt, self._certain = "", False
 
     def more(self) -> Step[bool]:
-        """Wait for more text; false if there is none."""
+        """Wait for more text; return False at the end of the answer."""
         size = len(self.buffer)
         while not self.ended and len(self.buffer) == size:
             yield
@@ -141,14 +141,14 @@ class Source:
         return not self._exhausted
 
     def take(self, count: int) -> str:
-        """The next characters."""
+        """Read the next characters."""
         text, self.buffer = self.buffer[:count], self.buffer[count:]
         if self._attempt is not None:
             self._attempt += text
         return text
 
     def text(self, *markers: str) -> Step[str | None]:
-        """Everything up to the next marker is text. Returns the marker; None at the end."""
+        """Read text up to and including the next marker. Return the marker; None at the end."""
         self._attempt = None
         markers += self.silent
         while True:
@@ -171,7 +171,7 @@ class Source:
                 return None
 
     def thought(self, end: str) -> Step[None]:
-        """Everything up to this, which is read, is a thought; white space around it is none of it."""
+        """Read a thought up to and including its end mark; drop white space around it."""
         self.thinking, self._attempt = True, None
         spaces, begun = "", False
         while True:
@@ -200,7 +200,7 @@ class Source:
                 return
 
     def follows(self, literal: str) -> Step[bool]:
-        """Whether this comes next; it is read if so, and the beginning of it at which the answer was cut short."""
+        """Read this if it comes next, and return whether it did. At a cut answer's end, also read its beginning."""
         while len(self.buffer) < len(literal) and literal.startswith(self.buffer):
             if not (yield from self.more()):
                 if self.cut:
@@ -209,28 +209,28 @@ class Source:
         return self.buffer.startswith(literal) and bool(self.take(len(literal)))
 
     def accept(self, literal: str) -> Step[bool]:
-        """Skip white space. Whether this comes then; it is read if so."""
+        """Skip white space, then as `follows`."""
         yield from self.space()
         return (yield from self.follows(literal))
 
     def expect(self, literal: str) -> Step[None]:
-        """Skip white space, and read this. Raises Malformed when it does not come."""
+        """Skip white space, then read this. Raises Malformed if something else comes."""
         if not (yield from self.accept(literal)):
             raise Malformed
 
     def next(self) -> Step[str]:
-        """The next character, which stays; empty at the end."""
+        """Return the next character without reading it; empty at the end."""
         if not self.buffer:
             yield from self.more()
         return self.buffer[:1]
 
     def peek(self) -> Step[str]:
-        """Skip white space. The next character, which stays; empty at the end."""
+        """Skip white space, then as `next`."""
         yield from self.space()
         return (yield from self.next())
 
     def name(self) -> Step[str]:
-        """A name, as functions have them. Raises Malformed for none."""
+        """Read a function's name. Raises Malformed if there is none."""
         parts: list[str] = []
         while True:
             part = _IN_NAME.match(self.buffer)
@@ -241,7 +241,7 @@ class Source:
                 return "".join(parts)
 
     def until(self, *ends: str) -> Step[tuple[str, str]]:
-        """What comes before the first of these, and which; both are read."""
+        """Read up to and including the first of these; return the text before it, and it."""
         start, longest = 0, max(map(len, ends))
         while True:
             found = [(at, end) for end in ends if (at := self.buffer.find(end, start)) >= 0]
@@ -254,11 +254,11 @@ class Source:
                 raise Malformed
 
     def value(self, write: Callable[[str], None], quotes: str = '"', ends: str = ",:; \t\r\n") -> Step[None]:
-        """One value in JSON, or in Python's syntax, passed on as it comes.
+        """Read one value in JSON or in Python's syntax, and pass its pieces to `write`.
 
         Args:
-            quotes: that begin a string.
-            ends: characters that follow a value; a closing bracket does, too.
+            quotes: characters that begin a string.
+            ends: characters that end a value, besides closing brackets.
         """
         depth, at, quote, escaped, ended = 0, 0, "", False, False
         while True:
@@ -290,13 +290,13 @@ class Source:
                 return
 
     def value_text(self, quotes: str = '"', ends: str = ",:; \t\r\n") -> Step[str]:
-        """The same, whole."""
+        """Read one value, as `value`, and return its text."""
         parts: list[str] = []
         yield from self.value(parts.append, quotes, ends)
         return "".join(parts)
 
     def json(self) -> Step[Any]:
-        """One JSON value, read."""
+        """Read and parse one JSON value."""
         text = yield from self.value_text()
         try:
             return json.loads(text)
@@ -305,7 +305,7 @@ class Source:
 
 
 def _overlap(text: str, marker: str) -> int:
-    """How many characters at the end of the text may be the marker's beginning."""
+    """Return the number of characters at the text's end that may be the marker's beginning."""
     return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
 
 
@@ -313,10 +313,10 @@ Reader = Callable[[Source], Step[None]]
 
 
 class Parser:
-    """Text of one answer in pieces, events out.
+    """A parser of one answer, from pieces of text to events.
 
     Args:
-        calls_only: a grammar lets it be calls and nothing else.
+        calls_only: whether a grammar allows nothing but calls.
     """
 
     def __init__(self, reader: Reader, parameters: dict[str, dict[str, Any]], *, calls_only: bool = False) -> None:
@@ -325,11 +325,11 @@ class Parser:
 
     @property
     def thinking(self) -> bool | None:
-        """Whether what comes next is a thought; None before that is known."""
+        """Whether the next text is a thought; None while unknown."""
         return self._source.thinking
 
     def feed(self, text: str, *, last: bool = False, cut: bool = False) -> list[Event]:
-        """What this text adds; with `last` nothing follows, with `cut` because the answer may be no longer."""
+        """Add text and return its events. `last`: the answer ends here; `cut`: because of its maximal length."""
         source = self._source
         source.buffer += text
         source.ended, source.cut = last, cut

@@ -1,4 +1,4 @@
-"""All formats of tool calls, in the order in which a chat template is held against them."""
+"""All formats of tool calls, in the order of matching chat templates."""
 
 import re
 from functools import lru_cache
@@ -37,7 +37,7 @@ _FIELD = re.compile(r"""\[["']tools["']\]""")
 _TEXTS = re.compile(r"""'[^']*'|"[^"]*["]""")
 
 FORMATS = {each.name: each for each in _ALL}
-VLLM_NAMES = {  # of its parsers -> of the same formats here; those left out have the same name or no counterpart
+VLLM_NAMES = {  # names of vLLM's parsers -> formats here; the others have the same name or no counterpart
     "deepseek_v3": "deepseek",
     "deepseek_v31": "deepseek",
     "deepseek_v32": "deepseek_dsml",
@@ -54,7 +54,7 @@ VLLM_NAMES = {  # of its parsers -> of the same formats here; those left out hav
 
 @lru_cache(64)
 def knows_tools(template: str) -> bool:
-    """Whether a chat template's source does anything with `tools`, be it a variable or a field of a message."""
+    """Whether a chat template's source uses `tools`, as a variable or as a field of a message."""
     for part in re.split(r"[%}]\}", template):
         begin = max(part.rfind("{%"), part.rfind("{{"))
         code = _TEXTS.sub("", _FIELD.sub(" tools ", part[begin:])) if begin >= 0 else ""
@@ -65,7 +65,8 @@ def knows_tools(template: str) -> bool:
 
 @lru_cache(64)
 def format_of(template: str, named: str | None = None) -> ToolFormat:
-    """The format of a chat template's source; `named` has it where the template knows tools."""
+    """Return the format of a chat template's source. `named`: the format in place of a recognised one, for templates
+    that know tools."""
     if not knows_tools(template):
         return HERMES
     if named is not None:

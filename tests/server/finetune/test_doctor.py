@@ -34,7 +34,7 @@ async def test_files_and_jobs_of_a_lost_database_are_restored_and_the_job_goes_o
     assert [line.split()[2] for line in listed if line.startswith((file, job))] == ["train.jsonl", job]
 
     code, said = doctor(root, "--restore", file, job)
-    assert (code, said.splitlines()) == (0, [f"{file} is registered again", f"{job} is registered again"])
+    assert (code, said.splitlines()) == (0, [f"{file} is restored", f"{job} is restored"])
     assert not {file, job} & set(set_aside(root))
     async with tuning_site(root, engine) as site:
         assert (await site.client.get(f"/v1/files/{file}")).json() == uploaded
@@ -77,8 +77,8 @@ async def test_damaged_files_and_databases_are_named(tmp_path: Path, engine: Tra
     assert code == 1
     finetuning, tenants, file = said.splitlines()[:3]
     assert finetuning.startswith(f"{root / 'finetuning.db'}: ")
-    assert "the next start sets it aside and makes it anew" in finetuning
+    assert "the next start sets it aside and makes a new one" in finetuning
     assert tenants.startswith(f"{root / 'tenants.db'}: ")
     assert "restore it from a backup" in tenants
-    assert file == f"{root / 'files' / damaged}: it is not what was uploaded; upload it again"
+    assert file == f"{root / 'files' / damaged}: its content differs from the upload; upload it again"
     assert whole not in said
