@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 
-from adapters.background import threads
+from adapters.background import thread_pool
 from server.errors import InvalidRequest, TooManyRequests
 from server.tenants.limits import NO_ROWS, Allowance, Rows
 
@@ -143,7 +143,7 @@ class UploadSlots:
     """How many uploads are received at once, and the threads that write them to disk, one for each."""
 
     def __init__(self, count: int) -> None:
-        self.threads = threads(count, "upload", "normal")
+        self.threads = thread_pool(count, "upload", "normal")
         self._count = count
         self._free = asyncio.Semaphore(count)
 

@@ -79,7 +79,7 @@ def open_names(data_dir: Path, busy_seconds: float) -> LocalNames:
 def restore_names(names: LocalNames, versions: list[Path]) -> int:
     """Let names mean the versions in these directories again, as older ones where they mean others; how many names."""
     known = {(found.current.tenant, found.current.name): found for found in names.load(Path)}
-    restored = entries.restored(versions)
+    restored = entries.restore_pointers(versions)
     for owner, pointer in restored.items():
-        names.save(*owner, known[owner].followed_by(pointer.versions) if owner in known else pointer)
+        names.save(*owner, known[owner].with_older_versions(pointer.versions) if owner in known else pointer)
     return len(restored)

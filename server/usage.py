@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapters.background import run_in, threads
+from adapters.background import run_in, thread_pool
 from adapters.storage.database import Database
 from adapters.storage.versions import RemoteUnavailable
 
@@ -75,7 +75,7 @@ class Ledger:
         self._kept: asyncio.Future[None] | None = None  # of what is pending
         self._writing: asyncio.Task[None] | None = None
         self._failing = self._stopped = False
-        self._writer = threads(1, "usage", "normal")  # answers wait for it, and it for none of the others' threads
+        self._writer = thread_pool(1, "usage", "normal")  # answers wait for it, and it for none of the others' threads
 
     def add(
         self, tenant: str, adapter: str, prompt: int, cached: int, generated: int, device_seconds: float = 0.0

@@ -46,7 +46,7 @@ def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
     } | {name: value for name, value in own.items() if value}
 
 
-def taught(receipt: Mapping[str, Any]) -> AdapterText:
+def trained_text(receipt: Mapping[str, Any]) -> AdapterText:
     """The properties that the adapter learned from its fine-tune's rows: stop tokens, formats of calls and thoughts."""
     return AdapterText(
         stop_tokens=tuple(receipt.get("stop_token_ids", ())),

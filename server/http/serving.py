@@ -14,7 +14,7 @@ from types import FrameType
 
 import uvicorn
 
-from adapters.scratch import sweep
+from adapters.scratch import remove_stale
 from server import data_dir, logs
 from server.client.engine import LocalEngine
 from server.http.app import build_app
@@ -48,7 +48,7 @@ def serve(settings: Settings) -> None:
 def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
     directory = resolve(settings.model, settings.cache_dir, log.info)
     with data_dir.taken(settings.data_dir):
-        sweep()  # what servers left that were killed
+        remove_stale()  # what servers left that were killed
         services, engine = open_services(settings, directory)
         gc.freeze()  # what is there now stays: collections need not look at it, which holds everybody up
         server = _Server(services, engine)

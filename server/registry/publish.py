@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar, get_type_hints
 
-from adapters.background import run_in, threads
+from adapters.background import run_in, thread_pool
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec
 from adapters.peft_format.fields import AdapterError, shorten
 from adapters.peft_format.inspection import Check, inspect_adapter
@@ -28,8 +28,8 @@ from adapters.peft_format.text import (
     read_added_tokens,
 )
 from adapters.storage.copying import copy_files
-from adapters.storage.mending import check_noted
-from adapters.storage.receipt import taught
+from adapters.storage.mending import check_recorded
+from adapters.storage.receipt import trained_text
 from adapters.storage.store import AdapterStore, Change
 from adapters.storage.versions import Pointer, UnknownAdapter, Version, check_name
 from server.children.helper import HelperLimit, Helpers
@@ -84,7 +84,7 @@ class Publisher:
         self._text = text
         self._checker = checker
         self._forgetting: set[asyncio.Task[None]] = set()
-        self._workers = threads(_CHANGES, "publisher", settings.background_priority)
+        self._workers = thread_pool(_CHANGES, "publisher", settings.background_priority)
 
     async def close(self) -> None:
         """End the processes that check."""
@@ -182,15 +182,15 @@ class Publisher:
         Raises AdapterError or DamagedAdapter when these are damaged, too, EngineUnavailable, StorageFull.
         """
         base = served_base(self._engine)
-        await run_in(self._workers, partial(check_noted, version.path, CONFIG_NAME))
+        await run_in(self._workers, partial(check_recorded, version.path, CONFIG_NAME))
         async with self.stage() as staging:
             with disk_faults():
                 files = (CONFIG_NAME, WEIGHTS_NAME)
                 await run_in(self._workers, partial(copy_files, files, version.path, staging, version.path))
-                spec = await self._inspect(version.name, staging, base, taught(version.receipt))
+                spec = await self._inspect(version.name, staging, base, trained_text(version.receipt))
                 if spec.digest != version.digest:
                     raise AdapterError(f"its config and weights are those of {spec.digest}", "weights")
-                await run_in(self._workers, partial(self._store.repair, staging, spec))
+                await run_in(self._workers, partial(self._store.replace_damaged, staging, spec))
 
     async def import_directory(
         self, tenant: str, name: str, directory: Path, *, root: Path = Path("/"), again: bool = True
@@ -249,8 +249,8 @@ class Publisher:
     async def divide(
         self, tenant: str, name: str, shares: Mapping[str, float], expected: Collection[str] | None
     ) -> Pointer:
-        """Split the name's requests between its versions. Raises what `AdapterStore.divide` does, and StorageFull."""
-        return await self._repoint("split", tenant, name, partial(self._store.divide, tenant, name, shares, expected))
+        """Split the name's requests between its versions. Raises what `AdapterStore.split` does, and StorageFull."""
+        return await self._repoint("split", tenant, name, partial(self._store.split, tenant, name, shares, expected))
 
     async def roll_back(self, tenant: str, name: str, expected: Collection[str] | None) -> Pointer:
         """Undo the last change of the name. Raises what `AdapterStore.roll_back` does, and StorageFull."""
@@ -261,7 +261,7 @@ class Publisher:
 
         Raises UnknownAdapter, StorageFull; Conflict when more would be pinned than may be.
         """
-        before = self._store.pinned(tenant, name)
+        before = self._store.is_pinned(tenant, name)
         pointer = await self._change(partial(self._store.pin, tenant, name, pinned))
         if before != pinned:
             _audit(name, "pin" if pinned else "unpin", pointer.shares, pointer.etag)
@@ -325,7 +325,7 @@ class Publisher:
         time: the engine evicts and loads by itself.
         """
         for digest in digests:
-            if not self._store.answers(digest):
+            if not self._store.is_answering(digest):
                 task = asyncio.create_task(self._engine.forget(digest))
                 self._forgetting.add(task)
                 task.add_done_callback(self._forgetting.discard)

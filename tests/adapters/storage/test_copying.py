@@ -56,7 +56,7 @@ def test_links_to_elsewhere(target: str, world: tuple[Path, Path]) -> None:
 def test_what_is_no_plain_file(world: tuple[Path, Path]) -> None:
     (world[0] / "dir" / "b").unlink()
     os.mkfifo(world[0] / "dir" / "b")
-    with pytest.raises(AdapterError, match="no plain file"):
+    with pytest.raises(AdapterError, match="not a regular file"):
         copied(world)
 
 
