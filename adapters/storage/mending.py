@@ -41,7 +41,7 @@ def verified_spec(directory: Path, digest: str) -> AdapterSpec:
 
 def write_rows_and_record(directory: Path, spec: AdapterSpec) -> None:
     """Lay out the rows of a whole version, and write its record; durable."""
-    packed_rows.make(directory, spec)
+    packed_rows.write(directory, spec)
     record.write(directory)
     sync(directory)
 

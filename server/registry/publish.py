@@ -24,7 +24,7 @@ from adapters.peft_format.text import (
     TOKENIZER_NAME,
     AdapterText,
     check_template,
-    new_tokens,
+    find_new_tokens,
     read_added_tokens,
 )
 from adapters.storage.copying import copy_files
@@ -220,7 +220,7 @@ class Publisher:
                 added = await self._run(name, read_added_tokens, tokenizer, "tokenizer")
                 size = base.tokenizer.get_vocab_size()
                 made = AdapterText(
-                    await run_in(self._workers, partial(new_tokens, added, base.tokenizer.token_to_id, size))
+                    await run_in(self._workers, partial(find_new_tokens, added, base.tokenizer.token_to_id, size))
                 )
             if template.exists():
                 source = check_template(template)
@@ -333,16 +333,16 @@ class Publisher:
 
 def outline_of(files: Outline, base: Ready) -> Outline:
     """The outline of a base as its engine loaded it, out of that of its files."""
-    return files.loaded(
+    return files.as_loaded(
         tied=base.tied,
         embedding=base.embedding,
         head=base.head,
-        aside=base.aside,
+        non_text_modules=base.aside,
         renamed=base.renamed,
         experts=base.experts,
         norms=base.norms,
         routers=base.routers,
-        by_token=base.by_token,
+        per_token_tables=base.by_token,
         opaque_embedding=base.opaque_embedding,
     )
 

@@ -37,7 +37,7 @@ def put(store: AdapterStore, name: str, seed: int) -> Version:
     with store.stage() as staging:
         write_adapter(staging, seed)
         spec = inspect(staging, BASE.linears, BASE.architecture)
-        packed_rows.make(staging, spec)
+        packed_rows.write(staging, spec)
         return store.publish("", name, staging, spec)[0]
 
 

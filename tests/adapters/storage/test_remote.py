@@ -43,7 +43,7 @@ class Depot:
         with store.stage() as staging:
             write_adapter(staging, seed)
             spec = inspect(staging, BASE.linears, BASE.architecture)
-            packed_rows.make(staging, spec)
+            packed_rows.write(staging, spec)
             return store.publish("t", name, staging, spec, **options)[0]
 
     def objects(self) -> dict[str, bytes]:
