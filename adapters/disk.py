@@ -24,15 +24,15 @@ class StorageFull(OSError):
 
 def is_disk_full(fault: BaseException) -> bool:
     """Whether an error of the system or a library means that the disk has no room, or none for so large a file."""
-    return _number(fault) in _FULL
+    return _errno(fault) in _FULL
 
 
 def full_disk_reason(fault: BaseException) -> str:
     """The reason in words."""
-    return f"the disk is {'read-only' if _number(fault) == errno.EROFS else 'full'}; nothing was kept"
+    return f"the disk is {'read-only' if _errno(fault) == errno.EROFS else 'full'}; nothing was kept"
 
 
-def _number(fault: BaseException) -> int | None:
+def _errno(fault: BaseException) -> int | None:
     """The system's number of an error, if it has one."""
     if isinstance(fault, sqlite3.Error):
         code = getattr(fault, "sqlite_errorcode", 0)
@@ -50,7 +50,7 @@ def raising_storage_full() -> Iterator[None]:
         yield
     except Exception as fault:
         if is_disk_full(fault):
-            raise StorageFull(_number(fault), full_disk_reason(fault)) from None
+            raise StorageFull(_errno(fault), full_disk_reason(fault)) from None
         raise
 
 

@@ -42,9 +42,9 @@ def parse_json(raw: bytes, *, max_depth: int | None = None, finite: bool = False
     try:
         value = json.loads(
             raw.decode(),
-            object_pairs_hook=_unique,
+            object_pairs_hook=_refuse_duplicate_keys,
             parse_constant=_refuse_constant,
-            parse_float=_finite if finite else None,
+            parse_float=_parse_finite if finite else None,
         )
     except RecursionError:
         raise JsonFault("is nested too deep") from None
@@ -89,7 +89,7 @@ def check_characters(raw: bytes, value: Any) -> None:
             raise JsonFault("has half a surrogate pair in a string; send whole characters") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -104,7 +104,7 @@ def _refuse_constant(name: str) -> Any:
     raise JsonFault(f"is not valid JSON: {name} is not a number")
 
 
-def _finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise JsonFault(f"holds a number that is out of range: {text[:40]}")

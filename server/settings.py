@@ -488,7 +488,7 @@ class Settings:
         return frozenset({self.base_name, self.model})
 
     @property
-    def store_patience(self) -> RequestLimits:
+    def store_request_limits(self) -> RequestLimits:
         """How long `adapter_store` is waited for."""
         return RequestLimits(self.store_answer_seconds, self.store_silent_seconds, self.store_requests)
 

@@ -151,7 +151,7 @@ class Ledger:
         Raises RemoteUnavailable.
         """
         rows = {(row["day"], row["tenant"], row["adapter"]): row for row in self._own(tenant, first, last)}
-        for page in self._pages.read(first, last, own=False) if self._pages is not None else ():
+        for page in self._pages.read(first, last, include_own=False) if self._pages is not None else ():
             for row in json.loads(page):
                 if tenant not in (None, row["tenant"]):
                     continue
@@ -171,7 +171,7 @@ class Ledger:
         """Let other servers see what has changed. Waits for the disk and the object store; raises RemoteUnavailable."""
         assert self._pages is not None
         if not self._caught_up:
-            sent = self._pages.own()
+            sent = self._pages.own_pages()
             with self._database.reading() as connection:
                 days = {row["day"] for row in connection.execute("SELECT DISTINCT day FROM usage")}
             self._unsent |= days.difference(sent[:-1])  # the last one may have been sent before it was over

@@ -36,7 +36,7 @@ _NOT_WITH_EXPERTS = ("use_dora", "lora_bias", "alora_invocation_tokens")
 # Fields of other programs that PEFT ignores, although their adapters answer wrongly without them.
 _FOREIGN_FIELDS = dict.fromkeys(
     ("invocation_string", "alora_invocation_string"),
-    "the adapter is in force only behind that text; give its token ids as alora_invocation_tokens, PEFT's field",
+    "the adapter applies only after that text; give its token ids as alora_invocation_tokens, PEFT's field",
 )
 
 
@@ -230,7 +230,7 @@ def parse_config(raw: bytes) -> AdapterConfig:
     )
     for name in unknown:
         if name in _FOREIGN_FIELDS and not values["alora_invocation_tokens"]:
-            raise AdapterError(f"{name} is not read here: {_FOREIGN_FIELDS[name]}", name, "unsupported_adapter_feature")
+            raise AdapterError(f"{name} is not supported: {_FOREIGN_FIELDS[name]}", name, "unsupported_adapter_feature")
     if unknown and _is_newer(values["peft_version"]):
         raise AdapterError(
             f"config has the unknown field '{shorten(unknown[0])}' of a newer PEFT ({values['peft_version']}), which "

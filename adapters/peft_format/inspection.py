@@ -57,8 +57,8 @@ def inspect_adapter(check: Check) -> AdapterSpec:
     """Convert and inspect the adapter, and lay out its rows beside it. Raises AdapterError, OSError."""
     weights = check.directory / WEIGHTS_NAME
     converted = convert(weights) if weights.is_file() else []
-    asked = check.directory, check.linears, check.model_class, check.outline, check.text
-    spec = inspect(*asked, ignore_vision=check.ignore_vision)
+    arguments = check.directory, check.linears, check.model_class, check.outline, check.text
+    spec = inspect(*arguments, ignore_vision=check.ignore_vision)
     spec = dataclasses.replace(spec, warnings=(*converted, *spec.warnings))
     packed_rows.write(check.directory, spec)
     return spec
@@ -108,12 +108,12 @@ def inspect(
         digest = hashlib.sha256(_digest_preamble(plan.modules, plan.variants, text))
         for name, tensor in sorted(tensors.items()):
             digest.update(_digest_heading(name, tensor))
-            changes = not ignore_vision and non_text_module(name, outline) is not None and ".lora_A." not in name
+            is_non_text = not ignore_vision and non_text_module(name, outline) is not None and ".lora_A." not in name
             for chunk in read_chunks(file, tensor):
                 digest.update(chunk)
                 check_finite(chunk, name, tensor)
                 # In a tower that saw no training data, B is still zero: the tower is unchanged.
-                if changes and not (".lora_B." in name and is_zero(chunk, tensor)):
+                if is_non_text and not (".lora_B." in name and is_zero(chunk, tensor)):
                     raise AdapterError(
                         f"tensor '{shorten(name)}' changes '{non_text_module(name, outline)}', which is not used for "
                         "text: images and sound are not served. --ignore-vision-adapters serves the rest",

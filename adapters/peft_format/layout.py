@@ -201,7 +201,7 @@ class _Builder:
     def _possible_names(self, parameter: str) -> list[str]:
         """The names that PEFT may give a parameter of embedding or head."""
         table, _, kind = parameter.rpartition(".")
-        return [f"{PREFIX}{table}.{place}{kind}" for place in PARAMETER_PREFIXES]
+        return [f"{PREFIX}{table}.{prefix}{kind}" for prefix in PARAMETER_PREFIXES]
 
     def _new_row_tensors(self, variants: Variants, tensors: Collection[str]) -> dict[str, str]:
         """The tensors with the new rows of embedding and head, except for a whole matrix of the adapter's own."""
@@ -298,9 +298,9 @@ class _Builder:
         found: dict[str, LoraModule] = {}
         for router in self._outline.routers:
             name = f"{router}.weight"
-            asked = self._adapted.get(name) or self._adapted.get(router)
-            if asked is not None:
-                (rank, scaling), (experts, inputs) = asked, self._outline.parameters[name].shape
+            adapted = self._adapted.get(name) or self._adapted.get(router)
+            if adapted is not None:
+                (rank, scaling), (experts, inputs) = adapted, self._outline.parameters[name].shape
                 a = self._expect(f"{router}.lora_A.weight", (rank, inputs), "target_parameters")
                 b = self._expect(f"{router}.lora_B.weight", (experts, rank), "target_parameters")
                 found[name] = LoraModule(rank, scaling, a, b)
@@ -345,7 +345,7 @@ class _Builder:
         return self._outline.table_shape if kind == "weight" else (self._outline.table_shape[0],)
 
     def _biases(self, tensors: Collection[str]) -> dict[str, str]:
-        config, places = self._config, {}
+        config, saved_names = self._config, {}
         for name in self._outline.parameters:
             module, _, kind = name.rpartition(".")
             adapted = not self._adapted.keys().isdisjoint((module, f"{module}.weight"))
@@ -357,17 +357,17 @@ class _Builder:
                         "bias",
                         "unsupported_adapter_feature",
                     )
-                places[name] = f"{module}.base_layer.bias" if adapted else name
+                saved_names[name] = f"{module}.base_layer.bias" if adapted else name
         if (
             config.bias == "lora_only"
-            and places
-            and not any(f"{PREFIX}{place}" in tensors for place in places.values())
+            and saved_names
+            and not any(f"{PREFIX}{saved_name}" in tensors for saved_name in saved_names.values())
         ):
             self._warnings.append(
                 "bias is 'lora_only', but no trained bias was saved (older PEFT): the base's are served"
             )
             return {}
-        return {name: self._expect(place, self._shape(name), "bias") for name, place in places.items()}
+        return {name: self._expect(saved_name, self._shape(name), "bias") for name, saved_name in saved_names.items()}
 
     def _is_replaceable(self, module: str) -> bool:
         """Whether an adapter may replace all parameters of a module that is not a linear of the decoder."""
@@ -411,21 +411,21 @@ class _Builder:
         """Tensors of the classification head by "weight" and "bias". The file decides the number of labels."""
         if self._outline.embedding is None:
             raise AdapterError("task_type is SEQ_CLS: this base serves adapters of linears only", "task_type")
-        places = [f"{module}.{place}" for module in CLASSIFIERS for place in ("", "modules_to_save.")]
-        place = next((place for place in places if f"{PREFIX}{place}weight" in tensors), None)
-        if place is None:
-            named = f"{PREFIX}{places[0]}weight"
+        prefixes = [f"{module}.{prefix}" for module in CLASSIFIERS for prefix in ("", "modules_to_save.")]
+        prefix = next((prefix for prefix in prefixes if f"{PREFIX}{prefix}weight" in tensors), None)
+        if prefix is None:
+            named = f"{PREFIX}{prefixes[0]}weight"
             raise AdapterError(f"task_type is SEQ_CLS: the weights lack the classification head '{named}'", named)
-        labels = tensors[f"{PREFIX}{place}weight"].shape[0]
+        labels = tensors[f"{PREFIX}{prefix}weight"].shape[0]
         if not 0 < labels <= MAX_LABELS:
             raise AdapterError(
-                f"the classification head has {labels} labels; 1 to {MAX_LABELS} are served", f"{PREFIX}{place}weight"
+                f"the classification head has {labels} labels; 1 to {MAX_LABELS} are served", f"{PREFIX}{prefix}weight"
             )
         shapes = {"weight": (labels, self._outline.table_shape[1]), "bias": (labels,)}
         return {
-            kind: self._expect(f"{place}{kind}", shape, "task_type")
+            kind: self._expect(f"{prefix}{kind}", shape, "task_type")
             for kind, shape in shapes.items()
-            if f"{PREFIX}{place}{kind}" in tensors
+            if f"{PREFIX}{prefix}{kind}" in tensors
         }
 
     # --- tokens ---------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class RowFile:
         Holds Python's lock only briefly, and yields the processor often. Raises OSError; DamagedFile when the content
         does not match the digest.
         """
-        seen = hashlib.sha256()
+        digest = hashlib.sha256()
         with self.path.open("rb", buffering=0) as file:
             position = 0
             for batch, size in _batches(rows):
@@ -66,8 +66,8 @@ class RowFile:
                     raise DamagedFile(f"{self.path.name} was cut short")
                 position += size
                 for piece in batch:
-                    seen.update(piece)
-        if seen.hexdigest() != self.digest:
+                    digest.update(piece)
+        if digest.hexdigest() != self.digest:
             raise DamagedFile(f"{self.path.name} is damaged")
 
 

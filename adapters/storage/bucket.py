@@ -58,7 +58,7 @@ class Bucket:
     Args:
         url: s3://bucket/prefix, gs://..., az://..., file:///...; credentials, region and endpoint come from the
             environment, as that provider's own tools read them (AWS_ENDPOINT_URL, ...).
-        patience: the time limits for a network store.
+        limits: time limits and concurrency for a network store.
 
     Raises:
         ValueError: no such kind of store, or an incomplete configuration.
@@ -137,13 +137,13 @@ class Bucket:
                 # Not through obstore, since a file's ETag is made of its inode, time and size: inodes are reused and
                 # the kernel's own times are milliseconds apart, so that one ETag could mean two contents.
                 file.parent.mkdir(parents=True, exist_ok=True)
-                fresh = self._directory / f".new-{os.getpid()}-{threading.get_ident()}"
-                fresh.write_bytes(content)
+                new = self._directory / f".new-{os.getpid()}-{threading.get_ident()}"
+                new.write_bytes(content)
                 now = time.time_ns()
-                os.utime(fresh, ns=(now, now))
-                with fresh.open("rb") as written:
+                os.utime(new, ns=(now, now))
+                with new.open("rb") as written:
                     os.fsync(written.fileno())
-                fresh.rename(file)
+                new.rename(file)
                 after = self.read(path)
                 return after.etag if after else None
         except OSError as fault:

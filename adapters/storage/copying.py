@@ -38,7 +38,7 @@ def copy_files(names: Iterable[str], directory: Path, target: Path, root: Path) 
 @contextmanager
 def _opened(path: Path, root: Path) -> Iterator[BinaryIO]:
     """Open a file by its real path, following a link in no part of it, so that none can be slipped in."""
-    outside = AdapterError(f"{path.name} leads to nothing, or out of the directory that may be read", path.name)
+    outside = AdapterError(f"{path.name} does not exist, or lies outside the directory that may be read", path.name)
     try:
         *folders, name = path.resolve().relative_to(root.resolve()).parts
     except (ValueError, OSError, RuntimeError):  # outside, or a loop of links

@@ -178,7 +178,7 @@ class Database:
             if code in _DAMAGED:
                 raise DatabaseDamaged(f"{self.path.name} is damaged: {fault}") from None
             if code in full:
-                raise StorageFull(errno.ENOSPC, f"the disk does not take {self.path.name}: {fault}") from None
+                raise StorageFull(errno.ENOSPC, f"no disk space for {self.path.name}: {fault}") from None
             raise
 
     @contextmanager
@@ -195,7 +195,7 @@ class Database:
             yield self._connection
             return
         if not self._lock.acquire(timeout=self._busy_seconds):
-            raise DatabaseBusy(f"others are changing {self.path.name}")
+            raise DatabaseBusy(f"another change holds {self.path.name}")
         try:
             if removing:
                 with suppress(OSError):

@@ -91,12 +91,12 @@ class VersionFiles:
         if self._remote is not None:  # the names are there, too
             yield
             return
-        concerned = {version.digest for pointer in (before, after) if pointer for version in pointer.versions}
-        self._pending.mark(*map(_hex_digits, concerned))
+        digests = {version.digest for pointer in (before, after) if pointer for version in pointer.versions}
+        self._pending.mark(*map(_hex_digits, digests))
         try:
             yield
         finally:  # versions without a name keep their mark until they are removed
-            self._pending.clear(*(_hex_digits(digest) for digest in concerned & self._name_counts.keys()))
+            self._pending.clear(*(_hex_digits(digest) for digest in digests & self._name_counts.keys()))
         entries.update(before, after)
 
     def write_missing_entries(self, pointer: Pointer) -> None:
@@ -121,11 +121,11 @@ class VersionFiles:
         """
         digest = version.digest
         with self._count_lock:
-            here = digest in self._stored
-            if not here and not (self._remote and digest in self._name_counts):
+            is_stored = digest in self._stored
+            if not is_stored and not (self._remote and digest in self._name_counts):
                 raise UnknownAdapter(f"the version {digest} of '{version.name}' was removed")
             self._leases[digest] += 1
-            if here and self._remote:
+            if is_stored and self._remote:
                 self._stored.move_to_end(digest)
         try:
             yield version
@@ -214,10 +214,10 @@ class VersionFiles:
         with self._count_lock:
             self._count_lock.wait_for(lambda: spec.digest not in self._removing)
             self._leases[spec.digest] += 1
-            kept = spec.digest in self._name_counts and spec.digest not in self._unmendable
+            named = spec.digest in self._name_counts and spec.digest not in self._unmendable
         try:
             if self._remote:
-                self._remote.put(spec.digest, staging, named=kept)
+                self._remote.put(spec.digest, staging, named=named)
             self.replace_damaged(staging, spec)
             yield
         finally:
@@ -367,10 +367,10 @@ class VersionFiles:
             lost.ensure_directory(directory, self._lost_and_found.parent)
         with suppress(OSError):  # a full disk is reported by the next upload
             sync(self._versions.parent)
-        for left in lost.entries(self._staging):
-            lost.remove(left)
-        here = sorted((path for path in lost.entries(self._versions) if path.is_dir()), key=_modified_at)
-        self._stored.update((f"sha256:{path.name}", _size(path) if self._remote else 0) for path in here)
+        for leftover in lost.entries(self._staging):
+            lost.remove(leftover)
+        present = sorted((path for path in lost.entries(self._versions) if path.is_dir()), key=_modified_at)
+        self._stored.update((f"sha256:{path.name}", _size(path) if self._remote else 0) for path in present)
 
 
 def _decrement(counter: Counter[str], key: str) -> None:

@@ -93,7 +93,7 @@ def ensure_directory(path: Path, aside: Path) -> None:
     with contextlib.suppress(OSError):
         if path.exists() and not path.is_dir():
             aside.mkdir(parents=True, exist_ok=True)
-            log.error("%s is no directory: set aside as %s", path, moved := unused_path(aside / path.name))
+            log.error("%s is not a directory: set aside as %s", path, moved := unused_path(aside / path.name))
             path.rename(moved)
         path.mkdir(parents=True, exist_ok=True)
         for half_removed in path.glob(f".*{_REMOVING_SUFFIX}"):

@@ -123,19 +123,17 @@ class RemoteStore:
         Returns the count. None is removed while a name cannot be read.
         """
         self._names.remove_tombstones(seconds)
-        found = [digest for digest in self._unnamed(seconds, None) if not is_needed(digest)]
+        found = [digest for digest in self._find_unnamed(seconds, None) if not is_needed(digest)]
         starts = range(0, len(found), _REMOVED_AT_ONCE)
         return sum(self._remove(found[start : start + _REMOVED_AT_ONCE], seconds) for start in starts)
 
-    def _unnamed(self, seconds: float, candidates: Collection[str] | None) -> set[str]:
+    def _find_unnamed(self, seconds: float, candidates: Collection[str] | None) -> set[str]:
         """Versions without a name, all of their files older than `seconds`; none while a name cannot be read."""
-        youngest: dict[str, float] = {}
+        ages: dict[str, float] = {}
         for entry in self.bucket.list("versions"):  # before the names: a version named meanwhile is kept
             digest = f"sha256:{entry.path.split('/')[1]}"
-            youngest[digest] = min(entry.age, youngest.get(digest, entry.age))
-        old = {
-            digest for digest, age in youngest.items() if age > seconds and (candidates is None or digest in candidates)
-        }
+            ages[digest] = min(entry.age, ages.get(digest, entry.age))
+        old = {digest for digest, age in ages.items() if age > seconds and (candidates is None or digest in candidates)}
         for record in self._names.all() if old else ():
             remote = self._remote_pointer(record, Path)
             old -= {version.digest for version in remote.pointer.versions} if remote and remote.pointer else set()
@@ -152,12 +150,12 @@ class RemoteStore:
                 if mark is None or mark.age > _CONDEMNED_SECONDS:
                     self.bucket.put_if(_condemned(digest), b"{}", mark and mark.version)
                     marked.append(digest)
-        doomed = self._unnamed(seconds, marked)
+        unnamed = self._find_unnamed(seconds, marked)
         for digest in marked:
-            if digest in doomed and time.monotonic() - began < _CONDEMNED_SECONDS / 2:
+            if digest in unnamed and time.monotonic() - began < _CONDEMNED_SECONDS / 2:
                 self.bucket.delete([entry.path for entry in self._files(digest)])
             self.bucket.delete([_condemned(digest)])
-        return len(doomed)
+        return len(unnamed)
 
     def _files(self, digest: str) -> list[Entry]:
         return self.bucket.list(_path(digest, "").rstrip("/"))

@@ -54,9 +54,9 @@ class Requests:
         self.check()
         while not self._slots.acquire(timeout=_POLL_SECONDS):
             self.check(_SLOT_WAIT * self._silent_seconds)
-        me, began = threading.get_ident(), time.monotonic()
+        thread, began = threading.get_ident(), time.monotonic()
         with self._lock:
-            self._started[me] = began
+            self._started[thread] = began
         try:
             yield
         except RemoteUnavailable:
@@ -70,7 +70,7 @@ class Requests:
             self.note_answer()
         finally:
             with self._lock:
-                del self._started[me]
+                del self._started[thread]
             self._slots.release()
 
 

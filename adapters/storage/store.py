@@ -212,8 +212,8 @@ class AdapterStore:
             version = Version(tenant, name, spec.digest, path, created, receipt_of(spec), staged=staged)
             if before is None:
                 return Pointer((version,))
-            known = {one.digest for one in before.versions}
-            if spec.digest in known and (staged or before.shares == {spec.digest: 1.0}):
+            digests = {one.digest for one in before.versions}
+            if spec.digest in digests and (staged or before.shares == {spec.digest: 1.0}):
                 return before
             others = tuple(old for old in before.versions if old.digest != spec.digest)
             if staged:
@@ -356,13 +356,13 @@ class AdapterStore:
                 return after
 
             try:
-                now = self._names.change(tenant, name, last_seen, apply, self._files.path)
+                after_change = self._names.change(tenant, name, last_seen, apply, self._files.path)
             except (UnknownAdapter, EtagMismatch):  # another server changed it, perhaps
                 with suppress(RemoteUnavailable):
                     self.import_change(tenant, name)
                 raise
-            if now != last_seen:
-                self._set_pointer(tenant, name, now)
+            if after_change != last_seen:
+                self._set_pointer(tenant, name, after_change)
         for version in last_seen.versions if last_seen else ():
             self._files.remove_unused(version.digest)
         return change_made
@@ -374,18 +374,20 @@ class AdapterStore:
 
     def _recover(self) -> None:
         """Read the names, and remove the files of versions without a name."""
-        known: set[str] = set()
+        named: set[str] = set()
         for pointer in self._names.load(self._files.path):
-            owner = pointer.current
-            known.update(version.digest for version in pointer.versions)
-            missing = {digest for digest in (owner.digest, *pointer.shares) if not self._files.obtainable(digest)}
+            current = pointer.current
+            named.update(version.digest for version in pointer.versions)
+            missing = {digest for digest in (current.digest, *pointer.shares) if not self._files.obtainable(digest)}
             if missing:  # not this server's doing; an older version would be a wrong answer
-                log.error("the files of adapter %s (%s) are missing; it is not served", owner.name, ", ".join(missing))
+                log.error(
+                    "the files of adapter %s (%s) are missing; it is not served", current.name, ", ".join(missing)
+                )
                 continue
             present = tuple(version for version in pointer.versions if self._files.obtainable(version.digest))
-            self._set_pointer(owner.tenant, owner.name, replace(pointer, versions=present))
+            self._set_pointer(current.tenant, current.name, replace(pointer, versions=present))
             self._files.write_missing_entries(pointer)
-        self._files.remove_unknown(known | self._names.unreadable, self._names.title)
+        self._files.remove_unknown(named | self._names.unreadable, self._names.title)
 
     # Last, because its name shadows the builtin type in the annotations below it.
     def list(self, tenant: str) -> list[Version]:

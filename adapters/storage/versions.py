@@ -127,12 +127,12 @@ class Pointer:
         if not self.split:
             return self.current
         if user is None:
-            point = random.random()
+            position = random.random()
         else:
-            word = hashlib.blake2b(f"{self.current.name}\0{user}".encode(), digest_size=7).digest()
-            point = int.from_bytes(word, "big") / 2**56
+            hashed = hashlib.blake2b(f"{self.current.name}\0{user}".encode(), digest_size=7).digest()
+            position = int.from_bytes(hashed, "big") / 2**56
         ends = itertools.accumulate(share for _, share in self.split)
-        chosen = next((i for i, end in enumerate(ends) if point < end), -1)  # rounding may leave the sum below 1
+        chosen = next((i for i, end in enumerate(ends) if position < end), -1)  # rounding may leave the sum below 1
         return self.version(self.split[chosen][0])
 
     def version(self, digest: str) -> Version:
@@ -188,8 +188,8 @@ class Pointer:
 
     def with_older_versions(self, versions: Iterable[Version]) -> "Pointer":
         """This pointer with further versions appended, as older ones."""
-        known = {version.digest for version in self.versions}
-        return replace(self, versions=(*self.versions, *(one for one in versions if one.digest not in known)))
+        digests = {version.digest for version in self.versions}
+        return replace(self, versions=(*self.versions, *(one for one in versions if one.digest not in digests)))
 
     def promoted(self, digest: str) -> "Pointer":
         """This pointer with the version of this whole digest current, answering everything."""
@@ -298,6 +298,4 @@ def check_name(name: str, *, fine_tuned: bool = False) -> None:
             "invalid_name",
         )
     elif taken := RESERVED.intersection(name.split("/")[1:]):
-        raise AdapterError(
-            f"'{shorten(name)}' has '/{min(taken)}', which URLs have behind a name", "name", "invalid_name"
-        )
+        raise AdapterError(f"'{shorten(name)}' has '/{min(taken)}', which is reserved for URLs", "name", "invalid_name")
