@@ -260,7 +260,7 @@ class _Builder:
             if matched is not None:
                 raise AdapterError(
                     f"target_parameters has '{shorten(entry)}', which means '{matched}': only the weights of experts "
-                    "and routers are served so. Adapt linears by target_modules",
+                    "and routers can be adapted this way. Adapt linears by target_modules",
                     "target_parameters",
                     "unsupported_adapter_feature",
                 )
