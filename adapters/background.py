@@ -21,9 +21,9 @@ T = TypeVar("T")
 _NICENESS = 10  # a tenth of a serving thread's processor time
 
 
-def threads(count: int, name: str, priority: Priority) -> ThreadPoolExecutor:
+def thread_pool(count: int, name: str, priority: Priority) -> ThreadPoolExecutor:
     """A pool of threads with processor time by `priority`: only idle time, little, or as much as others."""
-    return ThreadPoolExecutor(count, name, partial(give_way, priority))
+    return ThreadPoolExecutor(count, name, partial(lower_priority, priority))
 
 
 async def run_in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
@@ -37,7 +37,7 @@ async def run_in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         raise
 
 
-def give_way(priority: Priority, process: int | None = None) -> None:
+def lower_priority(priority: Priority, process: int | None = None) -> None:
     """Give this thread, or a process that has just started, and its children processor time by `priority`. Never more
     than before."""
     if sys.platform != "linux":

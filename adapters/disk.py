@@ -22,35 +22,35 @@ class StorageFull(OSError):
     """The disk is full or read-only, and nothing was kept."""
 
 
-def is_full(fault: BaseException) -> bool:
+def is_disk_full(fault: BaseException) -> bool:
     """Whether an error of the system or a library means that the disk has no room, or none for so large a file."""
-    return _number(fault) in _FULL
+    return _errno(fault) in _FULL
 
 
-def why_full(fault: BaseException) -> str:
+def full_disk_reason(fault: BaseException) -> str:
     """The reason in words."""
-    return f"the disk is {'read-only' if _number(fault) == errno.EROFS else 'full'}; nothing was kept"
+    return f"the disk is {'read-only' if _errno(fault) == errno.EROFS else 'full'}; nothing was kept"
 
 
-def _number(fault: BaseException) -> int | None:
+def _errno(fault: BaseException) -> int | None:
     """The system's number of an error, if it has one."""
     if isinstance(fault, sqlite3.Error):
         code = getattr(fault, "sqlite_errorcode", 0)
         return _SQLITE.get(code) or _SQLITE.get(code & 0xFF)
     if isinstance(fault, OSError):
         return fault.errno
-    told = _RUST.search(str(fault))
-    return None if told is None else int(told[1])
+    match = _RUST.search(str(fault))
+    return None if match is None else int(match[1])
 
 
 @contextmanager
-def full_disk_named() -> Iterator[None]:
+def raising_storage_full() -> Iterator[None]:
     """Turn errors of a full disk into StorageFull."""
     try:
         yield
     except Exception as fault:
-        if is_full(fault):
-            raise StorageFull(_number(fault), why_full(fault)) from None
+        if is_disk_full(fault):
+            raise StorageFull(_errno(fault), full_disk_reason(fault)) from None
         raise
 
 

@@ -6,19 +6,19 @@ from typing import Any, BinaryIO, NamedTuple
 from adapters.strict_json import JsonFault, check_characters, parse_json
 
 # Advice for owners of pickled weights.
-CONVERT = (
-    'Convert them where they are trusted, for reading them may run what they hold: python -c "import torch, '
+CONVERT_HINT = (
+    'Convert them only if you trust them, since loading pickles can execute code: python -c "import torch, '
     "safetensors.torch as s; s.save_file({k: v.clone() for k, v in torch.load('adapter_model.bin', weights_only=True, "
     "map_location='cpu').items()}, 'adapter_model.safetensors')\""
 )
 # Other files uploaded in place of weights, by their first bytes.
-_OTHERS = (
-    ((b"PK\x03\x04", b"\x80"), f"are pickled, not safetensors. {CONVERT}"),
-    ((b"version ",), "are a pointer of Git LFS, not the file that it stands for: fetch that with `git lfs pull`"),
-    ((b"GGUF",), "are a GGUF file, not safetensors: upload what PEFT's save_pretrained wrote"),
+_OTHER_FORMATS = (
+    ((b"PK\x03\x04", b"\x80"), f"are pickled, not safetensors. {CONVERT_HINT}"),
+    ((b"version ",), "are a Git LFS pointer, not the file itself: fetch the file with `git lfs pull`"),
+    ((b"GGUF",), "are a GGUF file, not safetensors: upload the file written by PEFT's save_pretrained"),
     (
         (b"<!", b"<html", b"<?xml"),
-        "are a web page, not safetensors: whatever fetched the file was answered with an error",
+        "are a web page, not safetensors: the download got an error page",
     ),
     ((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), "are compressed, not safetensors: unpack the file first"),
 )
@@ -48,7 +48,7 @@ def read_header(file: BinaryIO, max_bytes: int | None = None) -> Header:
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > os.fstat(file.fileno()).st_size - 8:
-        for beginnings, reason in _OTHERS:
+        for beginnings, reason in _OTHER_FORMATS:
             if start.startswith(beginnings):
                 raise HeaderFault(reason)
         raise HeaderFault("are cut short, or not a safetensors file: the header does not fit in")

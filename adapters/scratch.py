@@ -1,4 +1,4 @@
-"""Temporary directories of processes. Those left by killed processes are removed by `sweep`."""
+"""Temporary directories of processes. Those left by killed processes are removed by `remove_stale`."""
 
 import fcntl
 import os
@@ -21,7 +21,7 @@ def scratch(socket: str = "") -> Iterator[Path]:
     if socket and len(os.fsencode(path / socket)) > _SOCKET_PATH:
         path.rmdir()
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_SHORT))
-    # Locked before it gets its name, so that `sweep` never finds it unlocked.
+    # Locked before it gets its name, so that `remove_stale` never finds it unlocked.
     lock = os.open(path / f"{_LOCK}.new", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -32,7 +32,7 @@ def scratch(socket: str = "") -> Iterator[Path]:
         os.close(lock)
 
 
-def sweep() -> list[Path]:
+def remove_stale() -> list[Path]:
     """Remove this user's directories of dead processes; return their paths."""
     swept = []
     for path in {path for parent in (tempfile.gettempdir(), _SHORT) for path in Path(parent).glob(f"{_PREFIX}*")}:

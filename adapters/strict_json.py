@@ -42,9 +42,9 @@ def parse_json(raw: bytes, *, max_depth: int | None = None, finite: bool = False
     try:
         value = json.loads(
             raw.decode(),
-            object_pairs_hook=_unique,
+            object_pairs_hook=_refuse_duplicate_keys,
             parse_constant=_refuse_constant,
-            parse_float=_finite if finite else None,
+            parse_float=_parse_finite if finite else None,
         )
     except RecursionError:
         raise JsonFault("is nested too deep") from None
@@ -56,21 +56,21 @@ def parse_json(raw: bytes, *, max_depth: int | None = None, finite: bool = False
         raise
     except ValueError:  # Python's limit on integers
         raise JsonFault("is not valid JSON: a number has too many digits") from None
-    if max_depth is not None and _deeper(value, max_depth):
+    if max_depth is not None and _is_deeper(value, max_depth):
         raise JsonFault(f"is nested more than {max_depth} levels deep")
     return value
 
 
-def count_items(raw: bytes, enough: int) -> int:
-    """Elements of lists, keys and values of objects in JSON text, an empty one counted as one; or more than `enough`.
+def count_items(raw: bytes, limit: int) -> int:
+    """Elements of lists, keys and values of objects in JSON text, an empty one counted as one; or more than `limit`.
 
     Counts the characters that separate and open them, at a fraction of the cost of parsing, which would hold them all.
     """
-    if sum(map(raw.count, _BEFORE_ITEMS)) <= enough:  # including those in strings
+    if sum(map(raw.count, _BEFORE_ITEMS)) <= limit:  # including those in strings
         return sum(map(raw.count, _BEFORE_ITEMS))
     if b"\\" in raw:
         raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if (strings := raw.count(b'"') // 2) > enough:
+    if (strings := raw.count(b'"') // 2) > limit:
         return strings  # each is an element, a key or a value
     outside = b"".join(raw.split(b'"')[::2])
     return sum(map(outside.count, _BEFORE_ITEMS))
@@ -89,7 +89,7 @@ def check_characters(raw: bytes, value: Any) -> None:
             raise JsonFault("has half a surrogate pair in a string; send whole characters") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -104,14 +104,14 @@ def _refuse_constant(name: str) -> Any:
     raise JsonFault(f"is not valid JSON: {name} is not a number")
 
 
-def _finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise JsonFault(f"holds a number that is out of range: {text[:40]}")
     return value
 
 
-def _deeper(value: Any, depth: int) -> bool:
+def _is_deeper(value: Any, depth: int) -> bool:
     """Whether a value is nested more than `depth` levels deep. Iterative, and looks only into containers."""
     level = [value] if type(value) in _CONTAINERS else []
     for _ in range(depth):

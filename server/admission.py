@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 
-from adapters.background import threads
+from adapters.background import thread_pool
 from server.errors import InvalidRequest, TooManyRequests
 from server.tenants.limits import NO_ROWS, Allowance, Rows
 
@@ -141,7 +141,7 @@ class UploadSlots:
     """The slots for concurrent uploads, and one thread for each, which writes it to disk."""
 
     def __init__(self, count: int) -> None:
-        self.threads = threads(count, "upload", "normal")
+        self.threads = thread_pool(count, "upload", "normal")
         self._count = count
         self._free = asyncio.Semaphore(count)
 

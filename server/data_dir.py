@@ -80,7 +80,7 @@ def restore_names(names: LocalNames, versions: list[Path]) -> int:
     """Restore names from the versions in these directories; for a name that exists, add them as older versions. Return
     the number of names."""
     known = {(found.current.tenant, found.current.name): found for found in names.load(Path)}
-    restored = entries.restored(versions)
+    restored = entries.restore_pointers(versions)
     for owner, pointer in restored.items():
-        names.save(*owner, known[owner].followed_by(pointer.versions) if owner in known else pointer)
+        names.save(*owner, known[owner].with_older_versions(pointer.versions) if owner in known else pointer)
     return len(restored)

@@ -8,7 +8,7 @@ from pathlib import Path
 from adapters.peft_format import record
 from adapters.peft_format.directory import CONFIG_NAME
 from adapters.storage import entries, lost, mending
-from adapters.storage.database import DatabaseBusy, DatabaseDamaged, NewerLayoutError, damage
+from adapters.storage.database import DatabaseBusy, DatabaseDamaged, NewerLayoutError, find_damage
 from adapters.storage.names import LocalNames
 from adapters.storage.versions import DamagedAdapter
 from server.data_dir import restore_names, taken
@@ -124,7 +124,7 @@ def _verify_databases(root: Path) -> Iterator[Fault]:
     anew = "the next start sets it aside and makes a new one"
     restored = "restore it from a backup: it has the tenants and keys, and no server starts without it"
     for name, remedy in (("adapters.db", anew), ("finetuning.db", anew), ("tenants.db", restored)):
-        if (root / name).exists() and (fault := damage(root / name)):
+        if (root / name).exists() and (fault := find_damage(root / name)):
             yield Fault(str(root / name), fault, remedy)
 
 
@@ -135,7 +135,7 @@ def _verify_versions(root: Path) -> Iterator[Fault]:
         except record.DamagedFile as fault:
             remedy = "upload it again"
             with contextlib.suppress(DamagedAdapter):
-                mending.verified(path, f"sha256:{path.name}")
+                mending.verified_spec(path, f"sha256:{path.name}")
                 if CONFIG_NAME not in str(fault):
                     remedy = "its weights are undamaged: the server mends it when it is requested"
             yield Fault(str(path), str(fault), remedy)

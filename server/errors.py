@@ -18,7 +18,7 @@ from starlette.routing import Match, Route
 from starlette.types import ExceptionHandler
 
 from adapters import disk
-from adapters.disk import is_full, why_full
+from adapters.disk import full_disk_reason, is_disk_full
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.record import DamagedFile
 from adapters.storage.database import DatabaseBusy, UnknownCursorError
@@ -254,7 +254,7 @@ def known_adapter(name: str) -> Iterator[None]:
 
 def storage_full(error: Exception) -> StorageFull:
     """Return the client's error for a full disk."""
-    return StorageFull(f"{why_full(error).capitalize()}.")
+    return StorageFull(f"{full_disk_reason(error).capitalize()}.")
 
 
 @contextmanager
@@ -263,7 +263,7 @@ def disk_faults() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_full(error):
+        if is_disk_full(error):
             raise storage_full(error) from None
         raise
 
@@ -287,7 +287,7 @@ def as_error(exc: Exception) -> LorakeetError:
             return invalid_body(exc)
         case HTTPException():
             return _from_http(exc)
-    return storage_full(exc) if is_full(exc) else InternalError()
+    return storage_full(exc) if is_disk_full(exc) else InternalError()
 
 
 def error_response(error: LorakeetError, path: str = "") -> Response:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapters.background import PRIORITIES, Priority
-from adapters.storage.silence import Patience
+from adapters.storage.silence import RequestLimits
 from server.hub import SCHEME, Reference, parse_allowed
 from server.model_source import DEFAULT, default_cache_dir, default_data_dir
 from server.setting_kinds import (
@@ -486,9 +486,9 @@ class Settings:
         return frozenset({self.base_name, self.model})
 
     @property
-    def store_patience(self) -> Patience:
+    def store_request_limits(self) -> RequestLimits:
         """The timeouts and the number of concurrent requests for `adapter_store`."""
-        return Patience(self.store_answer_seconds, self.store_silent_seconds, self.store_requests)
+        return RequestLimits(self.store_answer_seconds, self.store_silent_seconds, self.store_requests)
 
     @property
     def adapter_sources(self) -> dict[str, Path | Reference]:

@@ -106,7 +106,7 @@ def open_store(settings: Settings, pin_limit: PinLimit) -> AdapterStore:
             "%d adapters under %s are not served with --adapter-store: push them again", left, settings.data_dir
         )
     try:
-        remote = RemoteStore(settings.adapter_store, settings.store_patience)
+        remote = RemoteStore(settings.adapter_store, settings.store_request_limits)
         return AdapterStore(
             settings.data_dir / "adapter-cache",
             remote,
@@ -174,7 +174,7 @@ def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batche
         from server.batches.shared import SharedBatches
 
         store = shared = SharedBatches(tuning.database, directory)
-        shared.join(Bucket(settings.adapter_store, settings.store_patience), settings.job_lease_seconds, at_once)
+        shared.join(Bucket(settings.adapter_store, settings.store_request_limits), settings.job_lease_seconds, at_once)
     of_body = settings.max_body_bytes, settings.max_body_items, settings.max_body_depth
     limits = Limits(settings.batch_file_requests, *of_body)
     counted = BatchMetrics(metrics.registry)
@@ -197,7 +197,7 @@ def _responses(settings: Settings, database: Database) -> ResponseStore:
         database,
         days,
         most,
-        bucket=Bucket(settings.adapter_store, settings.store_patience),
+        bucket=Bucket(settings.adapter_store, settings.store_request_limits),
         lease_seconds=settings.job_lease_seconds,
         poll_seconds=settings.store_poll_seconds,
         sweep_seconds=settings.response_sweep_seconds,
@@ -211,7 +211,7 @@ def _shared(settings: Settings, prefix: str) -> "Records | None":
     from adapters.storage.bucket import Bucket  # its library is needed only with an object store
     from adapters.storage.records import Records
 
-    return Records(Bucket(settings.adapter_store, settings.store_patience), prefix)
+    return Records(Bucket(settings.adapter_store, settings.store_request_limits), prefix)
 
 
 def _pages(settings: Settings, prefix: str, database: Database) -> "Pages | None":
@@ -221,7 +221,9 @@ def _pages(settings: Settings, prefix: str, database: Database) -> "Pages | None
     from adapters.storage.bucket import Bucket
     from adapters.storage.pages import Pages
 
-    return Pages(Bucket(settings.adapter_store, settings.store_patience), prefix, cache(partial(server_id, database)))
+    return Pages(
+        Bucket(settings.adapter_store, settings.store_request_limits), prefix, cache(partial(server_id, database))
+    )
 
 
 def new_metrics(settings: Settings) -> Metrics:

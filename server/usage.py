@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapters.background import run_in, threads
+from adapters.background import run_in, thread_pool
 from adapters.storage.database import Database
 from adapters.storage.versions import RemoteUnavailable
 
@@ -75,7 +75,7 @@ class Ledger:
         self._kept: asyncio.Future[None] | None = None  # done once `_pending` is on disk
         self._writing: asyncio.Task[None] | None = None
         self._failing = self._stopped = False
-        self._writer = threads(1, "usage", "normal")  # its own, since responses wait for it
+        self._writer = thread_pool(1, "usage", "normal")  # its own, since responses wait for it
 
     def add(
         self, tenant: str, adapter: str, prompt: int, cached: int, generated: int, device_seconds: float = 0.0
@@ -151,7 +151,7 @@ class Ledger:
         Raises RemoteUnavailable.
         """
         rows = {(row["day"], row["tenant"], row["adapter"]): row for row in self._own(tenant, first, last)}
-        for page in self._pages.read(first, last, own=False) if self._pages is not None else ():
+        for page in self._pages.read(first, last, include_own=False) if self._pages is not None else ():
             for row in json.loads(page):
                 if tenant not in (None, row["tenant"]):
                     continue
@@ -171,7 +171,7 @@ class Ledger:
         """Send changed days to the object store. Blocks on the disk and the store; raises RemoteUnavailable."""
         assert self._pages is not None
         if not self._caught_up:
-            sent = self._pages.own()
+            sent = self._pages.own_pages()
             with self._database.reading() as connection:
                 days = {row["day"] for row in connection.execute("SELECT DISTINCT day FROM usage")}
             self._unsent |= days.difference(sent[:-1])  # the last day may have been sent before it ended

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future
 from typing import Literal, NamedTuple
 
-from adapters.background import Priority, threads
+from adapters.background import Priority, thread_pool
 from adapters.device.host import HostAdapter
 from adapters.device.pool import RowPool
 from adapters.device.rows import rounded
@@ -91,8 +91,8 @@ class AdapterCache:
         self._errors: dict[str, str] = {}
         self._forgotten: set[str] = set()
         self._pinned: dict[str, str] = {}  # digest -> path, in order of preference
-        self._reader = threads(1, "adapter-reader", priority)
-        self._filler = threads(1, "adapter-filler", priority)
+        self._reader = thread_pool(1, "adapter-reader", priority)
+        self._filler = thread_pool(1, "adapter-filler", priority)
         self.loads: list[tuple[str, float]] = []  # (digest, seconds); cleared by the reader, like `evictions`
         self.evictions: list[str] = []
         self._changed: set[str] = set()  # digests that entered or left a tier

@@ -28,17 +28,17 @@ class StackedFactors(Factors):
     """`Factors` of all experts. a fp32 [experts, rank, in], b fp32 [experts, out, rank], delta [experts, out, in]."""
 
 
-def read_factors(directory: Path, beside: Collection[str] = ()) -> dict[str, Factors]:
+def read_factors(directory: Path, allowed_variants: Collection[str] = ()) -> dict[str, Factors]:
     """The factors of a published adapter.
 
     Args:
-        beside: kinds of variants that the caller handles.
+        allowed_variants: kinds of variants that the caller handles.
 
     Raises:
         AdapterError: the adapter has variants that cannot be mixed.
     """
     spec = AdapterSpec.read(directory)
-    if kinds := [kind for kind in spec.variants.names if kind not in beside]:
+    if kinds := [kind for kind in spec.variants.names if kind not in allowed_variants]:
         raise AdapterError(f"only plain LoRA can be mixed and merged, not {', '.join(kinds)}", "mix")
     tensors = adapter_format.load(directory, spec)
     return {name: Factors(a.float(), b.float(), spec.modules[name].scaling) for name, (a, b) in tensors.items()}

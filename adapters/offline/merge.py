@@ -36,14 +36,14 @@ def merge(
 
     Args:
         base: a directory in Hugging Face layout with safetensors.
-        factors: full module name -> factors; those of experts by the files' names, as `of_experts.read` returns them.
+        factors: full module name -> factors; those of experts by the files' names, as from `of_experts.read_experts`.
         renamed: parameter in the base's files -> its full name, where these differ.
         transposed: the files hold weights of linears as [in, out].
 
     Raises:
         AdapterError: a module has no weight of its shape in the base's files.
     """
-    left = dict(factors)
+    remaining = dict(factors)
     for source in sorted(base.glob("*.safetensors")):
         merged: dict[str, torch.Tensor] = {}
         with safe_open(source, "pt") as file:
@@ -51,27 +51,29 @@ def merge(
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 weight = file.get_tensor(name)
                 own = name.removesuffix(".weight")
-                module = left.pop(own if own in left else (renamed or {}).get(name, name).removesuffix(".weight"), None)
+                module = remaining.pop(
+                    own if own in remaining else (renamed or {}).get(name, name).removesuffix(".weight"), None
+                )
                 if isinstance(module, StackedFactors):
-                    weight = _added(name, weight, _as_stored(name, weight, module.delta))
+                    weight = _add_delta(name, weight, _in_file_orientation(name, weight, module.delta))
                 elif module is not None:
-                    weight = _added(name, weight, module.delta.T if transposed else module.delta)
+                    weight = _add_delta(name, weight, module.delta.T if transposed else module.delta)
                 merged[name] = weight.bfloat16() if weight.is_floating_point() else weight
         save_file(merged, target / source.name, metadata=metadata)
-    if left:
-        raise AdapterError(f"the base's files have no weight for '{min(left)}'", "merge")
-    _copy_the_rest(base, target)
+    if remaining:
+        raise AdapterError(f"the base's files have no weight for '{min(remaining)}'", "merge")
+    _copy_other_files(base, target)
     for path in (*target.iterdir(), target):
         sync(path)
 
 
-def _added(name: str, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+def _add_delta(name: str, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     if delta.shape != weight.shape:
         raise AdapterError(f"'{name}' has shape {list(weight.shape)}, not {list(delta.shape)}", "merge")
     return weight.float() + delta
 
 
-def _as_stored(name: str, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+def _in_file_orientation(name: str, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """The delta of all experts in the file's orientation. Raises AdapterError for square weights, which do not show
     it."""
     if delta.shape[1] == delta.shape[2]:
@@ -79,7 +81,7 @@ def _as_stored(name: str, weight: torch.Tensor, delta: torch.Tensor) -> torch.Te
     return delta if delta.shape == weight.shape else delta.mT
 
 
-def _copy_the_rest(base: Path, target: Path) -> None:
+def _copy_other_files(base: Path, target: Path) -> None:
     for path in base.iterdir():
         if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
             shutil.copyfile(path, target / path.name)
@@ -92,7 +94,7 @@ def _copy_the_rest(base: Path, target: Path) -> None:
         (target / _INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index["weight_map"]}))
 
 
-def _names(base: Path) -> set[str]:
+def _tensor_names(base: Path) -> set[str]:
     """The names of all tensors in a directory's files."""
     found: set[str] = set()
     for source in base.glob("*.safetensors"):
@@ -104,8 +106,8 @@ def _names(base: Path) -> set[str]:
 def carry_out(order: Mapping[str, Any]) -> None:
     """Merge the adapter in `order["adapter"]` into the base in `order["base"]`; write to `order["target"]`."""
     base, adapter = Path(order["base"]), Path(order["adapter"])
-    factors: dict[str, Factors | StackedFactors] = {**read_factors(adapter, beside={"experts"})}
+    factors: dict[str, Factors | StackedFactors] = {**read_factors(adapter, allowed_variants={"experts"})}
     sizes = {name: ExpertsSize(**size) for name, size in order["experts"].items()}
-    factors |= of_experts.read(adapter, sizes, _names(base))
+    factors |= of_experts.read_experts(adapter, sizes, _tensor_names(base))
     files = {name: order[name] for name in ("renamed", "transposed")}
     merge(base, factors, Path(order["target"]), **files)

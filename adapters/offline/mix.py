@@ -118,7 +118,7 @@ def write_mixed(
     """Write factors with scaling 1 as a PEFT adapter.
 
     Args:
-        mixed: by module, those of experts by the names of `of_experts.read_apart`.
+        mixed: by module, those of experts by the names of `of_experts.read_per_expert`.
         experts: the parameters that hold the base's experts, in their order.
     """
     ranks = {of_experts.parameter_of(name) or name: len(a) for name, (a, _) in mixed.items()}
@@ -135,7 +135,7 @@ def write_mixed(
     }
     if parameters := sorted(name for name in ranks if name not in mixed):
         config["target_parameters"] = parameters
-    adapter_format.write(directory, config, of_experts.together(mixed, experts))
+    adapter_format.write(directory, config, of_experts.join_experts(mixed, experts))
 
 
 def carry_out(order: Mapping[str, Any]) -> None:
@@ -143,5 +143,8 @@ def carry_out(order: Mapping[str, Any]) -> None:
     recipe = Recipe(**order["recipe"])
     sizes = {name: ExpertsSize(**size) for name, size in order["experts"].items()}
     sources = [Path(source) for source in order["sources"]]
-    read = [read_factors(source, beside={"experts"}) | of_experts.read_apart(source, sizes) for source in sources]
+    read = [
+        read_factors(source, allowed_variants={"experts"}) | of_experts.read_per_expert(source, sizes)
+        for source in sources
+    ]
     write_mixed(Path(order["target"]), mix(read, recipe), order["base"], sizes)

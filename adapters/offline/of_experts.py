@@ -13,11 +13,11 @@ from adapters.offline.factors import Factors, StackedFactors
 from adapters.peft_format import directory as adapter_format
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
-from adapters.peft_format.modules import ExpertsModule, place_of
+from adapters.peft_format.modules import ExpertsModule, peft_module_of
 from adapters.peft_format.sizes import ExpertsSize
 
 
-def read(
+def read_experts(
     directory: Path, sizes: Mapping[str, ExpertsSize], files: Collection[str]
 ) -> dict[str, Factors | StackedFactors]:
     """The experts' factors of a published adapter, by the names in the base's files.
@@ -36,7 +36,7 @@ def read(
         size = sizes[module.parameter]
         a, b = _stacked(module, [tensors[name].float() for name in module.tensors])
         if module.parameter in files:
-            found[module.parameter] = _joined(found.get(module.parameter), module, size, a, b)
+            found[module.parameter] = _join_parts(found.get(module.parameter), module, size, a, b)
             continue
         parts = size.parts if module.parts == 1 else size.parts[module.part : module.part + 1]
         for names, part in zip(parts, b.chunk(max(1, len(parts)), 1), strict=False):
@@ -44,18 +44,18 @@ def read(
                 held = (name.replace("*", str(expert)) for name in names)
                 name = next((name for name in held if f"{name}.weight" in files), None)
                 if name is None:
-                    raise _refused(module)
+                    raise _not_mergeable(module)
                 found[name] = Factors(a[expert], part[expert], module.scaling)
         if not parts:
-            raise _refused(module)
+            raise _not_mergeable(module)
     return found
 
 
-def _refused(module: ExpertsModule) -> AdapterError:
+def _not_mergeable(module: ExpertsModule) -> AdapterError:
     return AdapterError(f"the base's files have no weights of '{module.parameter}' that can be merged into", "merge")
 
 
-def _joined(
+def _join_parts(
     before: Factors | StackedFactors | None, module: ExpertsModule, size: ExpertsSize, a: Tensor, b: Tensor
 ) -> StackedFactors:
     """The factors of a part, joined with those of the parameter's other parts."""
@@ -80,38 +80,40 @@ def _stacked(module: ExpertsModule, tensors: list[Tensor]) -> tuple[Tensor, Tens
 
 # --- expert by expert ----------------------------------------------------------------------------------------------
 
-_APART = "#"  # in no name of a module
+_SEPARATOR = "#"  # in no name of a module
 
 
-def read_apart(directory: Path, sizes: Mapping[str, ExpertsSize]) -> dict[str, Factors]:
+def read_per_expert(directory: Path, sizes: Mapping[str, ExpertsSize]) -> dict[str, Factors]:
     """The experts' factors of a published adapter, expert by expert; separate gate and up are joined, at the sum of
     their ranks."""
     found: dict[str, Factors] = {}
-    for parameter, factors in read(directory, sizes, sizes).items():
+    for parameter, factors in read_experts(directory, sizes, sizes).items():
         for expert, (a, b) in enumerate(zip(factors.a, factors.b, strict=True)):
-            found[f"{parameter}{_APART}{expert}"] = Factors(a, b, factors.scaling)
+            found[f"{parameter}{_SEPARATOR}{expert}"] = Factors(a, b, factors.scaling)
     return found
 
 
 def parameter_of(name: str) -> str | None:
     """The parameter of a single expert's factors; None for any other module."""
-    parameter, apart, _ = name.partition(_APART)
-    return parameter if apart else None
+    parameter, separator, _ = name.partition(_SEPARATOR)
+    return parameter if separator else None
 
 
-def together(mixed: Mapping[str, tuple[Tensor, Tensor]], order: Collection[str]) -> dict[str, tuple[Tensor, Tensor]]:
+def join_experts(
+    mixed: Mapping[str, tuple[Tensor, Tensor]], experts: Collection[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """The pairs in PEFT's layout of a file: those of single experts joined under their parameter's module.
 
     Args:
-        order: the base's parameters of experts, in their order.
+        experts: the base's parameters of experts, in their order.
     """
     found = {name: pair for name, pair in mixed.items() if parameter_of(name) is None}
-    of: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    by_parameter: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, pair in mixed.items():
         if parameter := parameter_of(name):
-            of.setdefault(parameter, []).append(pair)
-    adapted = [parameter for parameter in order if parameter in of]
+            by_parameter.setdefault(parameter, []).append(pair)
+    adapted = [parameter for parameter in experts if parameter in by_parameter]
     for parameter in adapted:
-        a, b = zip(*of[parameter], strict=True)
-        found[place_of(parameter, adapted)] = torch.cat(a), torch.stack(b, dim=-1).flatten(1)
+        a, b = zip(*by_parameter[parameter], strict=True)
+        found[peft_module_of(parameter, adapted)] = torch.cat(a), torch.stack(b, dim=-1).flatten(1)
     return found

@@ -16,7 +16,7 @@ from adapters.peft_format.fields import (
     AdapterError,
     Json,
     compile_regex,
-    forget_regexes,
+    purge_regexes,
     shorten,
     show,
     strict_json,
@@ -29,14 +29,14 @@ OUTPUT_HEAD = "lm_head"  # PEFT's all-linear leaves the output head out
 CLASSIFIERS = ("score", "classifier")  # modules that PEFT saves with any adapter that classifies
 
 # Fields refused in an activated adapter: most of them would change tokens before its invocation.
-_NEVER_ACTIVATED = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
+_NOT_WITH_ACTIVATION = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
 # Fields refused in adapters of experts, by PEFT too.
-_NEVER_OF_EXPERTS = ("use_dora", "lora_bias", "alora_invocation_tokens")
+_NOT_WITH_EXPERTS = ("use_dora", "lora_bias", "alora_invocation_tokens")
 
 # Fields of other programs that PEFT ignores, although their adapters answer wrongly without them.
-_OF_OTHERS = dict.fromkeys(
+_FOREIGN_FIELDS = dict.fromkeys(
     ("invocation_string", "alora_invocation_string"),
-    "the adapter is in force only behind that text; give its token ids as alora_invocation_tokens, PEFT's field",
+    "the adapter applies only after that text; give its token ids as alora_invocation_tokens, PEFT's field",
 )
 
 
@@ -67,7 +67,7 @@ class AdapterConfig:
     unknown: tuple[str, ...] = ()  # fields that PEFT does not have and would ignore
 
     @property
-    def classifies(self) -> bool:
+    def is_classifier(self) -> bool:
         """Whether it has a classification head in place of the output head."""
         return self.task_type == "SEQ_CLS"
 
@@ -85,13 +85,13 @@ class AdapterConfig:
 
     def check_plain(self) -> None:
         """Check that the adapter has only pairs of A and B on linears. Raises AdapterError, naming the field."""
-        for name in (*_NEVER_ACTIVATED, "alora_invocation_tokens"):
+        for name in (*_NOT_WITH_ACTIVATION, "alora_invocation_tokens"):
             if getattr(self, name) != FIELDS[name].default:
                 raise AdapterError(f"{name} is not supported here: only plain LoRA is", name)
 
     def check_experts(self) -> None:
         """Check that the adapter has only pairs of A and B for experts. Raises AdapterError, naming the field."""
-        for name in _NEVER_OF_EXPERTS:
+        for name in _NOT_WITH_EXPERTS:
             if getattr(self, name) != FIELDS[name].default:
                 raise AdapterError(f"{name} cannot be combined with adapters of experts, in PEFT either", name)
 
@@ -118,73 +118,75 @@ class AdapterConfig:
                 or a pattern key matches nothing.
         """
         modules = [*linears, *tables]
-        ranks, idle_ranks = _match_patterns("rank_pattern", self.rank_pattern, [*modules, *experts])
-        alphas, idle_alphas = _match_patterns("alpha_pattern", self.alpha_pattern, [*modules, *experts])
+        ranks, unmatched_ranks = _match_patterns("rank_pattern", self.rank_pattern, [*modules, *experts])
+        alphas, unmatched_alphas = _match_patterns("alpha_pattern", self.alpha_pattern, [*modules, *experts])
         found: dict[str, tuple[int, float]] = {}
-        chosen, idle_targets, idle_layers = self._select(modules, linears) if self.target_modules else ([], [], [])
+        chosen, unmatched_targets, unmatched_layers = (
+            self._select(modules, linears) if self.target_modules else ([], [], [])
+        )
         parameters = [name for name in experts if not _suffixes(name).isdisjoint(self.target_parameters)]
-        idle_parameters = sorted(set(self.target_parameters).difference(*map(_suffixes, experts)))
-        for field, idle, reason in (
-            ("rank_pattern", idle_ranks, "matches no linear of the base"),
-            ("alpha_pattern", idle_alphas, "matches no linear of the base"),
-            ("target_modules", idle_targets, "matches no linear of the base"),
-            ("target_parameters", idle_parameters, "matches no experts of the base"),
-            ("layers_to_transform", idle_layers, "is a layer without any of the target modules"),
+        unmatched_parameters = sorted(set(self.target_parameters).difference(*map(_suffixes, experts)))
+        for field, unmatched, reason in (
+            ("rank_pattern", unmatched_ranks, "matches no linear of the base"),
+            ("alpha_pattern", unmatched_alphas, "matches no linear of the base"),
+            ("target_modules", unmatched_targets, "matches no linear of the base"),
+            ("target_parameters", unmatched_parameters, "matches no experts of the base"),
+            ("layers_to_transform", unmatched_layers, "is a layer without any of the target modules"),
         ):
-            _passed_over(field, idle, reason, warnings)
+            _warn_ignored(field, unmatched, reason, warnings)
         if self.ensure_weight_tying and tied and not set(tables).isdisjoint(chosen):
             chosen += [table for table in tables if table not in chosen]
         if not chosen and not parameters:
-            _passed_over("target_parameters", idle_parameters, "matches no experts of the base", None)
+            _warn_ignored("target_parameters", unmatched_parameters, "matches no experts of the base", None)
         for module in (*chosen, *parameters):
             rank = ranks.get(module, self.r)
             alpha = alphas.get(module, self.lora_alpha)
             found[module] = (rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
-        forget_regexes()
+        purge_regexes()
         return found
 
     def _select(self, modules: Collection[str], linears: Collection[str]) -> tuple[list[str], list[str], list[str]]:
         """The modules, and the entries of `target_modules` and `layers_to_transform` that match nothing."""
-        chosen, idle = self._targets(modules, linears)
+        chosen, unmatched = self._select_targets(modules, linears)
         if not chosen and self.target_parameters:
             return [], [show(self.target_modules)], []
         if not chosen:
             raise AdapterError(
                 f"target_modules {show(self.target_modules)} matches no linear of the base", "target_modules"
             )
-        chosen = self._not_excluded(chosen)
+        chosen = self._drop_excluded(chosen)
         if not chosen:
             raise AdapterError("exclude_modules leaves no module to adapt", "exclude_modules")
-        chosen = [module for module in chosen if not self._saves(module)]
+        chosen = [module for module in chosen if not self._is_saved(module)]
         if not chosen:
             raise AdapterError("modules_to_save has every module that target_modules has", "modules_to_save")
-        chosen, absent = self._in_layers(chosen) if self.layers_to_transform else (chosen, [])
+        chosen, absent = self._select_layers(chosen) if self.layers_to_transform else (chosen, [])
         if not chosen:
-            _passed_over("layers_to_transform", absent, "is a layer without any of the target modules", None)
-        return chosen, idle, absent
+            _warn_ignored("layers_to_transform", absent, "is a layer without any of the target modules", None)
+        return chosen, unmatched, absent
 
-    def _targets(self, modules: Collection[str], linears: Collection[str]) -> tuple[list[str], list[str]]:
+    def _select_targets(self, modules: Collection[str], linears: Collection[str]) -> tuple[list[str], list[str]]:
         if isinstance(self.target_modules, tuple):
             wanted = set(self.target_modules)
-            idle = wanted.difference(*map(_suffixes, modules))
-            return [module for module in modules if _suffixes(module) & wanted], sorted(idle)
+            unmatched = wanted.difference(*map(_suffixes, modules))
+            return [module for module in modules if _suffixes(module) & wanted], sorted(unmatched)
         if self.target_modules.lower() == ALL_LINEAR:
             return [module for module in linears if module.rpartition(".")[2] != OUTPUT_HEAD], []
         regex = compile_regex("target_modules", self.target_modules)
         return [module for module in modules if regex.fullmatch(module)], []
 
-    def _not_excluded(self, modules: list[str]) -> list[str]:
+    def _drop_excluded(self, modules: list[str]) -> list[str]:
         if isinstance(self.exclude_modules, tuple):
             unwanted = set(self.exclude_modules)
             return [module for module in modules if not _suffixes(module) & unwanted]
         regex = compile_regex("exclude_modules", self.exclude_modules)
         return [module for module in modules if not regex.fullmatch(module)]
 
-    def _saves(self, module: str) -> bool:
+    def _is_saved(self, module: str) -> bool:
         """Whether `modules_to_save` has this module or one around it; PEFT does not adapt it then."""
         return any(f".{name}." in f".{module}." for name in self.modules_to_save)
 
-    def _in_layers(self, modules: list[str]) -> tuple[list[str], list[str]]:
+    def _select_layers(self, modules: list[str]) -> tuple[list[str], list[str]]:
         """The modules in the selected layers and, as in PEFT, those named in full by `target_modules`; then the absent
         layers."""
         layers = {module: self._layer_index(module) for module in modules}
@@ -227,9 +229,9 @@ def parse_config(raw: bytes) -> AdapterConfig:
         if name not in FIELDS and value is not None and value is not False and value not in ("", [], {})
     )
     for name in unknown:
-        if name in _OF_OTHERS and not values["alora_invocation_tokens"]:
-            raise AdapterError(f"{name} is not read here: {_OF_OTHERS[name]}", name, "unsupported_adapter_feature")
-    if unknown and _newer(values["peft_version"]):
+        if name in _FOREIGN_FIELDS and not values["alora_invocation_tokens"]:
+            raise AdapterError(f"{name} is not supported: {_FOREIGN_FIELDS[name]}", name, "unsupported_adapter_feature")
+    if unknown and _is_newer(values["peft_version"]):
         raise AdapterError(
             f"config has the unknown field '{shorten(unknown[0])}' of a newer PEFT ({values['peft_version']}), which "
             "may change what is served",
@@ -248,13 +250,13 @@ def parse_config(raw: bytes) -> AdapterConfig:
     return AdapterConfig(**{name: values[name] for name in _ATTRIBUTES}, recorded=recorded, unknown=unknown)
 
 
-def _newer(version: str | None) -> bool:
+def _is_newer(version: str | None) -> bool:
     """Whether this PEFT version may have fields with a meaning unknown here."""
     match = re.match(r"(\d{1,6})\.(\d{1,6})", version or "")
     return match is not None and (int(match[1]), int(match[2])) > PEFT_VERSION
 
 
-def _passed_over(field: str, entries: Sequence[str], reason: str, warnings: list[str] | None) -> None:
+def _warn_ignored(field: str, entries: Sequence[str], reason: str, warnings: list[str] | None) -> None:
     """Warn of entries without effect. Raises AdapterError if `warnings` is None."""
     if not entries:
         return
@@ -274,7 +276,7 @@ def _check_combination(values: Mapping[str, Json]) -> None:
     if values["alora_invocation_tokens"]:
         if values["task_type"] == "SEQ_CLS":
             raise AdapterError("SEQ_CLS cannot be combined with alora_invocation_tokens", "task_type")
-        for name in _NEVER_ACTIVATED:
+        for name in _NOT_WITH_ACTIVATION:
             if values[name] != FIELDS[name].default:
                 raise AdapterError(f"{name} cannot be combined with alora_invocation_tokens", name)
 
@@ -291,7 +293,7 @@ def _match_patterns(
     """Module -> value of the first pattern matching the end of its name (PEFT's `get_pattern_key`); and patterns
     without a match."""
     values: dict[str, Any] = {}
-    idle: list[str] = []
+    unmatched: list[str] = []
     size = 0
     for pattern, value in patterns.items():
         regex = compile_regex(field, pattern, suffix=True)
@@ -300,7 +302,7 @@ def _match_patterns(
             raise AdapterError(f"{field} has patterns that are too large together", field)
         matched = [module for module in modules if regex.match(module)]
         if not matched:
-            idle.append(pattern)
+            unmatched.append(pattern)
         for module in matched:
             values.setdefault(module, value)
-    return values, idle
+    return values, unmatched

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from adapters.peft_format.fields import Json
-from adapters.peft_format.weights import FORMATS, Format, chunks, read_header
+from adapters.peft_format.weights import FORMATS, Format, read_chunks, read_header
 
 
 def _float32(content: bytes) -> np.ndarray:
@@ -69,7 +69,7 @@ def convert(path: Path) -> list[str]:
         with staged.open("wb") as target:
             target.write(len(raw).to_bytes(8, "little") + raw)
             for name in header:
-                for chunk in chunks(file, tensors[name]):
+                for chunk in read_chunks(file, tensors[name]):
                     converted = _CONVERSIONS.get(tensors[name].dtype)
                     target.write(chunk if converted is None else converted[1](chunk).data)
     staged.replace(path)

@@ -87,7 +87,7 @@ class AdapterSpec:
     @classmethod
     def read(cls, directory: Path) -> "AdapterSpec":
         """The spec written by `save`, of published versions only. Raises DamagedFile when it has changed since."""
-        return cls.parse(record.checked(directory, SPEC_NAME).decode())
+        return cls.parse(record.read_checked(directory, SPEC_NAME).decode())
 
     @classmethod
     def parse(cls, document: str) -> "AdapterSpec":
@@ -101,11 +101,11 @@ class AdapterSpec:
         whole = Variants(tables=tables, experts=experts, routers=routers, **variants)
         rest = {"warnings": tuple(fields["warnings"]), "variants": whole}
         if "text" in fields:
-            rest["text"] = AdapterText.of(fields["text"])
+            rest["text"] = AdapterText.from_fields(fields["text"])
         return cls(**fields | {"modules": modules} | rest)
 
 
-def check_beginning(raw: bytes) -> None:
+def check_not_swapped(raw: bytes) -> None:
     """Refuse a config that begins as weights do: the two were swapped. Raises AdapterError."""
     if raw[8:9] == b"{" and int.from_bytes(raw[:8], "little") <= MAX_HEADER_BYTES:
         raise AdapterError("config holds safetensors: config and weights are swapped", "config", "parts_swapped")
@@ -149,19 +149,21 @@ def load_variants(directory: Path, spec: AdapterSpec) -> dict[str, "Tensor"]:
     pairs = [*variants.tables.values(), *variants.experts.values(), *variants.routers.values()]
     vectors = [*variants.magnitudes.values(), *variants.delta_biases.values(), *variants.classifier.values()]
     matrices = (name for module in pairs for name in module.tensors)
-    whole = {*matrices, *vectors, *variants.parameters.values(), *variants.tokens.values()}
-    last = dict.fromkeys({*variants.grown.values()} - whole, variants.new_tokens)
-    return _read_tensors(directory, whole | last.keys(), last)
+    complete = {*matrices, *vectors, *variants.parameters.values(), *variants.tokens.values()}
+    last_rows = dict.fromkeys({*variants.grown.values()} - complete, variants.new_tokens)
+    return _read_tensors(directory, complete | last_rows.keys(), last_rows)
 
 
-def _read_tensors(directory: Path, names: Iterable[str], last: Mapping[str, int] | None = None) -> dict[str, "Tensor"]:
-    """Tensors of the file by name; of those in `last`, only that many last rows."""
+def _read_tensors(
+    directory: Path, names: Iterable[str], last_rows: Mapping[str, int] | None = None
+) -> dict[str, "Tensor"]:
+    """Tensors of the file by name; of those in `last_rows`, only that many last rows."""
     import torch
 
     found: dict[str, Tensor] = {}
     with (directory / WEIGHTS_NAME).open("rb") as file:
         entries = read_header(file)
-        for run in _runs({name: _tail(entries[name], (last or {}).get(name)) for name in names}):
+        for run in _runs({name: _last_rows(entries[name], (last_rows or {}).get(name)) for name in names}):
             start = run[0][1].start
             content = torch.empty(run[-1][1].end - start, dtype=torch.uint8)
             file.seek(start)
@@ -175,7 +177,7 @@ def _read_tensors(directory: Path, names: Iterable[str], last: Mapping[str, int]
     return found
 
 
-def _tail(tensor: TensorEntry, rows: int | None) -> TensorEntry:
+def _last_rows(tensor: TensorEntry, rows: int | None) -> TensorEntry:
     """The last `rows` rows of a matrix; all of it for None."""
     if rows is None:
         return tensor

@@ -72,14 +72,14 @@ def strict_json(raw: bytes, param: str) -> dict[str, Json]:
 Parse: TypeAlias = Callable[[str, Json], Json]
 
 
-def _wrong(name: str, value: Json, expected: str) -> AdapterError:
+def _invalid_value(name: str, value: Json, expected: str) -> AdapterError:
     return AdapterError(f"{name} must be {expected}, not {show(value)}", name)
 
 
 def _integer(low: int, high: int) -> Parse:
     def parse(name: str, value: Json) -> int:
         if type(value) is not int or not low <= value <= high:
-            raise _wrong(name, value, f"an integer from {low} to {high}")
+            raise _invalid_value(name, value, f"an integer from {low} to {high}")
         return value
 
     return parse
@@ -88,7 +88,7 @@ def _integer(low: int, high: int) -> Parse:
 def _number(low: float, high: float, *, above_low: bool = False) -> Parse:
     def parse(name: str, value: Json) -> float:
         if type(value) not in (int, float) or not low <= value <= high or (above_low and value == low):
-            raise _wrong(
+            raise _invalid_value(
                 name, value, f"a number {'above' if above_low else 'from'} {low:g} {'up ' * above_low}to {high:g}"
             )
         return value
@@ -98,20 +98,20 @@ def _number(low: float, high: float, *, above_low: bool = False) -> Parse:
 
 def _flag(name: str, value: Json) -> bool:
     if type(value) is not bool:
-        raise _wrong(name, value, "true or false")
+        raise _invalid_value(name, value, "true or false")
     return value
 
 
 def _text(name: str, value: Json) -> str | None:
     if value is not None and (type(value) is not str or len(value) > 4096):
-        raise _wrong(name, value, "a string of at most 4096 characters, or null")
+        raise _invalid_value(name, value, "a string of at most 4096 characters, or null")
     return value
 
 
 def _one_of(*allowed: Json) -> Parse:
     def parse(name: str, value: Json) -> Json:
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
-            raise _wrong(name, value, " or ".join(json.dumps(choice) for choice in allowed))
+            raise _invalid_value(name, value, " or ".join(json.dumps(choice) for choice in allowed))
         return value
 
     return parse
@@ -151,7 +151,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def _init(name: str, value: Json) -> bool | str:
     if type(value) is not bool and not (type(value) is str and re.fullmatch(r"[A-Za-z0-9_]{1,64}", value)):
-        raise _wrong(name, value, "true, false or the name of an initialisation")
+        raise _invalid_value(name, value, "true, false or the name of an initialisation")
     if type(value) is str and value.lower().startswith(_CHANGES_BASE):
         raise AdapterError(
             f"{name} = '{value}' changed the base's weights before training, and this adapter is right only on those. "
@@ -165,7 +165,7 @@ def _init(name: str, value: Json) -> bool | str:
 
 def _token_ids(name: str, value: Json, most: int) -> list[int]:
     if not isinstance(value, list) or not value or not all(type(v) is int and 0 <= v < 1 << 31 for v in value):
-        raise _wrong(name, value, "a list of token ids")
+        raise _invalid_value(name, value, "a list of token ids")
     if len(value) > most:
         raise AdapterError(f"{name} has {len(value)} token ids; at most {most} are allowed", name)
     return value
@@ -181,7 +181,7 @@ def _trained_tokens(name: str, value: Json) -> dict[str, list[int]]:
         return {}
     modules = value if isinstance(value, dict) else {"embed_tokens": value}
     if len(modules) > 2 or not all(0 < len(module) <= 1024 for module in modules):
-        raise _wrong(name, value, "token ids, or an object with those of embed_tokens and lm_head")
+        raise _invalid_value(name, value, "token ids, or an object with those of embed_tokens and lm_head")
     for ids in modules.values():
         if len(set(_token_ids(name, ids, MAX_TOKENS))) < len(ids):
             raise AdapterError(f"{name} has a token id twice", name)
@@ -192,7 +192,7 @@ def _settings(name: str, value: Json) -> dict[str, Json] | None:
     """The settings of an initialisation: a flat object, irrelevant once the adapter is trained."""
     scalar = (str, int, float, bool, type(None))
     if value is not None and not (isinstance(value, dict) and all(isinstance(v, scalar) for v in value.values())):
-        raise _wrong(name, value, "an object of plain values, or null")
+        raise _invalid_value(name, value, "an object of plain values, or null")
     return value
 
 
@@ -202,18 +202,18 @@ def _auto_mapping(name: str, value: Json) -> dict[str, Json] | None:
         return None
     expected = "null or an object with base_model_class and a parent_library within transformers"
     if not isinstance(value, dict) or not value.keys() <= {"base_model_class", "parent_library", "unsloth_fixed"}:
-        raise _wrong(name, value, expected)
+        raise _invalid_value(name, value, expected)
     library, model_class = value.get("parent_library"), value.get("base_model_class")
     if type(library) is not str or not re.fullmatch(r"transformers(\.[A-Za-z0-9_]+)+", library):
-        raise _wrong(name, value, expected)
+        raise _invalid_value(name, value, expected)
     if type(model_class) is not str or type(value.get("unsloth_fixed", False)) is not bool:
-        raise _wrong(name, value, expected)
+        raise _invalid_value(name, value, expected)
     return value
 
 
 def _names(name: str, value: Json) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(type(v) is str and 0 < len(v) <= 1024 for v in value):
-        raise _wrong(name, value, "a list of module names")
+        raise _invalid_value(name, value, "a list of module names")
     return tuple(sorted(set(value)))
 
 
@@ -237,7 +237,7 @@ def _names_or_regex(name: str, value: Json) -> str | tuple[str, ...]:
 def _layers(name: str, value: Json) -> tuple[int, ...]:
     values = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(v) is int and 0 <= v < 1 << 20 for v in values):
-        raise _wrong(name, value, "a layer index or a list of them, or null")
+        raise _invalid_value(name, value, "a layer index or a list of them, or null")
     return tuple(sorted(set(values)))
 
 
@@ -245,10 +245,10 @@ def _layer_lists(name: str, value: Json) -> tuple[str, ...]:
     """Names of the base's list of layers ("layers", "h"). PEFT would run them as regular expressions."""
     values = [] if value in (None, "") else [value] if type(value) is str else value
     if not isinstance(values, list) or len(values) > 16:
-        raise _wrong(name, value, "the name of a list of layers, or a list of such names, or null")
+        raise _invalid_value(name, value, "the name of a list of layers, or a list of such names, or null")
     for item in values:
         if type(item) is not str or not re.fullmatch(r"[A-Za-z0-9_.]{1,256}", item):
-            raise _wrong(name, item, 'a plain name such as "layers"')
+            raise _invalid_value(name, item, 'a plain name such as "layers"')
     return tuple(values)
 
 
@@ -257,7 +257,7 @@ def _patterns(parse_value: Parse) -> Parse:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            raise _wrong(name, value, "an object from module patterns to numbers")
+            raise _invalid_value(name, value, "an object from module patterns to numbers")
         if len(value) > MAX_PATTERNS:
             raise AdapterError(f"{name} has {len(value)} patterns; at most {MAX_PATTERNS} are allowed", name)
         for key, number in value.items():
@@ -279,14 +279,14 @@ def _re2() -> Any:
     return re2
 
 
-def forget_regexes() -> None:
+def purge_regexes() -> None:
     """Empty RE2's cache, which would keep a client's automata, megabytes each."""
     if _re2.cache_info().currsize:
         _re2().purge()
 
 
 # A POSIX class and literal text in RE2, but a set of characters and a repetition in Python.
-_OTHERWISE_IN_RE2 = ("[:", "{,")
+_DIFFERENT_IN_RE2 = ("[:", "{,")
 _NOT_IN_RE2 = ("(?=", "(?!", "(?<=", "(?<!", r"\Z")
 
 
@@ -298,11 +298,11 @@ def compile_regex(name: str, pattern: str, *, suffix: bool = False) -> Any:
     options = re2.Options()
     options.log_errors = False
     options.never_capture = True  # without captures RE2 needs only its automaton, a hundred times faster at worst
-    ending, refusal = rf"(.*\.)?({pattern})$", partial(_unfit, name, pattern)
+    ending, refusal = rf"(.*\.)?({pattern})$", partial(_unsupported_regex, name, pattern)
     parsed(pattern, refusal)  # by itself first: "a)(b" must not pass because of the brackets around it
     if suffix:
         parsed(ending, refusal)
-    if not any(sign in pattern for sign in _OTHERWISE_IN_RE2):
+    if not any(sign in pattern for sign in _DIFFERENT_IN_RE2):
         try:
             regex = re2.compile(pattern, options)
             return re2.compile(ending, options) if suffix else regex
@@ -313,7 +313,7 @@ def compile_regex(name: str, pattern: str, *, suffix: bool = False) -> Any:
     return LookaroundRegex(ending, refusal) if suffix else regex
 
 
-def _unfit(name: str, pattern: str, reason: str) -> AdapterError:
+def _unsupported_regex(name: str, pattern: str, reason: str) -> AdapterError:
     return AdapterError(
         f"{name} has a pattern that cannot be run in bounded time (RE2's syntax and look-around; no back-references): "
         f"'{shorten(pattern)}': {shorten(reason)}",

@@ -18,25 +18,25 @@ import numpy as np
 from adapters.peft_format import packed_rows
 from adapters.peft_format.config import MAX_CONFIG_BYTES, AdapterConfig, parse_config
 from adapters.peft_format.conversion import convert
-from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME, AdapterSpec, check_beginning
+from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME, AdapterSpec, check_not_swapped
 from adapters.peft_format.fields import AdapterError, shorten
 from adapters.peft_format.layout import layout
-from adapters.peft_format.matching import match, new_tokens
+from adapters.peft_format.matching import check_tensors, count_new_tokens
 from adapters.peft_format.modules import LoraModule, Variants
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.sizes import LinearSize
-from adapters.peft_format.spelling import beside, respelled, respelled_layout, respelled_outline, spelling
+from adapters.peft_format.spelling import names_in_file, non_text_module, respelled, respelled_layout, respelled_outline
 from adapters.peft_format.text import NO_TEXT, AdapterText
 from adapters.peft_format.weights import (
     FORMATS,
     TensorEntry,
     check_finite,
-    chunks,
     is_zero,
     last_rows_bytes,
+    read_chunks,
     read_header,
 )
-from adapters.safetensors_header import CONVERT
+from adapters.safetensors_header import CONVERT_HINT
 
 _ROWS = 4096  # rows compared at a time
 
@@ -57,10 +57,10 @@ def inspect_adapter(check: Check) -> AdapterSpec:
     """Convert and inspect the adapter, and lay out its rows beside it. Raises AdapterError, OSError."""
     weights = check.directory / WEIGHTS_NAME
     converted = convert(weights) if weights.is_file() else []
-    asked = check.directory, check.linears, check.model_class, check.outline, check.text
-    spec = inspect(*asked, ignore_vision=check.ignore_vision)
+    arguments = check.directory, check.linears, check.model_class, check.outline, check.text
+    spec = inspect(*arguments, ignore_vision=check.ignore_vision)
     spec = dataclasses.replace(spec, warnings=(*converted, *spec.warnings))
-    packed_rows.make(check.directory, spec)
+    packed_rows.write(check.directory, spec)
     return spec
 
 
@@ -89,41 +89,42 @@ def inspect(
     config = parse_config(_read_config(directory))
     config.check_class(model_class)
     outline = outline or Outline()
-    if config.classifies:
-        outline = outline.headless()
+    if config.is_classifier:
+        outline = outline.without_head()
     path = directory / WEIGHTS_NAME
     if not path.is_file():
         raise AdapterError(
-            f"the adapter has no {WEIGHTS_NAME}: pickled weights (.bin, .pt) are not accepted. {CONVERT}", "weights"
+            f"the adapter has no {WEIGHTS_NAME}: pickled weights (.bin, .pt) are not accepted. {CONVERT_HINT}",
+            "weights",
         )
     with path.open("rb") as file:
         tensors = read_header(file)
-        names = spelling(tensors, linears, outline)
+        names = names_in_file(tensors, linears, outline)
         linears, outline = respelled(linears, names), respelled_outline(outline, names)
-        outline = outline.grown(new_tokens(tensors, outline))
+        outline = outline.with_new_tokens(count_new_tokens(tensors, outline))
         plan = layout(config, linears, outline, tensors)
-        warnings = [*_unknown_fields(config), *plan.warnings, *match(tensors, plan, linears, outline)]
+        warnings = [*_unknown_fields(config), *plan.warnings, *check_tensors(tensors, plan, linears, outline)]
         plan = respelled_layout(plan, {theirs: ours for ours, theirs in names.items()})
-        digest = hashlib.sha256(_mathematics(plan.modules, plan.variants, text))
+        digest = hashlib.sha256(_digest_preamble(plan.modules, plan.variants, text))
         for name, tensor in sorted(tensors.items()):
-            digest.update(_heading(name, tensor))
-            changes = not ignore_vision and beside(name, outline) is not None and ".lora_A." not in name
-            for chunk in chunks(file, tensor):
+            digest.update(_digest_heading(name, tensor))
+            is_non_text = not ignore_vision and non_text_module(name, outline) is not None and ".lora_A." not in name
+            for chunk in read_chunks(file, tensor):
                 digest.update(chunk)
                 check_finite(chunk, name, tensor)
                 # In a tower that saw no training data, B is still zero: the tower is unchanged.
-                if changes and not (".lora_B." in name and is_zero(chunk, tensor)):
+                if is_non_text and not (".lora_B." in name and is_zero(chunk, tensor)):
                     raise AdapterError(
-                        f"tensor '{shorten(name)}' changes '{beside(name, outline)}', which text does not pass: images "
-                        "and sound are not served. --ignore-vision-adapters serves the rest",
+                        f"tensor '{shorten(name)}' changes '{non_text_module(name, outline)}', which is not used for "
+                        "text: images and sound are not served. --ignore-vision-adapters serves the rest",
                         name,
                         "unsupported_adapter_feature",
                     )
-            twin = plan.twins.get(name)
-            if twin is not None and not _same(file, tensor, tensors[twin]):
-                raise AdapterError(f"tensor '{name}' differs from '{twin}', which is the same by another name", name)
+            twin = plan.duplicates.get(name)
+            if twin is not None and not _are_equal(file, tensor, tensors[twin]):
+                raise AdapterError(f"tensor '{name}' differs from '{twin}', although both are one parameter", name)
             twin = plan.transposed.get(name)
-            if twin is not None and not _transposed(file, tensor, tensors[twin]):
+            if twin is not None and not _are_transposed(file, tensor, tensors[twin]):
                 raise AdapterError(
                     f"tensor '{name}' is not the transpose of '{twin}': with ensure_weight_tying PEFT has one pair for "
                     "both where the base is fp32, and two where it was trained in bf16. To serve both as they are, set "
@@ -131,17 +132,17 @@ def inspect(
                     name,
                 )
             theirs = tensor._replace(end=tensor.end - last_rows_bytes(tensor, max(outline.new_tokens, 0)))
-            if name not in plan.copies:
+            if name not in plan.base_copies:
                 continue
-            rounded_to = outline.equals(plan.copies[name], tensor.dtype, chunks(file, theirs))
+            rounded_to = outline.matching_dtype(plan.base_copies[name], tensor.dtype, read_chunks(file, theirs))
             if rounded_to is None:
                 raise AdapterError(
-                    f"tensor '{name}' is not what the served base has there: the adapter belongs to another base, or "
+                    f"tensor '{name}' differs from the served base's: the adapter belongs to another base, or "
                     "changed this one. List the module in modules_to_save to serve it with these weights",
                     name,
                     "base_mismatch",
                 )
-            if rounded_to != outline.stored(plan.copies[name]).dtype:
+            if rounded_to != outline.resolve_parameter(plan.base_copies[name]).dtype:
                 warnings.append(f"'{name}' is the base's, rounded to {rounded_to}: the base's own is served")
     spec = AdapterSpec(
         digest=f"sha256:{digest.hexdigest()}",
@@ -169,11 +170,11 @@ def digest_of(directory: Path) -> str:
     Raises AdapterError, or an error of the JSON reader, when the files are damaged.
     """
     spec = AdapterSpec.parse((directory / SPEC_NAME).read_text())
-    digest = hashlib.sha256(_mathematics(spec.modules, spec.variants, spec.text))
+    digest = hashlib.sha256(_digest_preamble(spec.modules, spec.variants, spec.text))
     with (directory / WEIGHTS_NAME).open("rb") as file:
         for name, tensor in sorted(read_header(file).items()):
-            digest.update(_heading(name, tensor))
-            for chunk in chunks(file, tensor):
+            digest.update(_digest_heading(name, tensor))
+            for chunk in read_chunks(file, tensor):
                 digest.update(chunk)
     return f"sha256:{digest.hexdigest()}"
 
@@ -184,22 +185,22 @@ def _read_config(directory: Path) -> bytes:
         raise AdapterError(f"the adapter has no {CONFIG_NAME}", "config")
     with path.open("rb") as file:
         raw = file.read(MAX_CONFIG_BYTES + 1)
-    check_beginning(raw)
+    check_not_swapped(raw)
     return raw
 
 
 def _unknown_fields(config: AdapterConfig) -> list[str]:
-    return [f"config has the unknown field '{shorten(name)}', which is passed over" for name in config.unknown]
+    return [f"config has the unknown field '{shorten(name)}', which is ignored" for name in config.unknown]
 
 
-def _same(file: BinaryIO, one: TensorEntry, other: TensorEntry) -> bool:
+def _are_equal(file: BinaryIO, one: TensorEntry, other: TensorEntry) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with open(file.name, "rb") as again:  # noqa: PTH123 - two places of one file, read side by side
-        return all(a == b for a, b in zip(chunks(file, one), chunks(again, other), strict=True))
+        return all(a == b for a, b in zip(read_chunks(file, one), read_chunks(again, other), strict=True))
 
 
-def _transposed(file: BinaryIO, one: TensorEntry, other: TensorEntry) -> bool:
+def _are_transposed(file: BinaryIO, one: TensorEntry, other: TensorEntry) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape[::-1]):
         return False
     bits = f"<u{FORMATS[one.dtype].itemsize}"
@@ -207,12 +208,12 @@ def _transposed(file: BinaryIO, one: TensorEntry, other: TensorEntry) -> bool:
     return all(np.array_equal(a[i : i + _ROWS], b[:, i : i + _ROWS].T) for i in range(0, len(a), _ROWS))
 
 
-def _heading(name: str, tensor: TensorEntry) -> bytes:
+def _digest_heading(name: str, tensor: TensorEntry) -> bytes:
     """The bytes before a tensor's content in a digest."""
     return json.dumps([name, tensor.dtype, tensor.shape]).encode() + b"\n"
 
 
-def _mathematics(modules: Mapping[str, LoraModule], variants: Variants, text: AdapterText) -> bytes:
+def _digest_preamble(modules: Mapping[str, LoraModule], variants: Variants, text: AdapterText) -> bytes:
     """The first bytes of an adapter's digest: everything but the content of its tensors."""
 
     def pairs(modules: Mapping[str, LoraModule]) -> dict[str, list[float]]:
@@ -238,23 +239,24 @@ def _device_bytes(variants: Variants, tensors: Mapping[str, TensorEntry], outlin
     """An upper bound of the device memory that `adapters.device.variants` takes for these."""
     total = 8 * outline.head_bias[0] if outline.head_bias and variants.names else 0
     for module in variants.tables.values():
-        total += 4 * module.rank**2 + sum(_numbers(tensors, name, 4) for name in (module.a, module.b))
+        total += 4 * module.rank**2 + sum(_tensor_bytes(tensors, name, 4) for name in (module.a, module.b))
     for module in variants.routers.values():  # whole
         total += 4 * tensors[module.a].shape[1] * tensors[module.b].shape[0]
     for experts in variants.experts.values():  # B has zeros for the parameter's other parts
         dtypes = {tensors[name].dtype for name in experts.tensors}
         each = FORMATS[dtypes.pop() if len(dtypes) == 1 else "F32"].itemsize
         total += sum(
-            _numbers(tensors, name, each) * (experts.parts if ".lora_B." in name else 1) for name in experts.tensors
+            _tensor_bytes(tensors, name, each) * (experts.parts if ".lora_B." in name else 1)
+            for name in experts.tensors
         )
     for name in (*variants.magnitudes.values(), *variants.delta_biases.values()):
-        total += _numbers(tensors, name, 8)
+        total += _tensor_bytes(tensors, name, 8)
     for name in (*variants.parameters.values(), *variants.tokens.values(), *variants.classifier.values()):
-        total += _numbers(tensors, name, 8 if len(tensors[name].shape) == 1 else 4)
+        total += _tensor_bytes(tensors, name, 8 if len(tensors[name].shape) == 1 else 4)
     for name in variants.grown.values():
-        total += max(variants.new_tokens, 0) * _numbers(tensors, name, 4) // tensors[name].shape[0]
+        total += max(variants.new_tokens, 0) * _tensor_bytes(tensors, name, 4) // tensors[name].shape[0]
     return total + sum(8 * len(ids) for ids in variants.token_ids.values())
 
 
-def _numbers(tensors: Mapping[str, TensorEntry], name: str, each: int) -> int:
+def _tensor_bytes(tensors: Mapping[str, TensorEntry], name: str, each: int) -> int:
     return each * math.prod(tensors[name].shape)

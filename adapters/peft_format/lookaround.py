@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any, Final
 
 MAX_STEPS = 20_000  # of one text; trainers' usual patterns take hundreds for a module's name
-_SIZE = 64  # of a part, in RE2's program size; large because this is slower
+_PART_SIZE = 64  # of a part, in RE2's program size; large because this is slower
 
 _Positions = int  # bit i: the position before character i
 _Part = Callable[["_Text", _Positions], _Positions]
@@ -58,7 +58,7 @@ class LookaroundRegex:
     def _ends(self, text: str) -> _Positions:
         try:
             return self._run(_Text(text), 1)
-        except _TooMuchWork:
+        except _TooManySteps:
             raise self._refusal(f"it takes more than {MAX_STEPS} steps on one name") from None
 
     # --- compilation of the parse tree ----------------------------------------------------------------
@@ -67,7 +67,7 @@ class LookaroundRegex:
         return _sequence([self._part(kind, argument) for kind, argument in tree])
 
     def _part(self, kind: Any, argument: Any) -> _Part:
-        self.programsize += _SIZE
+        self.programsize += _PART_SIZE
         match str(kind):
             case "LITERAL" | "NOT_LITERAL" | "IN" | "ANY":
                 return _character(_predicate(str(kind), argument))
@@ -77,8 +77,8 @@ class LookaroundRegex:
                 return self._sequence(argument[3])
             case "MAX_REPEAT" | "MIN_REPEAT":
                 return _repeat(self._sequence(argument[2]), argument[0], argument[1])
-            case "AT" if str(argument) in _PLACES:
-                return _filter(_PLACES[str(argument)])
+            case "AT" if str(argument) in _ANCHORS:
+                return _filter(_ANCHORS[str(argument)])
             case "ASSERT" | "ASSERT_NOT":
                 direction, tree = argument
                 least, most = tree.getwidth()
@@ -89,7 +89,7 @@ class LookaroundRegex:
         raise self._refusal(f"{str(kind).lower().replace('_', ' ')} is not supported")
 
 
-class _TooMuchWork(Exception):
+class _TooManySteps(Exception):
     """The steps of a text are used up."""
 
 
@@ -98,19 +98,19 @@ class _Text:
 
     def __init__(self, text: str) -> None:
         self.text: Final = text
-        self._left = MAX_STEPS
-        self._where: dict[Callable[[str], bool], _Positions] = {}
+        self._steps_left = MAX_STEPS
+        self._positions: dict[Callable[[str], bool], _Positions] = {}
 
     def step(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise _TooMuchWork
+        self._steps_left -= 1
+        if self._steps_left < 0:
+            raise _TooManySteps
 
-    def where(self, holds: Callable[[str], bool]) -> _Positions:
+    def positions_where(self, holds: Callable[[str], bool]) -> _Positions:
         """The positions before characters for which `holds` is true."""
-        if holds not in self._where:
-            self._where[holds] = sum(1 << i for i, character in enumerate(self.text) if holds(character))
-        return self._where[holds]
+        if holds not in self._positions:
+            self._positions[holds] = sum(1 << i for i, character in enumerate(self.text) if holds(character))
+        return self._positions[holds]
 
 
 def _bits(positions: _Positions) -> list[int]:
@@ -120,7 +120,7 @@ def _bits(positions: _Positions) -> list[int]:
 def _character(holds: Callable[[str], bool]) -> _Part:
     def run(text: _Text, begins: _Positions) -> _Positions:
         text.step()
-        return (begins & text.where(holds)) << 1
+        return (begins & text.positions_where(holds)) << 1
 
     return run
 
@@ -204,7 +204,7 @@ _CATEGORIES: dict[str, Callable[[str], bool]] = {
     "CATEGORY_SPACE": str.isspace,
     "CATEGORY_WORD": _word,
 }
-_PLACES: dict[str, Callable[[str, int], bool]] = {
+_ANCHORS: dict[str, Callable[[str, int], bool]] = {
     "AT_BEGINNING": lambda text, i: i == 0,
     "AT_BEGINNING_STRING": lambda text, i: i == 0,
     "AT_END": lambda text, i: i == len(text) or (i == len(text) - 1 and text[i] == "\n"),

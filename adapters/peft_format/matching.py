@@ -5,48 +5,50 @@ from collections import Counter
 from collections.abc import Mapping
 
 from adapters.peft_format.fields import AdapterError, shorten
-from adapters.peft_format.layout import PLACES, PREFIX, Layout
+from adapters.peft_format.layout import PARAMETER_PREFIXES, PREFIX, Layout
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.sizes import LinearSize
-from adapters.peft_format.spelling import beside
+from adapters.peft_format.spelling import non_text_module
 from adapters.peft_format.weights import TensorEntry
 
 MAX_NEW_TOKENS = 65536
 
 
-def match(
+def check_tensors(
     tensors: Mapping[str, TensorEntry], plan: Layout, linears: Mapping[str, LinearSize], outline: Outline
 ) -> list[str]:
     """Check that every tensor of the file is expected or allowed by the layout, and that no expected one is missing.
 
     Returns warnings of unused tensors.
     """
-    idle: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
     for name in tensors:
-        part = beside(name, outline)
+        part = non_text_module(name, outline)
         if part is not None:
-            idle[part] += 1
-        elif not any(name in known for known in (plan.expected, plan.copies, plan.twins)):
+            ignored[part] += 1
+        elif not any(name in known for known in (plan.expected, plan.base_copies, plan.duplicates)):
             experts = {parameter.rpartition(".")[0] for parameter in outline.experts}
-            _refuse_homeless(name, {*linears, *outline.tables, *experts})
-    for name, (shape, asked_by) in plan.expected.items():
+            _refuse_unexpected(name, {*linears, *outline.tables, *experts})
+    for name, (shape, required_by) in plan.expected.items():
         if name not in tensors:
-            raise AdapterError(f"the config's {asked_by} asks for '{name}', which the weights lack", name)
+            raise AdapterError(f"the config's {required_by} asks for '{name}', which the weights lack", name)
         _check_shape(name, tensors[name], shape)
-    for name in plan.copies.keys() & tensors.keys():
+    for name in plan.base_copies.keys() & tensors.keys():
         shape = outline.table_shape if name.endswith(".weight") else outline.table_shape[:1]
         try:
             _check_shape(name, tensors[name], shape)
         except AdapterError as fault:
             reason = "embedding and head must both have the base's rows, and as many new ones after them"
             raise AdapterError(f"{fault}; {reason}", name, "base_mismatch") from None
-    warnings = [f"{count} tensors of '{name}' play no part: text does not pass it" for name, count in idle.items()]
+    warnings = [
+        f"{count} tensors of '{name}' are ignored: this part is not used for text" for name, count in ignored.items()
+    ]
     if outline.new_tokens < 0:
         warnings.append(f"the weights have {-outline.new_tokens} tokens fewer than the base: these are never drawn")
     return warnings
 
 
-def new_tokens(tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
+def count_new_tokens(tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
     """The number of rows in the file's embedding and head beyond the base's; negative for fewer, 0 without such
     tensors."""
     if outline.embedding is None:
@@ -54,7 +56,7 @@ def new_tokens(tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
     rows = {
         table: tensors[name].shape[0]
         for table in outline.tables
-        for place in PLACES
+        for place in PARAMETER_PREFIXES
         if (name := f"{PREFIX}{table}.{place}weight") in tensors
     }
     new = max(rows.values(), default=0) - outline.table_shape[0]
@@ -65,24 +67,24 @@ def new_tokens(tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
     return new if new > 0 or len(rows) == len(outline.tables) or adapted else 0
 
 
-def _check_shape(name: str, tensor: TensorEntry, wanted: tuple[int, ...]) -> None:
-    if tensor.shape != wanted:
+def _check_shape(name: str, tensor: TensorEntry, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
         raise AdapterError(
-            f"tensor '{name}' has shape {list(tensor.shape)}; config and base ask for {list(wanted)}", name
+            f"tensor '{name}' has shape {list(tensor.shape)}; config and base ask for {list(expected)}", name
         )
 
 
-def _refuse_homeless(name: str, modules: set[str]) -> None:
+def _refuse_unexpected(name: str, modules: set[str]) -> None:
     def refuse(reason: str) -> AdapterError:
         return AdapterError(f"tensor '{shorten(name)}' {reason}", name)
 
     if not name.startswith(PREFIX):
-        raise refuse(f"is none of a LoRA adapter's: these begin with '{PREFIX}'")
-    match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?[AB](\.weight|\.bias)?", name)
-    if match is None:
+        raise refuse(f"is not a LoRA adapter's: these begin with '{PREFIX}'")
+    parsed = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?[AB](\.weight|\.bias)?", name)
+    if parsed is None:
         if re.fullmatch(r".+\.lora_[AB]\.[^.]+\.weight", name):
-            raise refuse("carries an adapter's name: save with PEFT's save_pretrained, which leaves it out")
-        raise refuse("is none of those that the config asks for")
-    if match[1] not in modules:
+            raise refuse("contains an adapter's name: save with PEFT's save_pretrained, which omits it")
+        raise refuse("is not expected by the config")
+    if parsed[1] not in modules:
         raise refuse("adapts a module that the base does not have, or that cannot be adapted")
-    raise refuse("is none of those that the config asks for: it does not select this module, or not so")
+    raise refuse("is not expected: the config does not select this module, or not in this way")

@@ -48,7 +48,7 @@ class ExpertsModule(LoraModule):
         return [name.replace("*", str(expert)) for name in (self.a, self.b) for expert in range(self.experts)]
 
 
-def place_of(parameter: str, adapted: Collection[str]) -> str:
+def peft_module_of(parameter: str, adapted: Collection[str]) -> str:
     """The module of A and B of a parameter in PEFT's files: PEFT wraps a module once for each adapted parameter, the
     last one outermost.
 
@@ -56,8 +56,8 @@ def place_of(parameter: str, adapted: Collection[str]) -> str:
         adapted: all adapted parameters, those of one module in its order.
     """
     module = parameter.rpartition(".")[0]
-    beside = [other for other in adapted if other.rpartition(".")[0] == module]
-    return module + ".base_layer" * (len(beside) - 1 - beside.index(parameter))
+    siblings = [other for other in adapted if other.rpartition(".")[0] == module]
+    return module + ".base_layer" * (len(siblings) - 1 - siblings.index(parameter))
 
 
 @dataclass(frozen=True)

@@ -43,14 +43,14 @@ class Outline:
         embedding: full name of the input embedding.
         head: full name of the output head, which may have no parameters of its own.
         tied: the head's matrix is the embedding's.
-        aside: full names of modules not used for text, such as an image encoder.
+        non_text_modules: full names of modules not used for text, such as an image encoder.
         new_tokens: the number of tokens that an adapter adds to the vocabulary; negative: it has as many fewer.
         experts: full names of the parameters that hold experts' linears, in the order of their modules.
         norms: full names of the norms that an adapter may replace; None: the files do not tell, and every module that
             is neither linear nor table counts as one.
         routers: full names of routers to experts, also replaceable; adapters may have pairs of A and B for their
             weights.
-        by_token: full names of tables besides embedding and head that have a row for each token.
+        per_token_tables: full names of tables besides embedding and head that have a row for each token.
         opaque_embedding: the input embedding does more than look up rows and scale them.
     """
 
@@ -58,12 +58,12 @@ class Outline:
     embedding: str | None = None
     head: str | None = None
     tied: bool = True
-    aside: tuple[str, ...] = ()
+    non_text_modules: tuple[str, ...] = ()
     new_tokens: int = 0
     experts: dict[str, ExpertsSize] = field(default_factory=dict)
     norms: tuple[str, ...] | None = None
     routers: tuple[str, ...] = ()
-    by_token: tuple[str, ...] = ()
+    per_token_tables: tuple[str, ...] = ()
     opaque_embedding: bool = False
 
     @classmethod
@@ -72,21 +72,21 @@ class Outline:
         parameters: dict[str, Parameter] = {}
         for path in weight_files(directory):
             parameters |= _parameters(path)
-        embedding, head = (_named(parameters, last) for last in (EMBEDDING, HEAD))
+        embedding, head = (_find_module(parameters, last) for last in (EMBEDDING, HEAD))
         return cls(parameters, embedding, head or (HEAD if embedding else None), tied=head is None)
 
-    def loaded(
+    def as_loaded(
         self,
         *,
         tied: bool,
         embedding: str | None = None,
         head: str | None = None,
-        aside: Sequence[str] = (),
+        non_text_modules: Sequence[str] = (),
         renamed: Mapping[str, str] | None = None,
         experts: Mapping[str, ExpertsSize] | None = None,
         norms: Sequence[str] | None = None,
         routers: Sequence[str] = (),
-        by_token: Sequence[str] = (),
+        per_token_tables: Sequence[str] = (),
         opaque_embedding: bool = False,
     ) -> "Outline":
         """The outline of the model as loaded.
@@ -103,18 +103,18 @@ class Outline:
             parameters.setdefault(f"{embedding}.weight", parameters[twin])
         if f"{embedding}.weight" not in parameters:
             embedding = head = None
-        beside = tuple(f"{module}." for module in aside)
-        parameters = {n: p for n, p in parameters.items() if n != twin and not n.startswith(beside)}
+        non_text_prefixes = tuple(f"{module}." for module in non_text_modules)
+        parameters = {n: p for n, p in parameters.items() if n != twin and not n.startswith(non_text_prefixes)}
         return Outline(
             parameters,
             embedding,
             head,
             tied,
-            tuple(aside),
+            tuple(non_text_modules),
             experts=dict(experts or {}),
             norms=None if norms is None else tuple(norms),
             routers=tuple(routers),
-            by_token=tuple(by_token),
+            per_token_tables=tuple(per_token_tables),
             opaque_embedding=opaque_embedding,
         )
 
@@ -134,52 +134,56 @@ class Outline:
         """The shape of the head's bias, if it has one."""
         return (self.table_shape[0],) if f"{self.head}.bias" in self.parameters else None
 
-    def grown(self, new_tokens: int) -> "Outline":
+    def with_new_tokens(self, new_tokens: int) -> "Outline":
         """The same base with this many more rows in embedding and head, or fewer."""
         return replace(self, new_tokens=new_tokens)
 
-    def headless(self) -> "Outline":
+    def without_head(self) -> "Outline":
         """The same base without its output head."""
-        left = {name: parameter for name, parameter in self.parameters.items() if name.rpartition(".")[0] != self.head}
-        return replace(self, parameters=left, head=None)
+        remaining = {
+            name: parameter for name, parameter in self.parameters.items() if name.rpartition(".")[0] != self.head
+        }
+        return replace(self, parameters=remaining, head=None)
 
-    def stored(self, name: str) -> Parameter:
+    def resolve_parameter(self, name: str) -> Parameter:
         """A parameter by its full name; the weight of a tied head is the embedding's."""
         return self.parameters.get(name) or self.parameters[f"{self.embedding}.weight"]
 
-    def equals(self, name: str, dtype: str, chunks: Iterator[bytes]) -> str | None:
+    def matching_dtype(self, name: str, dtype: str, chunks: Iterator[bytes]) -> str | None:
         """Compare a parameter's first values with `chunks`, which may have been rounded to a narrower dtype: models are
         often trained in bf16 and saved in fp32.
 
         Args:
-            name: full name, as for `stored`.
+            name: full name, as for `resolve_parameter`.
             dtype: "F32", "BF16" or "F16".
             chunks: the values to compare with, in that dtype.
 
         Returns:
             The dtype that they were rounded to, such as the parameter's own; None when they differ.
         """
-        parameter = self.stored(name)
+        parameter = self.resolve_parameter(name)
         if parameter.dtype not in _ITEMS:
             return None
-        ways = [parameter.dtype, "BF16", "F16"]
+        candidates = [parameter.dtype, "BF16", "F16"]
         with parameter.file.open("rb") as file:
             file.seek(parameter.start)
             size = _ITEMS[parameter.dtype]().itemsize
             for chunk in chunks:
                 theirs = np.frombuffer(chunk, _ITEMS[dtype])
                 ours = np.frombuffer(file.read(size * len(theirs)), _ITEMS[parameter.dtype])
-                ways = [
-                    way
-                    for way in ways
-                    if np.array_equal(_converted(_converted(ours, parameter.dtype, way), way, dtype), theirs)
+                candidates = [
+                    candidate
+                    for candidate in candidates
+                    if np.array_equal(
+                        _converted(_converted(ours, parameter.dtype, candidate), candidate, dtype), theirs
+                    )
                 ]
-                if not ways:
+                if not candidates:
                     return None
-        return ways[0]
+        return candidates[0]
 
 
-def _named(parameters: Mapping[str, Parameter], last: str) -> str | None:
+def _find_module(parameters: Mapping[str, Parameter], last: str) -> str | None:
     """The full name of the first module with a weight and this last part of its name."""
     for name in parameters:
         module, _, kind = name.rpartition(".")

@@ -50,7 +50,7 @@ class RowFile:
     @property
     def bytes(self) -> int:
         """Size of the file."""
-        return sum(_size(part) for part in self.parts)
+        return sum(_part_bytes(part) for part in self.parts)
 
     def read_into(self, rows: Sequence[np.ndarray]) -> None:
         """Fill arrays of units, together as large as the file, from its beginning to its end.
@@ -58,7 +58,7 @@ class RowFile:
         Holds Python's lock only briefly, and yields the processor often. Raises OSError; DamagedFile when the content
         does not match the digest.
         """
-        seen = hashlib.sha256()
+        digest = hashlib.sha256()
         with self.path.open("rb", buffering=0) as file:
             position = 0
             for batch, size in _batches(rows):
@@ -66,8 +66,8 @@ class RowFile:
                     raise DamagedFile(f"{self.path.name} was cut short")
                 position += size
                 for piece in batch:
-                    seen.update(piece)
-        if seen.hexdigest() != self.digest:
+                    digest.update(piece)
+        if digest.hexdigest() != self.digest:
             raise DamagedFile(f"{self.path.name} is damaged")
 
 
@@ -84,7 +84,7 @@ def find(directory: Path, spec: AdapterSpec, linears: Mapping[str, LinearSize]) 
     return RowFile(path, parts, digest)
 
 
-def make(directory: Path, spec: AdapterSpec) -> None:
+def write(directory: Path, spec: AdapterSpec) -> None:
     """Lay out the rows of an adapter that passed `inspect` and has no variants (fsync'ed)."""
     if spec.variants.names:
         return
@@ -95,13 +95,13 @@ def make(directory: Path, spec: AdapterSpec) -> None:
             for name, transposed in ((module.a, False), (module.b, True)):
                 entry = entries[name]
                 weights.seek(entry.start)
-                numbers = _as(spec.dtype, weights.read(entry.end - entry.start), entry)
+                numbers = _in_dtype(spec.dtype, weights.read(entry.end - entry.start), entry)
                 rows.write(np.ascontiguousarray(numbers.T if transposed else numbers).data)
     sync(new)
     new.replace(directory / ROWS_NAME)
 
 
-def _as(dtype: str, content: bytes, entry: TensorEntry) -> np.ndarray:
+def _in_dtype(dtype: str, content: bytes, entry: TensorEntry) -> np.ndarray:
     """A tensor's numbers, or their bits, in the adapter's dtype: the tensor's own, or float32."""
     bits = np.frombuffer(content, _BITS[entry.dtype]).reshape(entry.shape)
     if dtype != "float32" or entry.dtype == "F32":
@@ -111,7 +111,7 @@ def _as(dtype: str, content: bytes, entry: TensorEntry) -> np.ndarray:
     return bits.view("<f2").astype("<f4")
 
 
-def _size(part: RowShape) -> int:
+def _part_bytes(part: RowShape) -> int:
     return part.units * (part.inputs + part.outputs) * UNIT_BYTES
 
 

@@ -31,15 +31,15 @@ def write(directory: Path) -> None:
 def read(directory: Path) -> dict[str, str]:
     """File name -> digest. Raises DamagedFile when the record is missing or unreadable."""
     try:
-        noted = json.loads((directory / RECORD_NAME).read_bytes())
+        recorded = json.loads((directory / RECORD_NAME).read_bytes())
     except (OSError, ValueError, RecursionError):
-        noted = None
-    if not isinstance(noted, dict):
+        recorded = None
+    if not isinstance(recorded, dict):
         raise DamagedFile(f"{RECORD_NAME} is missing or damaged")
-    return noted
+    return recorded
 
 
-def checked(directory: Path, name: str) -> bytes:
+def read_checked(directory: Path, name: str) -> bytes:
     """A small file's content, checked against the record. Raises DamagedFile."""
     try:
         content = (directory / name).read_bytes()
@@ -52,13 +52,17 @@ def checked(directory: Path, name: str) -> bytes:
 
 def check(directory: Path, names: Iterable[str] | None = None) -> None:
     """Check these files, or all in the record. Raises DamagedFile, naming the changed ones."""
-    noted = read(directory)
-    damaged = [name for name in (noted if names is None else names) if _found(directory / name) != noted.get(name)]
+    recorded = read(directory)
+    damaged = [
+        name
+        for name in (recorded if names is None else names)
+        if _digest_or_none(directory / name) != recorded.get(name)
+    ]
     if damaged:
         raise DamagedFile(f"{', '.join(damaged)}: damaged")
 
 
-def _found(path: Path) -> str | None:
+def _digest_or_none(path: Path) -> str | None:
     try:
         return _digest(path)
     except OSError:

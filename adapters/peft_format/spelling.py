@@ -16,28 +16,28 @@ from adapters.peft_format.outline import Outline
 T = TypeVar("T")
 
 # Names of text models in wrappers, and of wrappers' other parts.
-_TEXT = {"model", "language_model", "text_model", "llm", "thinker"}
-_BESIDE = {
+_TEXT_MODELS = {"model", "language_model", "text_model", "llm", "thinker"}
+_NON_TEXT = {
     *("vision_tower", "vision_model", "vision_encoder", "visual", "vision_embed_tokens", "vision_resampler"),
     *("multi_modal_projector", "mm_projector", "embed_vision", "connector", "aligner", "image_projection"),
     *("audio_tower", "audio_model", "embed_audio"),
 }
-_PLACE = re.compile(r"(?P<before>(?:[^.]+\.)*?)(?P<list>[^.]+)\.\d+\.")  # of a layer: prefix, name of the list
+_LAYER = re.compile(r"(?P<before>(?:[^.]+\.)*?)(?P<list>[^.]+)\.\d+\.")  # of a layer: prefix, name of the list
 
 
-def spelling(tensors: Iterable[str], linears: Collection[str], outline: Outline) -> dict[str, str]:
+def names_in_file(tensors: Iterable[str], linears: Collection[str], outline: Outline) -> dict[str, str]:
     """The base's name -> the file's name, for the base's linears, tables and parameters, where the file uses others.
 
     Empty unless all tensors agree on one other naming.
     """
-    places = [place for linear in linears if (place := _PLACE.match(linear))]
+    places = [place for linear in linears if (place := _LAYER.match(linear))]
     if not places:
         return {}
     ours, layers = places[0]["before"], places[0]["list"]
     theirs, head = set(), outline.head or ""
     for name in tensors:
         module = name.removeprefix(PREFIX)
-        place = _PLACE.match(module)
+        place = _LAYER.match(module)
         if place is not None and place["list"] == layers and _is_text(place["before"]):
             theirs.add(place["before"])
         before, found, _ = module.partition(f"{(outline.head or '').rpartition('.')[2]}.")
@@ -47,9 +47,9 @@ def spelling(tensors: Iterable[str], linears: Collection[str], outline: Outline)
         return {}
     prefixes = [*([(outline.head, head)] if outline.head else []), (ours, theirs.pop())]
     names = {}
-    apart = [name for size in outline.experts.values() for part in size.parts for name in part]
-    whole = (*(outline.norms or ()), *outline.routers)
-    for name in (*linears, *outline.tables, *outline.parameters, *outline.experts, *apart, *whole):
+    expert_linears = [name for size in outline.experts.values() for part in size.parts for name in part]
+    replaceable = (*(outline.norms or ()), *outline.routers)
+    for name in (*linears, *outline.tables, *outline.parameters, *outline.experts, *expert_linears, *replaceable):
         before, after = next((pair for pair in prefixes if name.startswith(pair[0])), ("", ""))
         names[name] = after + name.removeprefix(before)
     return names
@@ -90,11 +90,11 @@ def respelled_layout(plan: Layout, names: Mapping[str, str]) -> Layout:
 
 
 def _is_text(prefix: str) -> bool:
-    return _TEXT.issuperset(prefix.split(".")[:-1])
+    return _TEXT_MODELS.issuperset(prefix.split(".")[:-1])
 
 
-def beside(name: str, outline: Outline) -> str | None:
+def non_text_module(name: str, outline: Outline) -> str | None:
     """The part of a wrapper not used for text that a tensor of a file belongs to; None for any other tensor."""
     parts = name.removeprefix(PREFIX).split(".")[:-1]
-    others = _BESIDE.union(module.rpartition(".")[2] for module in outline.aside)
+    others = _NON_TEXT.union(module.rpartition(".")[2] for module in outline.non_text_modules)
     return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part in others), None)

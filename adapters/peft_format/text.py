@@ -45,7 +45,7 @@ class AdapterText:
     reasoning_format: str | None = None
 
     @classmethod
-    def of(cls, fields: dict[str, Any]) -> "AdapterText":
+    def from_fields(cls, fields: dict[str, Any]) -> "AdapterText":
         """The text from the JSON of its `dataclasses.asdict`."""
         tokens = tuple(NewToken(**token) for token in fields["tokens"])
         formats = fields.get("tool_format"), fields.get("reasoning_format")
@@ -88,11 +88,13 @@ def read_added_tokens(path: Path) -> tuple[NewToken, ...]:
     return tuple(tokens)
 
 
-def new_tokens(added: Iterable[NewToken], known: Callable[[str], int | None], size: int) -> tuple[NewToken, ...]:
+def find_new_tokens(
+    added: Iterable[NewToken], id_in_base: Callable[[str], int | None], size: int
+) -> tuple[NewToken, ...]:
     """The added tokens of a tokenizer that the base's tokenizer lacks.
 
     Args:
-        known: a token's id in the base's tokenizer.
+        id_in_base: a token's id in the base's tokenizer.
         size: the number of tokens in that; new ones are numbered from there.
 
     Raises:
@@ -100,12 +102,13 @@ def new_tokens(added: Iterable[NewToken], known: Callable[[str], int | None], si
     """
     found: list[NewToken] = []
     for token in added:
-        there = known(token.content)
-        if there is None:
+        base_id = id_in_base(token.content)
+        if base_id is None:
             found.append(token)
-        elif there != token.id:
+        elif base_id != token.id:
             raise AdapterError(
-                f"the tokenizer has '{shorten(token.content)}' as {token.id}, the base's has it as {there}", "tokenizer"
+                f"the tokenizer has '{shorten(token.content)}' as {token.id}, the base's has it as {base_id}",
+                "tokenizer",
             )
     found.sort(key=lambda token: token.id)
     if [token.id for token in found] != list(range(size, size + len(found))):

@@ -22,7 +22,7 @@ class Format(NamedTuple):
 
     name: Dtype
     itemsize: int
-    exponent: int  # mask of the exponent's bits; all set means infinite or NaN
+    exponent_mask: int  # mask of the exponent's bits; all set means infinite or NaN
 
 
 FORMATS: Final = {
@@ -83,19 +83,19 @@ def _parse_entry(name: str, entry: Any, data_start: int, formats: Mapping[str, F
     if not isinstance(dtype, str) or dtype not in formats:
         known = "F32, F16, BF16, F64, F8_E4M3 or F8_E5M2"
         raise refuse(f"has a dtype that is not served: {shorten(json.dumps(dtype), 40)} ({known})")
-    for numbers, counts, what in (
+    for numbers, counts, expected in (
         (shape, (1, 2), "a shape of one or two natural numbers"),
         (offsets, (2,), "data_offsets [begin, end] of two natural numbers"),
     ):
         natural = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
         if not natural or len(numbers) not in counts:
-            raise refuse(f"needs {what}, not {shorten(json.dumps(numbers), 40)}")
+            raise refuse(f"needs {expected}, not {shorten(json.dumps(numbers), 40)}")
     if max(shape) > MAX_DIMENSION or offsets[1] - offsets[0] != math.prod(shape) * formats[dtype].itemsize:
         raise refuse(f"has data_offsets that do not fit its shape {shorten(json.dumps(shape), 40)}")
     return TensorEntry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
-def chunks(file: BinaryIO, tensor: TensorEntry) -> Iterator[bytes]:
+def read_chunks(file: BinaryIO, tensor: TensorEntry) -> Iterator[bytes]:
     """A tensor's bytes, in chunks of whole numbers."""
     file.seek(tensor.start)
     remaining = tensor.end - tensor.start
@@ -111,7 +111,7 @@ def check_finite(chunk: bytes, name: str, tensor: TensorEntry) -> None:
     """Check that all these numbers are finite. Raises AdapterError."""
     number = FORMATS[tensor.dtype]
     bits = np.frombuffer(chunk, dtype=f"<u{number.itemsize}")
-    if np.any(bits & number.exponent == number.exponent):
+    if np.any(bits & number.exponent_mask == number.exponent_mask):
         raise AdapterError(f"tensor '{shorten(name)}' holds NaN or infinite values", name, "non_finite_weights")
 
 

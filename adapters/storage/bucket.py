@@ -18,7 +18,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import LocalStore, from_url
 
-from adapters.storage.silence import PATIENCE, Line, Patience, line
+from adapters.storage.silence import REQUEST_LIMITS, RequestLimits, Requests, shared_requests
 from adapters.storage.versions import RemoteUnavailable
 
 if TYPE_CHECKING:
@@ -58,15 +58,15 @@ class Bucket:
     Args:
         url: s3://bucket/prefix, gs://..., az://..., file:///...; credentials, region and endpoint come from the
             environment, as that provider's own tools read them (AWS_ENDPOINT_URL, ...).
-        patience: the time limits for a network store.
+        limits: time limits and concurrency for a network store.
 
     Raises:
         ValueError: no such kind of store, or an incomplete configuration.
     """
 
-    def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
+    def __init__(self, url: str, limits: RequestLimits = REQUEST_LIMITS) -> None:
         self._directory: Path | None = None
-        self._line: Line | None = None  # None for a directory
+        self._requests: Requests | None = None  # None for a directory
         if set(url) & set("?#"):
             raise ValueError("? and # would end its path; they are written %3F and %23")
         if url.startswith("file:") and not url.startswith("file:/"):
@@ -77,20 +77,20 @@ class Bucket:
                 assert isinstance(self._store, LocalStore)
                 self._directory = Path(str(self._store.prefix))
             else:
-                client, retry = _options(patience)
+                client, retry = _options(limits)
                 self._store = from_url(url, client_options=client, retry_config=retry)
-                self._line = line(url, patience)
+                self._requests = shared_requests(url, limits)
         except (BaseError, OSError) as fault:
-            raise ValueError(_line(fault)) from None
+            raise ValueError(_message(fault)) from None
 
     def list(self, prefix: str) -> list[Entry]:
         """The objects below a prefix. A store's list may lag behind its writes."""
         found: list[Entry] = []
-        with self._asking():
+        with self._requesting():
             now = datetime.now(UTC)
             for chunk in obstore.list(self._store, prefix):
-                if self._line is not None:
-                    self._line.answered()
+                if self._requests is not None:
+                    self._requests.note_answer()
                 ages = [(now - entry["last_modified"]).total_seconds() for entry in chunk]
                 found += [
                     Entry(one["path"], one["e_tag"], age, one["size"]) for one, age in zip(chunk, ages, strict=True)
@@ -100,7 +100,7 @@ class Bucket:
     def read(self, path: str) -> Object | None:
         """A small object; None if there is none."""
         try:
-            with self._asking(missing=False):
+            with self._requesting(missing_is_unavailable=False):
                 found = obstore.get(self._store, path)
                 version: UpdateVersion = {}
                 for key in ("e_tag", "version"):
@@ -119,11 +119,11 @@ class Bucket:
         if self._directory is not None:
             return self._put_in_directory(self._directory / path, content, version)
         mode: PutMode = "create" if version is None else version
-        with self._asking():
+        with self._requesting():
             try:
                 return obstore.put(self._store, path, content, mode=mode)["e_tag"]
             except (AlreadyExistsError, PreconditionError) as fault:
-                raise Conflict(_line(fault)) from None
+                raise Conflict(_message(fault)) from None
 
     def _put_in_directory(self, file: Path, content: bytes, version: "UpdateVersion | None") -> str | None:
         assert self._directory is not None
@@ -137,27 +137,29 @@ class Bucket:
                 # Not through obstore, since a file's ETag is made of its inode, time and size: inodes are reused and
                 # the kernel's own times are milliseconds apart, so that one ETag could mean two contents.
                 file.parent.mkdir(parents=True, exist_ok=True)
-                fresh = self._directory / f".new-{os.getpid()}-{threading.get_ident()}"
-                fresh.write_bytes(content)
+                new = self._directory / f".new-{os.getpid()}-{threading.get_ident()}"
+                new.write_bytes(content)
                 now = time.time_ns()
-                os.utime(fresh, ns=(now, now))
-                with fresh.open("rb") as written:
+                os.utime(new, ns=(now, now))
+                with new.open("rb") as written:
                     os.fsync(written.fileno())
-                fresh.rename(file)
+                new.rename(file)
                 after = self.read(path)
                 return after.etag if after else None
         except OSError as fault:
-            raise RemoteUnavailable(_line(fault)) from None
+            raise RemoteUnavailable(_message(fault)) from None
 
     def put_file(self, path: str, file: Path) -> None:
         """Create or replace an object of any size."""
-        with self._asking(large=True):
+        with self._requesting(large=True):
             obstore.put(self._store, path, file)
 
-    def get_file(self, path: str, file: Path, *, missing: bool = True) -> None:
-        """Copy an object to a new file; faults of the disk stay OSError. Without `missing`, a missing object raises
-        FileNotFoundError."""
-        with self._asking(large=True, missing=missing):
+    def get_file(self, path: str, file: Path, *, missing_is_unavailable: bool = True) -> None:
+        """Copy an object to a new file; faults of the disk stay OSError.
+
+        Without `missing_is_unavailable`, a missing object raises FileNotFoundError.
+        """
+        with self._requesting(large=True, missing_is_unavailable=missing_is_unavailable):
             stream = obstore.get(self._store, path).stream(min_chunk_size=_CHUNK_BYTES)
             with file.open("xb") as copy:
                 for chunk in stream:
@@ -165,29 +167,29 @@ class Bucket:
 
     def delete(self, paths: Sequence[str]) -> None:
         """Remove these objects, ignoring missing ones."""
-        with self._asking(), contextlib.suppress(FileNotFoundError):  # raised for a directory only
+        with self._requesting(), contextlib.suppress(FileNotFoundError):  # raised for a directory only
             if paths:
                 obstore.delete(self._store, paths)
 
     @contextlib.contextmanager
-    def _asking(self, *, large: bool = False, missing: bool = True) -> Iterator[None]:
+    def _requesting(self, *, large: bool = False, missing_is_unavailable: bool = True) -> Iterator[None]:
         """Turn every fault into RemoteUnavailable, which is raised at once while the store is silent.
 
         Args:
             large: the transfer may take long, so it does not count as silence.
-            missing: a missing object is such a fault, too.
+            missing_is_unavailable: a missing object is such a fault, too.
         """
-        with contextlib.ExitStack() as asked:
-            if self._line is not None and not large:
-                asked.enter_context(self._line.asking())
-            elif self._line is not None:
-                self._line.check()
-            asked.enter_context(_faults(missing=missing))
+        with contextlib.ExitStack() as contexts:
+            if self._requests is not None and not large:
+                contexts.enter_context(self._requests.track())
+            elif self._requests is not None:
+                self._requests.check()
+            contexts.enter_context(_translated_faults(missing_is_unavailable=missing_is_unavailable))
             yield
 
 
-def _options(patience: Patience) -> "tuple[ClientConfig, RetryConfig]":
-    seconds = patience.answer_seconds
+def _options(limits: RequestLimits) -> "tuple[ClientConfig, RetryConfig]":
+    seconds = limits.answer_seconds
     client: ClientConfig = {
         "connect_timeout": timedelta(seconds=seconds / 3),
         "read_timeout": timedelta(seconds=seconds),
@@ -198,18 +200,19 @@ def _options(patience: Patience) -> "tuple[ClientConfig, RetryConfig]":
 
 
 @contextlib.contextmanager
-def _faults(*, missing: bool = True) -> Iterator[None]:
-    """Turn the store client's faults into RemoteUnavailable; with `missing`, also a missing object or bucket."""
+def _translated_faults(*, missing_is_unavailable: bool = True) -> Iterator[None]:
+    """Turn the store client's faults into RemoteUnavailable; with `missing_is_unavailable`, also a missing object or
+    bucket."""
     try:
         yield
     except FileNotFoundError as fault:
-        if not missing:
+        if not missing_is_unavailable:
             raise
-        raise RemoteUnavailable(_line(fault)) from None
+        raise RemoteUnavailable(_message(fault)) from None
     except BaseError as fault:
-        raise RemoteUnavailable(_line(fault)) from None
+        raise RemoteUnavailable(_message(fault)) from None
 
 
-def _line(fault: Exception) -> str:
+def _message(fault: Exception) -> str:
     """The message of a fault, without the client's debugging notes."""
     return " ".join(str(fault).partition("Debug source")[0].split())[:300]

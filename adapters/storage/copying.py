@@ -18,7 +18,7 @@ def copy_files(names: Iterable[str], directory: Path, target: Path, root: Path) 
     """Copy those of the named files that exist in `directory`. Links may lead anywhere under `root`, and not out of it.
 
     Raises:
-        AdapterError: a file that lies elsewhere, is not a plain file, or changes meanwhile.
+        AdapterError: a file that lies elsewhere, is not a regular file, or changes meanwhile.
         OSError: a fault of the disk.
     """
     for name in names:
@@ -28,7 +28,7 @@ def copy_files(names: Iterable[str], directory: Path, target: Path, root: Path) 
         with _opened(path, root) as source, (target / name).open("xb") as copy:
             before = os.fstat(source.fileno())
             if not stat.S_ISREG(before.st_mode):
-                raise AdapterError(f"{name} is no plain file", name)
+                raise AdapterError(f"{name} is not a regular file", name)
             shutil.copyfileobj(source, copy, 1 << 20)
             after = os.fstat(source.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -38,7 +38,7 @@ def copy_files(names: Iterable[str], directory: Path, target: Path, root: Path) 
 @contextmanager
 def _opened(path: Path, root: Path) -> Iterator[BinaryIO]:
     """Open a file by its real path, following a link in no part of it, so that none can be slipped in."""
-    outside = AdapterError(f"{path.name} leads to nothing, or out of the directory that may be read", path.name)
+    outside = AdapterError(f"{path.name} does not exist, or lies outside the directory that may be read", path.name)
     try:
         *folders, name = path.resolve().relative_to(root.resolve()).parts
     except (ValueError, OSError, RuntimeError):  # outside, or a loop of links

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from adapters.disk import StorageFull, full_disk_named
+from adapters.disk import StorageFull, raising_storage_full
 
 Migration = Callable[[sqlite3.Connection], object]  # from one layout to the next
 
@@ -45,7 +45,7 @@ class UnknownCursorError(LookupError):
     """`after` is not the id of a row of the list."""
 
 
-def script(sql: str) -> Migration:
+def sql_migration(sql: str) -> Migration:
     """A migration of SQL statements without semicolons inside."""
 
     def run(connection: sqlite3.Connection) -> None:
@@ -55,7 +55,7 @@ def script(sql: str) -> Migration:
     return run
 
 
-def damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """The fault of a database file, which is opened read-only; None when it is whole."""
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
@@ -89,18 +89,18 @@ class Database:
         self._lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._owner: int | None = None  # the thread with the open transaction
-        self._committed: list[Callable[[], object]] = []  # calls that follow its commit
+        self._after_commit: list[Callable[[], object]] = []  # calls that follow its commit
         self._connection: sqlite3.Connection | None = None
         self._reserve = path.with_name(f"{path.name}-reserve")
         try:
             self._open()
-            self._keep_back()
+            self._write_reserve()
         except (DatabaseBusy, StorageFull) as fault:
             log.warning("%s: %s; it is read only, until it can be written", path, fault)
-            self._reader = self._copied()
+            self._reader = self._copy_to_memory()
 
     def _open(self) -> None:
-        with self._named_faults(full=_UNOPENED):
+        with self._translated_errors(full=_UNOPENED):
             connection = sqlite3.connect(
                 self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
             )
@@ -145,11 +145,11 @@ class Database:
                 connection.execute("ROLLBACK")
             raise
 
-    def _copied(self) -> sqlite3.Connection:
+    def _copy_to_memory(self) -> sqlite3.Connection:
         """A copy in memory of the file and its write-ahead log."""
         memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         memory.row_factory = sqlite3.Row
-        with self._named_faults(), tempfile.TemporaryDirectory(prefix="lorakeet-") as directory:
+        with self._translated_errors(), tempfile.TemporaryDirectory(prefix="lorakeet-") as directory:
             copy = Path(directory) / "copy"
             for suffix in ("", "-wal"):
                 source = self.path.with_name(self.path.name + suffix)
@@ -162,14 +162,14 @@ class Database:
         return memory
 
     @contextmanager
-    def _named_faults(self, full: frozenset[int] = frozenset()) -> Iterator[None]:
+    def _translated_errors(self, full: frozenset[int] = frozenset()) -> Iterator[None]:
         """Turn SQLite's errors for a busy file, a damaged file or a full disk into DatabaseBusy, DatabaseDamaged,
         StorageFull.
 
         `full`: further error codes that mean a full disk here.
         """
         try:
-            with full_disk_named():
+            with raising_storage_full():
                 yield
         except sqlite3.DatabaseError as fault:
             code = getattr(fault, "sqlite_errorcode", 0) & 0xFF
@@ -178,7 +178,7 @@ class Database:
             if code in _DAMAGED:
                 raise DatabaseDamaged(f"{self.path.name} is damaged: {fault}") from None
             if code in full:
-                raise StorageFull(errno.ENOSPC, f"the disk does not take {self.path.name}: {fault}") from None
+                raise StorageFull(errno.ENOSPC, f"no disk space for {self.path.name}: {fault}") from None
             raise
 
     @contextmanager
@@ -195,7 +195,7 @@ class Database:
             yield self._connection
             return
         if not self._lock.acquire(timeout=self._busy_seconds):
-            raise DatabaseBusy(f"others are changing {self.path.name}")
+            raise DatabaseBusy(f"another change holds {self.path.name}")
         try:
             if removing:
                 with suppress(OSError):
@@ -204,28 +204,28 @@ class Database:
                 self._open()
             connection = self._connection
             assert connection is not None
-            with self._named_faults():
+            with self._translated_errors():
                 connection.execute("BEGIN IMMEDIATE")
                 self._owner = threading.get_ident()
                 try:
                     yield connection
                     connection.execute("COMMIT")
                 except BaseException:
-                    self._committed.clear()
+                    self._after_commit.clear()
                     if connection.in_transaction:  # SQLite may have rolled back by itself
                         connection.execute("ROLLBACK")
                     raise
                 finally:
                     self._owner = None
-            committed, self._committed = self._committed, []
-            for follow in committed:
-                follow()
+            callbacks, self._after_commit = self._after_commit, []
+            for callback in callbacks:
+                callback()
         finally:
             if removing:
-                self._keep_back()
+                self._write_reserve()
             self._lock.release()
 
-    def _keep_back(self) -> None:
+    def _write_reserve(self) -> None:
         """Write the reserve for removals, or as much of it as the disk has room for."""
         with suppress(OSError, sqlite3.Error):
             try:
@@ -235,9 +235,9 @@ class Database:
                     self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 self._reserve.write_bytes(bytes(RESERVE_BYTES))
 
-    def after_commit(self, follow: Callable[[], object]) -> None:
-        """Call `follow` once the open transaction is on disk, and never if it fails."""
-        self._committed.append(follow)
+    def after_commit(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once the open transaction is on disk, and never if it fails."""
+        self._after_commit.append(callback)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -249,7 +249,7 @@ class Database:
             assert self._connection is not None
             yield self._connection
             return
-        with self._read_lock, self._named_faults():
+        with self._read_lock, self._translated_errors():
             self._reader.execute("BEGIN")
             try:
                 yield self._reader
@@ -270,14 +270,14 @@ class Database:
 
         `after` is the id of the row before the page. Raises UnknownCursorError when no row `where` has that id.
         """
-        order, beyond = ("DESC", "<") if newest_first else ("ASC", ">")
+        order, comparison = ("DESC", "<") if newest_first else ("ASC", ">")
         query, arguments = f"SELECT * FROM {table} WHERE {where}", list(values)
         with self.reading() as connection:
             if after is not None:
                 cursor = connection.execute(f"{query} AND id = ?", (*arguments, after)).fetchone()
                 if cursor is None:
                     raise UnknownCursorError(after)
-                query += f" AND number {beyond} ?"
+                query += f" AND number {comparison} ?"
                 arguments.append(cursor["number"])
             rows = connection.execute(f"{query} ORDER BY number {order} LIMIT ?", (*arguments, limit + 1)).fetchall()
         return rows[:limit], len(rows) > limit

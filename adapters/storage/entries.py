@@ -23,25 +23,25 @@ NAMES = "names"  # in a version's directory
 log = logging.getLogger(__name__)
 
 
-def note(before: Pointer | None, after: Pointer | None) -> None:
+def update(before: Pointer | None, after: Pointer | None) -> None:
     """Update the entries in the directories of a name's versions from the old pointer to the new one."""
-    meant, means = _entries(before), _entries(after)
-    for path in meant.keys() - means.keys():
+    old, new = _entries(before), _entries(after)
+    for path in old.keys() - new.keys():
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
-    for path, entry in means.items():
-        if meant.get(path) != entry:
+    for path, entry in new.items():
+        if old.get(path) != entry:
             _write(path, entry)
 
 
-def complete(pointer: Pointer) -> None:
+def write_missing(pointer: Pointer) -> None:
     """Write the entries of a name that are missing from its versions' directories."""
     for path, entry in _entries(pointer).items():
         if not (path.exists() and path.stat().st_size):
             _write(path, entry)
 
 
-def restored(directories: Iterable[Path]) -> dict[tuple[str, str], Pointer]:
+def restore_pointers(directories: Iterable[Path]) -> dict[tuple[str, str], Pointer]:
     """The pointers of these versions' names, by tenant and name, as far as the entries tell."""
     found: dict[tuple[str, str], list[tuple[dict[str, Any], Version]]] = {}
     for directory in directories:
@@ -82,12 +82,12 @@ def _entries(pointer: Pointer | None) -> dict[Path, dict[str, Any]]:
     if pointer is None:
         return {}
     owner = pointer.current
-    word = hashlib.sha256(f"{owner.tenant}\0{owner.name}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{owner.tenant}\0{owner.name}".encode()).hexdigest()[:32]
     common = {"tenant": owner.tenant, "name": owner.name}
     current = {"current": True, "split": list(map(list, pointer.split)), "pinned": pointer.pinned}
     current |= {"readers": list(pointer.readers)}
     return {
-        version.path / NAMES / f"{word}.json": common
+        version.path / NAMES / f"{key}.json": common
         | {"created": version.created, "staged": version.staged}
         | (current if version is owner else {})
         for version in pointer.versions

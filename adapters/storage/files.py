@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapters.disk import full_disk_named, sync
+from adapters.disk import raising_storage_full, sync
 from adapters.peft_format import record
 from adapters.peft_format.directory import AdapterSpec
 from adapters.storage import entries, lost, mending
@@ -36,7 +36,7 @@ class VersionFiles:
     """The directories of versions, and their leases.
 
     `lease` and `has` never wait for a disk; the other methods wait for the disk or the network. Creating one removes
-    uploads that an earlier process left unfinished; `settle` then removes the other unwanted files.
+    uploads that an earlier process left unfinished; `remove_unknown` then removes the other unwanted files.
 
     Args:
         root: directory of its own, made if missing, on one file system.
@@ -49,19 +49,19 @@ class VersionFiles:
         self._versions = root / "versions"
         self._remote = remote
         self._disk_bytes = disk_bytes
-        # `_placing` is held while a directory gets its name, `_counting` only briefly.
-        self._placing = threading.Lock()
-        self._counting = threading.Condition()
-        self._wanted: Counter[str] = Counter()  # digest -> number of names with it
+        # `_place_lock` is held while a directory gets its name, `_count_lock` only briefly.
+        self._place_lock = threading.Lock()
+        self._count_lock = threading.Condition()
+        self._name_counts: Counter[str] = Counter()  # digest -> number of names with it
         self._leases: Counter[str] = Counter()
         self._stored: OrderedDict[str, int] = OrderedDict()  # digest -> bytes here, the least recently leased first
         self._disk_used = 0  # bytes of `_stored`; like them, counted only with a remote
         self._removing: set[str] = set()  # digests of versions being removed
         self._fetching: dict[str, Future[None]] = {}
-        self._mending = threading.Lock()
-        self._beyond_mending: dict[str, str] = {}  # digest -> the fault of its files
+        self._mend_lock = threading.Lock()
+        self._unmendable: dict[str, str] = {}  # digest -> the fault of its files
         self._pending = Pending(root)  # marks of versions being added or removed
-        self._aside = root.parent / lost.LOST_AND_FOUND / "versions"
+        self._lost_and_found = root.parent / lost.LOST_AND_FOUND / "versions"
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="adapter-fetcher")
         self._closed = False
         self._recover()
@@ -75,38 +75,38 @@ class VersionFiles:
 
     def path(self, digest: str) -> Path:
         """The directory of a version's files, whether or not they are there."""
-        return self._versions / _key(digest)
+        return self._versions / _hex_digits(digest)
 
-    def want(self, more: Collection[str], less: Collection[str]) -> None:
-        """Count these digests as wanted once more, and those in `less` once less. Removes nothing."""
-        with self._counting:
-            self._wanted.update(more)
-            for digest in less:
-                _count_down(self._wanted, digest)
+    def count_names(self, added: Collection[str], removed: Collection[str]) -> None:
+        """Count one name more for each digest in `added`, and one less for each in `removed`. Removes no files."""
+        with self._count_lock:
+            self._name_counts.update(added)
+            for digest in removed:
+                _decrement(self._name_counts, digest)
 
     @contextmanager
-    def renaming(self, before: Pointer | None, after: Pointer | None) -> Iterator[None]:
+    def changing_pointer(self, before: Pointer | None, after: Pointer | None) -> Iterator[None]:
         """Wrap the change of a name's pointer: mark it as pending, then update the entries in the versions'
         directories."""
         if self._remote is not None:  # the names are there, too
             yield
             return
-        concerned = {version.digest for pointer in (before, after) if pointer for version in pointer.versions}
-        self._pending.mark(*map(_key, concerned))
+        digests = {version.digest for pointer in (before, after) if pointer for version in pointer.versions}
+        self._pending.mark(*map(_hex_digits, digests))
         try:
             yield
         finally:  # versions without a name keep their mark until they are removed
-            self._pending.clear(*(_key(digest) for digest in concerned & self._wanted.keys()))
-        entries.note(before, after)
+            self._pending.clear(*(_hex_digits(digest) for digest in digests & self._name_counts.keys()))
+        entries.update(before, after)
 
-    def complete(self, pointer: Pointer) -> None:
+    def write_missing_entries(self, pointer: Pointer) -> None:
         """Write the entries of a name that are missing from its versions' directories."""
         if self._remote is None:
-            entries.complete(pointer)
+            entries.write_missing(pointer)
 
     def has(self, digest: str) -> bool:
         """Whether the files are on this disk and not damaged beyond mending. A lease keeps them there."""
-        return digest in self._stored and digest not in self._beyond_mending
+        return digest in self._stored and digest not in self._unmendable
 
     def obtainable(self, digest: str) -> bool:
         """Whether the files are on this disk or can be fetched."""
@@ -120,22 +120,22 @@ class VersionFiles:
             UnknownAdapter: the version was removed.
         """
         digest = version.digest
-        with self._counting:
-            here = digest in self._stored
-            if not here and not (self._remote and digest in self._wanted):
+        with self._count_lock:
+            is_stored = digest in self._stored
+            if not is_stored and not (self._remote and digest in self._name_counts):
                 raise UnknownAdapter(f"the version {digest} of '{version.name}' was removed")
             self._leases[digest] += 1
-            if here and self._remote:
+            if is_stored and self._remote:
                 self._stored.move_to_end(digest)
         try:
             yield version
         finally:
-            unused = self._let_go(digest)
+            unused = self._end_lease(digest)
             # In a thread: a lease may end on the event loop, and removing gigabytes takes a while.
             if unused or self._excess > 0:
                 threading.Thread(target=self._collect, args=(digest,), name="adapter-collector").start()
 
-    async def ready(self, digest: str) -> None:
+    async def wait_until_ready(self, digest: str) -> None:
         """Wait until the files of a leased version are on this disk.
 
         Raises:
@@ -143,11 +143,11 @@ class VersionFiles:
             DamagedAdapter: the object store's files do not match the digest.
             StorageFull: there is no room for them.
         """
-        if digest in self._beyond_mending:
-            raise DamagedAdapter(self._beyond_mending[digest])
+        if digest in self._unmendable:
+            raise DamagedAdapter(self._unmendable[digest])
         if not self.has(digest):
             # Several callers may wait for one fetch: a cancelled one must not cancel it.
-            await asyncio.shield(asyncio.wrap_future(self._fetch_soon(digest)))
+            await asyncio.shield(asyncio.wrap_future(self._submit_fetch(digest)))
 
     # --- damage --------------------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ class VersionFiles:
         RemoteUnavailable.
         """
         directory = self.path(digest)
-        with self._mending, full_disk_named():
+        with self._mend_lock, raising_storage_full():
             try:
                 record.check(directory)
                 return
@@ -168,16 +168,16 @@ class VersionFiles:
                 mending.mend(directory, digest)
             except DamagedAdapter as fault:
                 if self._remote is None:
-                    self._beyond_mending[digest] = str(fault)
+                    self._unmendable[digest] = str(fault)
                     raise
                 with self.stage() as staging:
-                    self._receive(digest, staging)
+                    self._fetch_verified(digest, staging)
                     mending.replace_files(staging, directory)
             log.warning("%s: mended", digest)
 
-    def repair(self, staging: Path, spec: AdapterSpec) -> None:
+    def replace_damaged(self, staging: Path, spec: AdapterSpec) -> None:
         """If this version is on the disk and damaged, replace its files by the staged ones, which are whole."""
-        with self._mending:
+        with self._mend_lock:
             if spec.digest not in self._stored:
                 return
             try:
@@ -185,15 +185,15 @@ class VersionFiles:
             except record.DamagedFile as fault:
                 spec.save(staging)
                 mending.replace_files(staging, self.path(spec.digest))
-                log.warning("%s: %s; replaced by what was uploaded", spec.digest, fault)
-            self._beyond_mending.pop(spec.digest, None)
+                log.warning("%s: %s; replaced by the uploaded files", spec.digest, fault)
+            self._unmendable.pop(spec.digest, None)
 
     # --- adding --------------------------------------------------------------------------------------
 
     @contextmanager
     def stage(self) -> Iterator[Path]:
         """A private directory to write an adapter's files into, removed on exit unless placed. Raises StorageFull."""
-        with full_disk_named():
+        with raising_storage_full():
             for directory in (self._staging, self._versions):  # `_recover` may have failed to make them
                 directory.mkdir(parents=True, exist_ok=True)
             staging = self._staging / uuid.uuid4().hex
@@ -204,44 +204,44 @@ class VersionFiles:
             shutil.rmtree(staging, ignore_errors=True)
 
     @contextmanager
-    def coming(self, staging: Path, spec: AdapterSpec) -> Iterator[None]:
+    def persisting(self, staging: Path, spec: AdapterSpec) -> Iterator[None]:
         """Complete staged files, described by `spec`, and make them durable, in the object store if there is one.
 
         `place` them before the context ends.
         """
         spec.save(staging)
         _sync_all(staging)
-        with self._counting:
-            self._counting.wait_for(lambda: spec.digest not in self._removing)
+        with self._count_lock:
+            self._count_lock.wait_for(lambda: spec.digest not in self._removing)
             self._leases[spec.digest] += 1
-            kept = spec.digest in self._wanted and spec.digest not in self._beyond_mending
+            named = spec.digest in self._name_counts and spec.digest not in self._unmendable
         try:
             if self._remote:
-                self._remote.put(spec.digest, staging, known=kept)
-            self.repair(staging, spec)
+                self._remote.put(spec.digest, staging, named=named)
+            self.replace_damaged(staging, spec)
             yield
         finally:
-            self._let_go(spec.digest)
+            self._end_lease(spec.digest)
             self._collect(spec.digest)
 
     def place(self, staged: Path, digest: str) -> None:
         """Move staged files to the directory of their digest, unless it exists already."""
         size = _size(staged) if self._remote else 0
-        with self._placing:
-            with self._counting:
-                self._counting.wait_for(lambda: digest not in self._removing)
+        with self._place_lock:
+            with self._count_lock:
+                self._count_lock.wait_for(lambda: digest not in self._removing)
                 if digest in self._stored:
                     return
             if self._remote is None:
-                self._pending.mark(_key(digest))
+                self._pending.mark(_hex_digits(digest))
             staged.rename(self.path(digest))
-            with self._counting:
+            with self._count_lock:
                 self._stored[digest] = size
                 self._disk_used += size
         sync(self._versions)
 
-    def _fetch_soon(self, digest: str) -> Future[None]:
-        with self._counting:
+    def _submit_fetch(self, digest: str) -> Future[None]:
+        with self._count_lock:
             if digest not in self._fetching:
                 self._fetching[digest] = self._fetchers.submit(self._fetch, digest)
             return self._fetching[digest]
@@ -249,23 +249,23 @@ class VersionFiles:
     def _fetch(self, digest: str) -> None:
         assert self._remote is not None, "without one, whatever can be leased is here"
         try:
-            with full_disk_named(), self.stage() as staging:
+            with raising_storage_full(), self.stage() as staging:
                 if digest in self._stored:  # placed in the meantime
                     return
-                self._receive(digest, staging)
+                self._fetch_verified(digest, staging)
                 _sync_all(staging)
                 self.place(staging, digest)
         finally:
-            with self._counting:
+            with self._count_lock:
                 del self._fetching[digest]
         self._collect(digest)  # perhaps unwanted in the meantime
 
-    def _receive(self, digest: str, directory: Path) -> None:
+    def _fetch_verified(self, digest: str, directory: Path) -> None:
         """Fetch a version from the object store and verify it. Raises DamagedAdapter."""
         assert self._remote is not None
         self._remote.get(digest, directory)
         try:
-            mending.complete(directory, mending.verified(directory, digest))
+            mending.write_rows_and_record(directory, mending.verified_spec(directory, digest))
         except DamagedAdapter as fault:
             raise DamagedAdapter(f"in the object store, {fault}") from None
 
@@ -273,15 +273,15 @@ class VersionFiles:
 
     def remove_unused(self, digest: str) -> None:
         """Remove a version's files from this disk unless a name or a lease needs them."""
-        with self._counting:
-            if digest in self._wanted or digest in self._leases or digest in self._removing:
+        with self._count_lock:
+            if digest in self._name_counts or digest in self._leases or digest in self._removing:
                 return
             size = self._stored.pop(digest, None)
             if size is None:
                 return
             self._disk_used -= size
             self._removing.add(digest)
-        self._take_away(digest)
+        self._remove_files(digest)
 
     async def remove_orphans(self, seconds: float) -> int:
         """Remove versions from the object store that have no name there and no file written in the last `seconds`;
@@ -291,14 +291,14 @@ class VersionFiles:
         """
         if self._remote is None:
             return 0
-        work = self._fetchers.submit(self._remote.remove_orphans, seconds, self._held)
+        work = self._fetchers.submit(self._remote.remove_orphans, seconds, self._is_needed)
         return await asyncio.wrap_future(work)
 
-    def _held(self, digest: str) -> bool:
+    def _is_needed(self, digest: str) -> bool:
         """Whether this server needs a version's files in the object store."""
-        return self._closed or digest in self._wanted or digest in self._leases or digest in self._fetching
+        return self._closed or digest in self._name_counts or digest in self._leases or digest in self._fetching
 
-    def settle(self, known: Collection[str], database: str) -> None:
+    def remove_unknown(self, known: Collection[str], database: str) -> None:
         """Once, at start: remove the versions not in `known`, and those beyond the allowed bytes.
 
         With an object store, unknown versions are removed from this disk only: another server may be about to name
@@ -310,15 +310,15 @@ class VersionFiles:
             if self._remote is not None:
                 lost.remove(path)
         if self._remote is None:
-            lost.sort_out(unknown, self._pending, self._aside, database)
+            lost.remove_or_set_aside(unknown, self._pending, self._lost_and_found, database)
         self._disk_used = sum(self._stored.values())
         self._trim()
 
-    def _let_go(self, digest: str) -> bool:
+    def _end_lease(self, digest: str) -> bool:
         """End a lease; return whether nothing needs the files any more."""
-        with self._counting:
-            _count_down(self._leases, digest)
-            return digest not in self._leases and digest not in self._wanted
+        with self._count_lock:
+            _decrement(self._leases, digest)
+            return digest not in self._leases and digest not in self._name_counts
 
     @property
     def _excess(self) -> int:
@@ -333,7 +333,7 @@ class VersionFiles:
     def _trim(self) -> None:
         if self._excess <= 0:
             return
-        with self._counting:
+        with self._count_lock:
             excess = self._excess
             victims = []
             for candidate, size in self._stored.items():
@@ -346,9 +346,9 @@ class VersionFiles:
                 self._disk_used -= self._stored.pop(victim)
             self._removing.update(victims)
         for victim in victims:
-            self._take_away(victim)
+            self._remove_files(victim)
 
-    def _take_away(self, digest: str) -> None:
+    def _remove_files(self, digest: str) -> None:
         """Remove files from this disk by way of staging, so that half a directory is never found."""
         try:
             doomed = self._staging / uuid.uuid4().hex
@@ -356,30 +356,30 @@ class VersionFiles:
                 self.path(digest).rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
         finally:
-            with self._counting:
+            with self._count_lock:
                 self._removing.remove(digest)
-                self._counting.notify_all()
-            self._pending.clear(_key(digest))
+                self._count_lock.notify_all()
+            self._pending.clear(_hex_digits(digest))
 
     def _recover(self) -> None:
         """Remove unfinished uploads, and list the versions on this disk."""
         for directory in (self._staging, self._versions):
-            lost.directory_at(directory, self._aside.parent)
+            lost.ensure_directory(directory, self._lost_and_found.parent)
         with suppress(OSError):  # a full disk is reported by the next upload
             sync(self._versions.parent)
-        for left in lost.entries(self._staging):
-            lost.remove(left)
-        here = sorted((path for path in lost.entries(self._versions) if path.is_dir()), key=_age)
-        self._stored.update((f"sha256:{path.name}", _size(path) if self._remote else 0) for path in here)
+        for leftover in lost.entries(self._staging):
+            lost.remove(leftover)
+        present = sorted((path for path in lost.entries(self._versions) if path.is_dir()), key=_modified_at)
+        self._stored.update((f"sha256:{path.name}", _size(path) if self._remote else 0) for path in present)
 
 
-def _count_down(counter: Counter[str], key: str) -> None:
+def _decrement(counter: Counter[str], key: str) -> None:
     counter[key] -= 1
     if not counter[key]:
         del counter[key]
 
 
-def _age(path: Path) -> float:
+def _modified_at(path: Path) -> float:
     return path.stat().st_mtime
 
 
@@ -387,7 +387,7 @@ def _size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def _key(digest: str) -> str:
+def _hex_digits(digest: str) -> str:
     return digest.removeprefix("sha256:")
 
 

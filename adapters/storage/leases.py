@@ -36,20 +36,20 @@ class Leases:
         self._held: dict[str, tuple[str, float]] = {}  # key -> holder, start of its last renewal
         self._lock = threading.Lock()
 
-    def see(self, key: str, content: Content) -> None:
+    def observe(self, key: str, content: Content) -> None:
         """Note the lease in a record's content as read from the store."""
         lease = content.get(LEASE)
         with self._lock:
             if key not in self._seen or self._seen[key][0] != lease:
                 self._seen[key] = lease, time.monotonic()
 
-    def free(self, key: str) -> bool:
+    def is_free(self, key: str) -> bool:
         """Whether nobody holds a record, or its holder has not renewed the lease for the lease's seconds."""
         with self._lock:
             lease, since = self._seen.get(key, (None, 0.0))
         return lease is None or time.monotonic() - since > lease["seconds"]
 
-    def held(self) -> list[str]:
+    def held_keys(self) -> list[str]:
         """Keys of the records held by this server."""
         with self._lock:
             return list(self._held)
@@ -59,7 +59,7 @@ class Leases:
         with self._lock:
             return key in self._held
 
-    def left(self, key: str) -> float:
+    def seconds_left(self, key: str) -> float:
         """Seconds for which a record held here can be worked on without another renewal."""
         with self._lock:
             return self.seconds - (time.monotonic() - self._held[key][1]) if key in self._held else 0.0
@@ -123,7 +123,7 @@ class Leases:
     def _change(self, key: str, apply: Callable[[Content | None], Content]) -> Content:
         content = self._records.change(key, apply).content
         assert content is not None
-        self.see(key, content)
+        self.observe(key, content)
         return content
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 LOST_AND_FOUND = "lost+found"
 PENDING = ".pending"
-_GONE = ".gone"
+_REMOVING_SUFFIX = ".gone"
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def entries(directory: Path) -> list[Path]:
     return []
 
 
-def sort_out(unknown: Iterable[Path], pending: Pending, aside: Path, database: str) -> None:
+def remove_or_set_aside(unknown: Iterable[Path], pending: Pending, aside: Path, database: str) -> None:
     """Once, at start: of the paths unknown to `database`, remove those with a mark, and move the rest to `aside`."""
     marked = pending.names()
     lost = []
@@ -68,7 +68,7 @@ def _set_aside(lost: list[Path], aside: Path, database: str) -> None:
     try:
         aside.mkdir(parents=True, exist_ok=True)
         for path in lost:
-            path.rename(vacant(aside / path.name))
+            path.rename(unused_path(aside / path.name))
     except OSError as fault:
         log.error("%d entries of %s are unknown to %s and left alone: %s", len(lost), lost[0].parent, database, fault)
         return
@@ -80,29 +80,29 @@ def _set_aside(lost: list[Path], aside: Path, database: str) -> None:
 
 def set_aside_database(path: Path) -> Path:
     """Rename a damaged database, with its write-ahead log; return the new path."""
-    damaged = vacant(path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}"))
+    damaged = unused_path(path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}"))
     for suffix in ("-wal", "-shm", ""):
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(damaged.with_name(damaged.name + suffix))
     return damaged
 
 
-def directory_at(path: Path, aside: Path) -> None:
-    """Make a directory, moving a plain file in its place to `aside`, and finish removals that `take_away` began there.
-    On a full disk this fails silently; the next write there reports it."""
+def ensure_directory(path: Path, aside: Path) -> None:
+    """Make a directory, moving a regular file in its place to `aside`, and finish the removals that `rename_and_remove`
+    began there. On a full disk this fails silently; the next write there reports it."""
     with contextlib.suppress(OSError):
         if path.exists() and not path.is_dir():
             aside.mkdir(parents=True, exist_ok=True)
-            log.error("%s is no directory: set aside as %s", path, moved := vacant(aside / path.name))
+            log.error("%s is not a directory: set aside as %s", path, moved := unused_path(aside / path.name))
             path.rename(moved)
         path.mkdir(parents=True, exist_ok=True)
-        for half_removed in path.glob(f".*{_GONE}"):
+        for half_removed in path.glob(f".*{_REMOVING_SUFFIX}"):
             remove(half_removed)
 
 
-def take_away(path: Path) -> None:
+def rename_and_remove(path: Path) -> None:
     """Remove a directory that a thread may still be writing into: it is renamed first, so that nobody finds it."""
-    gone = path.with_name(f".{path.name}{_GONE}")
+    gone = path.with_name(f".{path.name}{_REMOVING_SUFFIX}")
     with contextlib.suppress(OSError):
         path.rename(gone)
         remove(gone)
@@ -117,7 +117,7 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def vacant(path: Path) -> Path:
+def unused_path(path: Path) -> Path:
     """This path, or the first free one with a number appended."""
     candidate, number = path, 1
     while candidate.exists():

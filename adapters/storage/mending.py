@@ -13,21 +13,21 @@ from adapters.storage.versions import DamagedAdapter
 
 def mend(directory: Path, digest: str) -> None:
     """Rebuild rows and record in place. Raises DamagedAdapter when config, spec or weights are damaged."""
-    check_noted(directory, CONFIG_NAME, SPEC_NAME)
-    complete(directory, verified(directory, digest))
+    check_recorded(directory, CONFIG_NAME, SPEC_NAME)
+    write_rows_and_record(directory, verified_spec(directory, digest))
 
 
-def check_noted(directory: Path, *names: str) -> None:
+def check_recorded(directory: Path, *names: str) -> None:
     """Check these files against the record, if it can be read. Raises DamagedAdapter."""
     with contextlib.suppress(record.DamagedFile):  # versions of earlier releases have no record
-        noted = record.read(directory)
+        recorded = record.read(directory)
         try:
-            record.check(directory, noted.keys() & set(names))
+            record.check(directory, recorded.keys() & set(names))
         except record.DamagedFile as fault:
             raise DamagedAdapter(f"{directory.name}: {fault}") from None
 
 
-def verified(directory: Path, digest: str) -> AdapterSpec:
+def verified_spec(directory: Path, digest: str) -> AdapterSpec:
     """The spec in a directory, once spec and weights are verified against the digest. Raises DamagedAdapter."""
     try:
         found = digest_of(directory)
@@ -39,9 +39,9 @@ def verified(directory: Path, digest: str) -> AdapterSpec:
     return spec
 
 
-def complete(directory: Path, spec: AdapterSpec) -> None:
+def write_rows_and_record(directory: Path, spec: AdapterSpec) -> None:
     """Lay out the rows of a whole version, and write its record; durable."""
-    packed_rows.make(directory, spec)
+    packed_rows.write(directory, spec)
     record.write(directory)
     sync(directory)
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.record import DamagedFile
-from adapters.storage.database import BUSY_SECONDS, Database, script
+from adapters.storage.database import BUSY_SECONDS, Database, sql_migration
 from adapters.storage.receipt import receipt_of
 from adapters.storage.versions import Locate, Pointer, Version
 
@@ -56,7 +56,7 @@ _ADD_SHARED = """
 CREATE TABLE IF NOT EXISTS adapter_shared (
     tenant TEXT NOT NULL, name TEXT NOT NULL, readers TEXT NOT NULL, PRIMARY KEY (tenant, name))
 """
-_MIGRATIONS = (script(_SCHEMA), _add_staged, script(_ADD_SHARED))
+_MIGRATIONS = (sql_migration(_SCHEMA), _add_staged, sql_migration(_ADD_SHARED))
 
 Apply = Callable[[Pointer | None], Pointer | None]  # a name's pointer -> its new pointer; None: no such name
 Split = tuple[tuple[str, float], ...]
@@ -78,8 +78,8 @@ class Names(Protocol):
     def load(self, locate: Locate) -> Iterator[Pointer]:
         """All pointers as last saved; unreadable ones are logged and left out."""
 
-    def change(self, tenant: str, name: str, known: Pointer | None, apply: Apply, locate: Locate) -> Pointer | None:
-        """Replace a name's pointer by `apply` of it; `known` is the pointer as this process last saw it.
+    def change(self, tenant: str, name: str, last_seen: Pointer | None, apply: Apply, locate: Locate) -> Pointer | None:
+        """Replace a name's pointer by `apply` of it; `last_seen` is the pointer as this process last saw it.
 
         Durable when it returns the new pointer. `apply` may be called several times; its errors are raised.
         """
@@ -116,7 +116,7 @@ class LocalNames:
         for owner, versions in found.items():
             readable = tuple(version for version in versions if version is not None)
             if versions[0] is not None:  # serving an older one would be wrong
-                split = _within(divided.get(owner, ()), readable)
+                split = _complete_split(divided.get(owner, ()), readable)
                 yield Pointer(readable, split, owner in pins, readers.get(owner, ()))
             else:
                 self.unreadable.update(version.digest for version in readable)
@@ -130,7 +130,7 @@ class LocalNames:
                 _ = found["rows"]
             except (ValueError, TypeError, LookupError):
                 found = receipt_of(AdapterSpec.read(locate(digest)))
-                log.warning("%s: the receipt of adapter %s could not be read; it was made anew", self.title, name)
+                log.warning("%s: the receipt of adapter %s could not be read and was rebuilt", self.title, name)
             return Version(tenant, name, digest, locate(digest), float(created), found, bool(staged))
         except (DamagedFile, ValueError, TypeError, LookupError, AttributeError) as fault:
             log.error("%s: a row of adapter %s cannot be read: %s", self.title, name, fault)
@@ -149,12 +149,12 @@ class LocalNames:
         try:
             return tuple(str(reader) for reader in json.loads(row["readers"]))
         except (ValueError, TypeError) as fault:
-            log.error("%s: whom adapter %s is shared with cannot be read: %s", self.title, row["name"], fault)
+            log.error("%s: the readers of adapter %s cannot be read: %s", self.title, row["name"], fault)
             return ()
 
-    def change(self, tenant: str, name: str, known: Pointer | None, apply: Apply, locate: Locate) -> Pointer | None:
-        after = apply(known)
-        if after != known:
+    def change(self, tenant: str, name: str, last_seen: Pointer | None, apply: Apply, locate: Locate) -> Pointer | None:
+        after = apply(last_seen)
+        if after != last_seen:
             self.save(tenant, name, after)
         return after
 
@@ -183,6 +183,6 @@ class LocalNames:
         self.database.close()
 
 
-def _within(split: Split, versions: Sequence[Version]) -> Split:
+def _complete_split(split: Split, versions: Sequence[Version]) -> Split:
     """A split, or none if one of its versions is missing."""
     return split if {digest for digest, _ in split} <= {version.digest for version in versions} else ()

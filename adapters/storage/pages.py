@@ -25,9 +25,9 @@ class Pages:
         self._prefix = prefix
         self._server = server
 
-    def own(self) -> list[str]:
+    def own_pages(self) -> list[str]:
         """The names of this server's pages, in order."""
-        return sorted(page for page, server in self._listed() if server == self._server())
+        return sorted(page for page, server in self._list() if server == self._server())
 
     def write(self, page: str, change: Callable[[bytes], bytes]) -> None:
         """Replace this server's page by `change` of it, or of `b""` if there is none."""
@@ -43,13 +43,15 @@ class Pages:
             if found is None or found.content != after:
                 raise RemoteUnavailable(f"{path} was changed by another server") from None
 
-    def read(self, first: str, last: str, *, own: bool) -> Iterator[bytes]:
-        """The pages of all servers from `first` to `last`, the newest first; without `own`, those of the other
+    def read(self, first: str, last: str, *, include_own: bool) -> Iterator[bytes]:
+        """The pages of all servers from `first` to `last`, the newest first; without `include_own`, those of the other
         servers."""
-        listed = sorted(self._listed(first if first == last else ""), reverse=True)
+        listed = sorted(self._list(first if first == last else ""), reverse=True)
         server = self._server()
         paths = [
-            f"{self._prefix}/{page}/{of}" for page, of in listed if first <= page <= last and (own or of != server)
+            f"{self._prefix}/{page}/{writer}"
+            for page, writer in listed
+            if first <= page <= last and (include_own or writer != server)
         ]
         with ThreadPoolExecutor(_READERS, thread_name_prefix="pages") as readers:
             for start in range(0, len(paths), _READERS):  # lazily: a caller may stop early
@@ -57,7 +59,7 @@ class Pages:
                     if found is not None:
                         yield found.content
 
-    def _listed(self, page: str = "") -> list[tuple[str, str]]:
+    def _list(self, page: str = "") -> list[tuple[str, str]]:
         paths = [entry.path for entry in self._bucket.list(f"{self._prefix}/{page}".rstrip("/"))]
         names = [path.removeprefix(f"{self._prefix}/").partition("/") for path in paths]
         return [(page, server) for page, _, server in names]

@@ -21,7 +21,7 @@ def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
 
     Rare properties (new tokens, text of its own) are included only if present.
     """
-    own = {
+    optional = {
         "task": spec.config["task_type"] if spec.variants.classifier else None,
         "num_labels": spec.variants.num_labels,
         "new_tokens": spec.variants.new_tokens,
@@ -43,10 +43,10 @@ def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
         "rows": spec.rows(),
         "base_model_name_or_path": spec.config["base_model_name_or_path"],
         "warnings": list(spec.warnings),
-    } | {name: value for name, value in own.items() if value}
+    } | {name: value for name, value in optional.items() if value}
 
 
-def taught(receipt: Mapping[str, Any]) -> AdapterText:
+def trained_text(receipt: Mapping[str, Any]) -> AdapterText:
     """The properties that the adapter learned from its fine-tune's rows: stop tokens, formats of calls and thoughts."""
     return AdapterText(
         stop_tokens=tuple(receipt.get("stop_token_ids", ())),

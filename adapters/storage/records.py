@@ -30,14 +30,14 @@ Content = dict[str, Any]
 
 _READERS = 32  # records read at once
 _MARKS = 32  # of changes, kept in a record
-_PATIENCE = 20.0  # seconds for which a change is retried when others win the race
-_REFUSALS = 3  # failed writes, while reads succeed, before a change is given up
+_RETRY_SECONDS = 20.0  # seconds for which a change is retried when others win the race
+_MAX_FAILED_WRITES = 3  # failed writes, while reads succeed, before a change is given up
 _FIRST_WAIT, _LONGEST_WAIT = 0.005, 0.5
 _SEAL_SECONDS = 3600.0  # after which a sealed tombstone that is still there may be used again
 _REMOVAL_SECONDS = 60.0  # time limit for removing a tombstone after its sealing
 _SUFFIX = ".json"
-_LOOKS = 64  # lookups of keys not known here, between two lists
-_PLAIN = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_MAX_LOOKUPS = 64  # lookups of keys not known here, between two lists
+_LOOKUP_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Record:
     fault: str | None = None
 
     @property
-    def abandoned(self) -> bool:
+    def seal_expired(self) -> bool:
         """Whether the seal is so old that its server will not remove the tombstone any more."""
         return self.age > _SEAL_SECONDS
 
@@ -84,19 +84,19 @@ class Records:
         self._bucket = bucket
         self._prefix = prefix
         self._known: dict[str, tuple[int, str | None]] = {}  # key -> revision, ETag
-        self._missed: dict[str, Future[Record]] = {}  # lookups since the last list
+        self._lookups: dict[str, Future[Record]] = {}  # lookups since the last list
         self._lock = threading.Lock()
 
     # --- reading -------------------------------------------------------------------------------------
 
-    def news(self) -> Iterator[Record]:
-        """Records that differ from those known here. They become known one by one, by `note`."""
+    def fetch_changes(self) -> Iterator[Record]:
+        """Records that differ from those known here. They become known one by one, by `remember`."""
         with self._lock:
             known = dict(self._known)
-            self._missed.clear()
+            self._lookups.clear()
         listed = {self._key(entry.path): entry.etag for entry in self._entries()}
         changed = [key for key, etag in listed.items() if key not in known or known[key][1] != etag]
-        missing = [key for key in known if key not in listed]  # by a list that is late, or by `sweep`
+        missing = [key for key in known if key not in listed]  # by a list that is late, or by `remove_tombstones`
         for record in self._read_all([*changed, *missing]):
             gone = record.version is None and record.key in known
             yield replace(record, revision=known[record.key][0]) if gone else record
@@ -106,28 +106,28 @@ class Records:
         records = self._read_all([self._key(entry.path) for entry in self._entries()])
         return (record for record in records if record.content is not None)
 
-    def miss(self, key: str) -> Record | None:
+    def find_unknown(self, key: str) -> Record | None:
         """A requested record that is not known here; looked for once between two lists.
 
         Concurrent callers wait for the same answer.
         """
         with self._lock:
-            found = self._missed.get(key)
-            if mine := found is None:
-                if len(self._missed) >= _LOOKS or not _PLAIN.fullmatch(key):
+            lookup = self._lookups.get(key)
+            if is_first := lookup is None:
+                if len(self._lookups) >= _MAX_LOOKUPS or not _LOOKUP_KEY.fullmatch(key):
                     return None
-                found = self._missed[key] = Future()
-        if mine:
+                lookup = self._lookups[key] = Future()
+        if is_first:
             try:
-                found.set_result(self.look(key))
+                lookup.set_result(self.fetch(key))
             except BaseException as fault:
                 with self._lock:
-                    self._missed.pop(key, None)  # the next caller tries again
-                found.set_exception(fault)
-        record = found.result()
+                    self._lookups.pop(key, None)  # the next caller tries again
+                lookup.set_exception(fault)
+        record = lookup.result()
         return None if record.content is None else record
 
-    def look(self, key: str) -> Record:
+    def fetch(self, key: str) -> Record:
         """The current state of one record."""
         found = self._bucket.read(self._path(key))
         if found is None:
@@ -141,7 +141,7 @@ class Records:
             return replace(record, fault=repr(fault))
         return replace(record, content=None if removed else document, revision=revision, marks=marks, sealed=sealed)
 
-    def note(self, record: Record) -> bool:
+    def remember(self, record: Record) -> bool:
         """Remember this record unless a later one is known; return whether it is news."""
         with self._lock:
             revision, etag = self._known.get(record.key, (-2, None))
@@ -165,7 +165,7 @@ class Records:
         with self._lock:
             self._known.pop(key, None)
 
-    def damage(self, key: str, fault: object) -> None:
+    def report_damage(self, key: str, fault: object) -> None:
         """Report once that an object is not a valid record. Its last valid state stays known."""
         path = self._path(key)
         if path not in self.damaged:
@@ -175,9 +175,9 @@ class Records:
     def _read_all(self, keys: list[str]) -> Iterator[Record]:
         """Read the records of these keys, without damaged ones."""
         with ThreadPoolExecutor(_READERS, thread_name_prefix="records") as readers:
-            for record in readers.map(self.look, keys):
+            for record in readers.map(self.fetch, keys):
                 if record.fault is not None:
-                    self.damage(record.key, record.fault)
+                    self.report_damage(record.key, record.fault)
                 else:
                     self.damaged.discard(self._path(record.key))
                     yield record
@@ -190,25 +190,25 @@ class Records:
         `apply` is called again when another server came first. An unchanged result is not written; the errors of
         `apply` are raised. After RemoteUnavailable the change may or may not have been made.
         """
-        mark, deadline, wait, refused = uuid.uuid4().hex, time.monotonic() + _PATIENCE, _FIRST_WAIT, 0
+        mark, deadline, wait, failed_writes = uuid.uuid4().hex, time.monotonic() + _RETRY_SECONDS, _FIRST_WAIT, 0
         while True:
-            before = self.look(key)
+            before = self.fetch(key)
             if mark in before.marks:  # the write succeeded, its answer was lost
-                return self._noted(before)
-            if not before.sealed or before.abandoned:
+                return self._remembered(before)
+            if not before.sealed or before.seal_expired:
                 after = apply(before.content)
                 if after == before.content:
-                    return self._noted(before)
+                    return self._remembered(before)
                 try:
-                    return self._noted(self._write(before, after, mark))
+                    return self._remembered(self._write(before, after, mark))
                 except Conflict:
                     pass
                 except RemoteUnavailable:
-                    refused += 1
-                    if refused >= _REFUSALS and mark not in self.look(key).marks:
+                    failed_writes += 1
+                    if failed_writes >= _MAX_FAILED_WRITES and mark not in self.fetch(key).marks:
                         raise
             if time.monotonic() > deadline:
-                raise RemoteUnavailable(f"{self._path(key)} is changed by others all the time")
+                raise RemoteUnavailable(f"{self._path(key)} is changed too often by other servers")
             time.sleep(random.uniform(0, wait))
             wait = min(2 * wait, _LONGEST_WAIT)
 
@@ -222,13 +222,13 @@ class Records:
         etag = self._bucket.put_if(path, json.dumps(document).encode(), before.version)
         return Record(before.key, content, revision, marks, etag, version={})
 
-    def _noted(self, record: Record) -> Record:
-        self.note(record)
+    def _remembered(self, record: Record) -> Record:
+        self.remember(record)
         return record
 
     # --- tombstones ----------------------------------------------------------------------------------
 
-    def sweep(self, seconds: float) -> int:
+    def remove_tombstones(self, seconds: float) -> int:
         """Remove the tombstones of records removed more than `seconds` ago; return the count.
 
         An object cannot be removed on condition that it is unchanged. So it is sealed first: no record is created in
@@ -237,7 +237,7 @@ class Records:
         count = 0
         old = [self._key(entry.path) for entry in self._entries() if entry.age > seconds]
         for record in list(self._read_all(old)):
-            if record.content is not None or record.version is None or (record.sealed and not record.abandoned):
+            if record.content is not None or record.version is None or (record.sealed and not record.seal_expired):
                 continue
             began = time.monotonic()
             with contextlib.suppress(Conflict):

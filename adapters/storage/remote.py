@@ -21,8 +21,8 @@ from adapters.peft_format.record import RECORD_NAME
 from adapters.storage.bucket import Bucket, Conflict, Entry
 from adapters.storage.names import Apply
 from adapters.storage.records import Content, Record, Records
-from adapters.storage.silence import PATIENCE, Patience
-from adapters.storage.versions import DamagedAdapter, Locate, Meaning, Pointer, RemoteUnavailable, Version
+from adapters.storage.silence import REQUEST_LIMITS, RequestLimits
+from adapters.storage.versions import DamagedAdapter, Locate, Pointer, RemotePointer, RemoteUnavailable, Version
 
 REQUIRED = (CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME)
 _DAMAGE = (ValueError, LookupError, TypeError)  # errors of reading a damaged name
@@ -37,24 +37,24 @@ log = logging.getLogger(__name__)
 class RemoteStore:
     """Names (as `Names`) and files of versions in one bucket, where other servers see and change them.
 
-    All methods but `note` wait for a network, and raise RemoteUnavailable. See `Bucket` for the URL and its errors.
+    All methods but `remember` wait for a network, and raise RemoteUnavailable. See `Bucket` for the URL and its errors.
     """
 
     title = "the object store"
 
-    def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
+    def __init__(self, url: str, limits: RequestLimits = REQUEST_LIMITS) -> None:
         self.unreadable: set[str] = set()
-        self.bucket = Bucket(url, patience)
+        self.bucket = Bucket(url, limits)
         self._names = Records(self.bucket, "names")
 
     # --- names -----------------------------------------------------------------------------------------
 
     def load(self, locate: Locate) -> Iterator[Pointer]:
-        for meaning in self.news(locate):
-            if self.note(meaning) and meaning.pointer is not None:
-                yield meaning.pointer
+        for remote in self.fetch_changes(locate):
+            if self.remember(remote) and remote.pointer is not None:
+                yield remote.pointer
 
-    def change(self, tenant: str, name: str, known: Pointer | None, apply: Apply, locate: Locate) -> Pointer | None:
+    def change(self, tenant: str, name: str, last_seen: Pointer | None, apply: Apply, locate: Locate) -> Pointer | None:
         def applied(content: Content | None) -> Content | None:
             before = _pointer_or_none(content, locate)
             after = apply(before)
@@ -64,49 +64,49 @@ class RemoteStore:
 
         return _pointer_or_none(self._names.change(_key(tenant, name), applied).content, locate)
 
-    def news(self, locate: Locate) -> Iterator[Meaning]:
+    def fetch_changes(self, locate: Locate) -> Iterator[RemotePointer]:
         """Pointers that differ from those known here."""
-        for record in self._names.news():
-            if (meaning := self._meaning(record, locate)) is not None:
-                yield meaning
+        for record in self._names.fetch_changes():
+            if (remote := self._remote_pointer(record, locate)) is not None:
+                yield remote
 
-    def look(self, tenant: str, name: str, locate: Locate) -> Meaning | None:
+    def fetch_pointer(self, tenant: str, name: str, locate: Locate) -> RemotePointer | None:
         """The current pointer of one name; None when it cannot be read."""
-        return self._meaning(self._names.look(_key(tenant, name)), locate)
+        return self._remote_pointer(self._names.fetch(_key(tenant, name)), locate)
 
-    def note(self, meaning: Meaning) -> bool:
+    def remember(self, remote: RemotePointer) -> bool:
         """Remember this pointer unless a later one is known; return whether it is news. Does not wait."""
-        return self._names.note(meaning.stamp)
+        return self._names.remember(remote.record)
 
-    def _meaning(self, record: Record, locate: Locate) -> Meaning | None:
+    def _remote_pointer(self, record: Record, locate: Locate) -> RemotePointer | None:
         try:
             tenant, name = _owner(record.key)
             pointer = None if record.content is None else _pointer(record.content, locate)
         except _DAMAGE as fault:
             record = replace(record, fault=repr(fault))
         if record.fault is not None:
-            self._names.damage(record.key, record.fault)
+            self._names.report_damage(record.key, record.fault)
             return None
-        return Meaning(tenant, name, pointer, record)
+        return RemotePointer(tenant, name, pointer, record)
 
     # --- files -----------------------------------------------------------------------------------------
 
-    def put(self, digest: str, directory: Path, *, known: bool) -> None:
-        """Store a version's files, for a name about to have it. `known`: a name has it already, as far as this server
+    def put(self, digest: str, directory: Path, *, named: bool) -> None:
+        """Store a version's files, for a name about to have it. `named`: a name has it already, as far as this server
         knows."""
-        made_anew = {ROWS_NAME, RECORD_NAME}  # by each server that fetches the others
-        names = {path.name for path in directory.iterdir()} - made_anew
+        derived = {ROWS_NAME, RECORD_NAME}  # by each server that fetches the others
+        names = {path.name for path in directory.iterdir()} - derived
         deadline = time.monotonic() + _CONDEMNED_WAIT
         while True:
-            for name in sorted({CONFIG_NAME} & names if known else names):
+            for name in sorted({CONFIG_NAME} & names if named else names):
                 self.bucket.put_file(_path(digest, name), directory / name)
             mark = self.bucket.read(_condemned(digest))
-            there = {entry.path.rpartition("/")[2] for entry in self._files(digest)}
-            if names <= there and (mark is None or mark.age > _CONDEMNED_SECONDS):
+            stored = {entry.path.rpartition("/")[2] for entry in self._files(digest)}
+            if names <= stored and (mark is None or mark.age > _CONDEMNED_SECONDS):
                 return
             if time.monotonic() > deadline:
                 raise RemoteUnavailable(f"{digest} is being removed")
-            known = False
+            named = False
             time.sleep(_WAIT)
 
     def get(self, digest: str, directory: Path) -> None:
@@ -117,24 +117,26 @@ class RemoteStore:
         for name in names:
             self.bucket.get_file(_path(digest, name), directory / name)
 
-    def remove_orphans(self, seconds: float, held: Callable[[str], bool]) -> int:
-        """Remove versions that have no name, are not `held`, and have no file written in the last `seconds`; return the
-        count. None is removed while a name cannot be read."""
-        self._names.sweep(seconds)
-        found = [digest for digest in self._unnamed(seconds, None) if not held(digest)]
+    def remove_orphans(self, seconds: float, is_needed: Callable[[str], bool]) -> int:
+        """Remove versions that have no name, are not needed here, and have no file written in the last `seconds`.
+
+        Returns the count. None is removed while a name cannot be read.
+        """
+        self._names.remove_tombstones(seconds)
+        found = [digest for digest in self._find_unnamed(seconds, None) if not is_needed(digest)]
         starts = range(0, len(found), _REMOVED_AT_ONCE)
         return sum(self._remove(found[start : start + _REMOVED_AT_ONCE], seconds) for start in starts)
 
-    def _unnamed(self, seconds: float, among: Collection[str] | None) -> set[str]:
+    def _find_unnamed(self, seconds: float, candidates: Collection[str] | None) -> set[str]:
         """Versions without a name, all of their files older than `seconds`; none while a name cannot be read."""
-        youngest: dict[str, float] = {}
+        ages: dict[str, float] = {}
         for entry in self.bucket.list("versions"):  # before the names: a version named meanwhile is kept
             digest = f"sha256:{entry.path.split('/')[1]}"
-            youngest[digest] = min(entry.age, youngest.get(digest, entry.age))
-        old = {digest for digest, age in youngest.items() if age > seconds and (among is None or digest in among)}
+            ages[digest] = min(entry.age, ages.get(digest, entry.age))
+        old = {digest for digest, age in ages.items() if age > seconds and (candidates is None or digest in candidates)}
         for record in self._names.all() if old else ():
-            meaning = self._meaning(record, Path)
-            old -= {version.digest for version in meaning.pointer.versions} if meaning and meaning.pointer else set()
+            remote = self._remote_pointer(record, Path)
+            old -= {version.digest for version in remote.pointer.versions} if remote and remote.pointer else set()
         if old and self._names.damaged:
             log.warning("names in the object store are damaged; files that no name has are left there")
             return set()
@@ -148,12 +150,12 @@ class RemoteStore:
                 if mark is None or mark.age > _CONDEMNED_SECONDS:
                     self.bucket.put_if(_condemned(digest), b"{}", mark and mark.version)
                     marked.append(digest)
-        doomed = self._unnamed(seconds, marked)
+        unnamed = self._find_unnamed(seconds, marked)
         for digest in marked:
-            if digest in doomed and time.monotonic() - began < _CONDEMNED_SECONDS / 2:
+            if digest in unnamed and time.monotonic() - began < _CONDEMNED_SECONDS / 2:
                 self.bucket.delete([entry.path for entry in self._files(digest)])
             self.bucket.delete([_condemned(digest)])
-        return len(doomed)
+        return len(unnamed)
 
     def _files(self, digest: str) -> list[Entry]:
         return self.bucket.list(_path(digest, "").rstrip("/"))

@@ -15,13 +15,21 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapters.disk import full_disk_named
+from adapters.disk import raising_storage_full
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError, shorten
 from adapters.storage.files import VersionFiles
 from adapters.storage.names import Apply, Names
 from adapters.storage.receipt import receipt_of
-from adapters.storage.versions import Known, Meaning, Pointer, RemoteUnavailable, UnknownAdapter, Version, check_name
+from adapters.storage.versions import (
+    Pointer,
+    Pointers,
+    RemotePointer,
+    RemoteUnavailable,
+    UnknownAdapter,
+    Version,
+    check_name,
+)
 
 if TYPE_CHECKING:
     from adapters.storage.remote import RemoteStore
@@ -33,11 +41,11 @@ Change = tuple[Pointer | None, Pointer | None]  # a name's pointers before and a
 log = logging.getLogger(__name__)
 
 
-class Moved(Exception):
-    """The name's etag is not an expected one. `etag`: the current one."""
+class EtagMismatch(Exception):
+    """The name's etag is none of the expected ones. `etag`: the current one."""
 
     def __init__(self, etag: str) -> None:
-        super().__init__(f"the name means {etag} by now")
+        super().__init__(f"the name's etag is {etag}")
         self.etag = etag
 
 
@@ -70,10 +78,10 @@ class AdapterStore:
             raise ValueError(f"retain must be at least 1, for the current version, not {retain}")
         self._files = VersionFiles(root, remote, disk_bytes)
         self._remote = remote
-        self._kept = names
+        self._names = names
         self._retain = retain
-        self._changing = threading.RLock()  # held during the whole change of a name
-        self._known = Known()
+        self._change_lock = threading.RLock()  # held during the whole change of a name
+        self._pointers = Pointers()
         self._check_pins = check_pins
         self._recover()
 
@@ -95,31 +103,31 @@ class AdapterStore:
 
     def pointer(self, tenant: str, name: str) -> Pointer:
         """The pointer of a name. Raises UnknownAdapter."""
-        return _there(name, self._known.get(tenant, name))
+        return _existing(name, self._pointers.get(tenant, name))
 
-    def readable(self, tenant: str, name: str) -> Pointer:
+    def readable_pointer(self, tenant: str, name: str) -> Pointer:
         """The pointer of the tenant's own name, else of an OWNER/NAME shared with it. Raises UnknownAdapter."""
-        return _there(name, self._known.get(tenant, name) or self._known.shared(tenant, name))
+        return _existing(name, self._pointers.get(tenant, name) or self._pointers.shared(tenant, name))
 
     def shared_with(self, tenant: str) -> "list[Version]":
         """The current version of every name shared with the tenant."""
-        return [pointer.current for pointer in self._known.all_shared(tenant)]
+        return [pointer.current for pointer in self._pointers.all_shared(tenant)]
 
     def versions(self, tenant: str, name: str) -> list[Version]:
         """The retained versions of a name, the current one first. Raises UnknownAdapter."""
         return list(self.pointer(tenant, name).versions)
 
-    def answers(self, digest: str) -> bool:
+    def is_answering(self, digest: str) -> bool:
         """Whether the version of this digest may answer requests for any name."""
-        return self._known.answers(digest)
+        return self._pointers.is_answering(digest)
 
-    def pinned(self, tenant: str, name: str) -> bool:
+    def is_pinned(self, tenant: str, name: str) -> bool:
         """Whether the name is pinned to the device."""
-        return (tenant, name) in self._known.pins
+        return (tenant, name) in self._pointers.pins
 
     def pinned_versions(self) -> list[Version]:
         """The versions that answer for pinned names, each digest once."""
-        return _answering_all(list(self._known.pins.values()))
+        return _answering_all(list(self._pointers.pins.values()))
 
     def lease(self, version: Version) -> AbstractContextManager[Version]:
         """Keep a version's files while the context is open, even if its name changes or is deleted.
@@ -132,7 +140,7 @@ class AdapterStore:
         """Whether a version's files are on this disk. A lease keeps them there."""
         return self._files.has(version.digest)
 
-    async def ready(self, version: Version) -> None:
+    async def wait_until_ready(self, version: Version) -> None:
         """Wait until the files of a leased version are on this disk.
 
         Raises:
@@ -140,11 +148,11 @@ class AdapterStore:
             DamagedAdapter: the object store's files do not match the digest.
             StorageFull: there is no room for them.
         """
-        await self._files.ready(version.digest)
+        await self._files.wait_until_ready(version.digest)
 
     def check_case(self, tenant: str, name: str) -> None:
         """Refuse a name that differs from another one of the tenant in letter case only. Raises AdapterError."""
-        names = self._known.names(tenant)
+        names = self._pointers.names(tenant)
         for other in [] if name in names else [other for other in names if other.casefold() == name.casefold()]:
             raise AdapterError(f"'{name}' differs from the adapter '{other}' in upper and lower case only", "name")
 
@@ -155,17 +163,17 @@ class AdapterStore:
         """
         self._files.mend(version.digest)
 
-    def repair(self, staging: Path, spec: AdapterSpec) -> None:
+    def replace_damaged(self, staging: Path, spec: AdapterSpec) -> None:
         """Replace a damaged version's files by the staged ones, described by `spec`."""
-        self._files.repair(staging, spec)
+        self._files.replace_damaged(staging, spec)
 
-    def named(self, digest: str) -> Version | None:
+    def version_by_digest(self, digest: str) -> Version | None:
         """A version with this digest, under any name."""
         return next((version for version in self.all_versions() if version.digest == digest), None)
 
     def all_versions(self) -> Iterator[Version]:
         """Every version of every name."""
-        return (version for pointer in self._known.all() for version in pointer.versions)
+        return (version for pointer in self._pointers.all() for version in pointer.versions)
 
     # --- changing --------------------------------------------------------------------------------
 
@@ -204,15 +212,15 @@ class AdapterStore:
             version = Version(tenant, name, spec.digest, path, created, receipt_of(spec), staged=staged)
             if before is None:
                 return Pointer((version,))
-            known = {one.digest for one in before.versions}
-            if spec.digest in known and (staged or before.shares == {spec.digest: 1.0}):
+            digests = {one.digest for one in before.versions}
+            if spec.digest in digests and (staged or before.shares == {spec.digest: 1.0}):
                 return before
             others = tuple(old for old in before.versions if old.digest != spec.digest)
             if staged:
                 return replace(before, versions=(before.current, version, *others[1:]))
             return replace(before, versions=(version, *others), split=())
 
-        with full_disk_named(), self._files.coming(staging, spec):
+        with raising_storage_full(), self._files.persisting(staging, spec):
             self._files.place(staging, spec.digest)
             before, after = self._change(tenant, name, change, keep=spec.digest)
         assert after is not None
@@ -221,25 +229,25 @@ class AdapterStore:
     def promote(self, tenant: str, name: str, digest: str, expected: Collection[str] | None = None) -> Pointer:
         """Make one of a name's versions current, given its digest or a prefix of it.
 
-        Durable on return, as are `divide` and `roll_back`. `expected`: the change is made only while the name's etag is
+        Durable on return, as are `split` and `roll_back`. `expected`: the change is made only while the name's etag is
         one of these. Returns the new pointer.
 
         Raises:
             UnknownAdapter: no such name or version. AmbiguousDigest.
-            Moved: the name's etag is another.
+            EtagMismatch: the name's etag is another.
             StorageFull: nothing changed.
         """
 
         def change(pointer: Pointer) -> Pointer:
             return pointer.promoted(pointer.find(digest.removeprefix("sha256:")).digest)
 
-        return self._repoint(tenant, name, change, expected)
+        return self._update_pointer(tenant, name, change, expected)
 
-    def divide(
+    def split(
         self, tenant: str, name: str, shares: Mapping[str, float], expected: Collection[str] | None = None
     ) -> Pointer:
-        """Split a name's requests among its versions: digest -> share. See `Pointer.divided` and `promote`."""
-        return self._repoint(tenant, name, lambda pointer: pointer.divided(shares), expected)
+        """Split a name's requests among its versions: digest -> share. See `Pointer.with_split` and `promote`."""
+        return self._update_pointer(tenant, name, lambda pointer: pointer.with_split(shares), expected)
 
     def roll_back(self, tenant: str, name: str, expected: Collection[str] | None = None) -> Pointer:
         """Undo the last change of a name's pointer: end its split, or else return to the previous version.
@@ -254,16 +262,18 @@ class AdapterStore:
                 raise UnknownAdapter(f"'{shorten(name)}' has no version before the current one")
             return pointer.promoted(pointer.previous.digest)
 
-        return self._repoint(tenant, name, change, expected)
+        return self._update_pointer(tenant, name, change, expected)
 
     def pin(self, tenant: str, name: str, pinned: bool) -> Pointer:
         """Pin the name's versions to the device, now and after later changes, or unpin them. Raises the errors of
         `promote`."""
-        return self._repoint(tenant, name, lambda pointer: replace(pointer, pinned=pinned), None)
+        return self._update_pointer(tenant, name, lambda pointer: replace(pointer, pinned=pinned), None)
 
     def share(self, tenant: str, name: str, readers: Collection[str]) -> Pointer:
         """Share the name with exactly these tenants. Raises the errors of `promote`."""
-        return self._repoint(tenant, name, lambda pointer: replace(pointer, readers=tuple(sorted(readers))), None)
+        return self._update_pointer(
+            tenant, name, lambda pointer: replace(pointer, readers=tuple(sorted(readers))), None
+        )
 
     def delete(self, tenant: str, name: str) -> Version:
         """Remove a name with all its versions; leased files go with their last lease.
@@ -272,35 +282,35 @@ class AdapterStore:
         """
 
         def change(pointer: Pointer | None) -> None:
-            _there(name, pointer)
+            _existing(name, pointer)
 
         before, _ = self._change(tenant, name, change)
-        return _there(name, before).current
+        return _existing(name, before).current
 
     # --- changes of other servers ----------------------------------------------------------------------
 
-    def refresh(self) -> Sequence[Change]:
+    def import_changes(self) -> Sequence[Change]:
         """Import other servers' changes since the last call; waits for the network. Raises RemoteUnavailable."""
-        news = self._remote.news(self._files.path) if self._remote else ()
-        return tuple(change for meaning in news if (change := self._follow(meaning)) is not None)
+        changed = self._remote.fetch_changes(self._files.path) if self._remote else ()
+        return tuple(change for remote in changed if (change := self._apply_remote(remote)) is not None)
 
-    def look(self, tenant: str, name: str) -> Change | None:
-        """Import another server's change of one name. See `refresh`."""
-        meaning = self._remote.look(tenant, name, self._files.path) if self._remote else None
-        return None if meaning is None else self._follow(meaning)
+    def import_change(self, tenant: str, name: str) -> Change | None:
+        """Import another server's change of one name. See `import_changes`."""
+        remote = self._remote.fetch_pointer(tenant, name, self._files.path) if self._remote else None
+        return None if remote is None else self._apply_remote(remote)
 
-    def _follow(self, meaning: Meaning) -> Change | None:
+    def _apply_remote(self, remote: RemotePointer) -> Change | None:
         assert self._remote is not None
-        with self._changing:
-            if not self._remote.note(meaning):
+        with self._change_lock:
+            if not self._remote.remember(remote):
                 return None
-            before = self._known.get(meaning.tenant, meaning.name)
-            if before == meaning.pointer:
+            before = self._pointers.get(remote.tenant, remote.name)
+            if before == remote.pointer:
                 return None
-            self._point(meaning.tenant, meaning.name, meaning.pointer)
+            self._set_pointer(remote.tenant, remote.name, remote.pointer)
         for version in before.versions if before else ():
             self._files.remove_unused(version.digest)
-        return before, meaning.pointer
+        return before, remote.pointer
 
     async def remove_orphans(self, seconds: float) -> int:
         """Remove versions from the object store that have no name and no file written in the last `seconds`; return the
@@ -312,79 +322,81 @@ class AdapterStore:
 
     # --- names ----------------------------------------------------------------------------------------
 
-    def _repoint(
+    def _update_pointer(
         self, tenant: str, name: str, change: Callable[[Pointer], Pointer], expected: Collection[str] | None
     ) -> Pointer:
-        def checked(pointer: Pointer | None) -> Pointer:
-            before = _there(name, pointer)
+        def change_if_expected(pointer: Pointer | None) -> Pointer:
+            before = _existing(name, pointer)
             if expected is not None and before.etag not in expected:
-                raise Moved(before.etag)
+                raise EtagMismatch(before.etag)
             return change(before)
 
-        return _there(name, self._change(tenant, name, checked)[1])
+        return _existing(name, self._change(tenant, name, change_if_expected)[1])
 
     def _change(self, tenant: str, name: str, change: Apply, keep: str | None = None) -> Change:
         """Replace a name's pointer by `change` of it, less versions beyond retention; return both pointers.
 
         `keep`: the digest of a version to retain, beside the current one.
         """
-        with full_disk_named(), self._changing, ExitStack() as marked:
-            known = self._known.get(tenant, name)
-            made: Change = (known, known)
+        with raising_storage_full(), self._change_lock, ExitStack() as marks:
+            last_seen = self._pointers.get(tenant, name)
+            change_made: Change = (last_seen, last_seen)
 
             def apply(before: Pointer | None) -> Pointer | None:
-                nonlocal made
+                nonlocal change_made
                 after = change(before)
                 if after is not None and after != before:
                     after = replace(after, versions=after.retained(self._retain, keep or after.current.digest))
                     if after.pinned:
-                        others = [pin for owner, pin in self._known.pins.items() if owner != (tenant, name)]
+                        others = [pin for owner, pin in self._pointers.pins.items() if owner != (tenant, name)]
                         self._check_pins(_answering_all([*others, after]))
                 if after != before:
-                    marked.enter_context(self._files.renaming(before, after))
-                made = before, after
+                    marks.enter_context(self._files.changing_pointer(before, after))
+                change_made = before, after
                 return after
 
             try:
-                now = self._kept.change(tenant, name, known, apply, self._files.path)
-            except (UnknownAdapter, Moved):  # another server changed it, perhaps
+                after_change = self._names.change(tenant, name, last_seen, apply, self._files.path)
+            except (UnknownAdapter, EtagMismatch):  # another server changed it, perhaps
                 with suppress(RemoteUnavailable):
-                    self.look(tenant, name)
+                    self.import_change(tenant, name)
                 raise
-            if now != known:
-                self._point(tenant, name, now)
-        for version in known.versions if known else ():
+            if after_change != last_seen:
+                self._set_pointer(tenant, name, after_change)
+        for version in last_seen.versions if last_seen else ():
             self._files.remove_unused(version.digest)
-        return made
+        return change_made
 
-    def _point(self, tenant: str, name: str, pointer: Pointer | None) -> None:
+    def _set_pointer(self, tenant: str, name: str, pointer: Pointer | None) -> None:
         """Set a name's pointer in memory, and count its versions' files as wanted."""
-        before = self._known.point(tenant, name, pointer)
-        self._files.want(*({one.digest for one in of.versions} if of else () for of in (pointer, before)))
+        before = self._pointers.set(tenant, name, pointer)
+        self._files.count_names(*({one.digest for one in of.versions} if of else () for of in (pointer, before)))
 
     def _recover(self) -> None:
         """Read the names, and remove the files of versions without a name."""
-        known: set[str] = set()
-        for pointer in self._kept.load(self._files.path):
-            owner = pointer.current
-            known.update(version.digest for version in pointer.versions)
-            missing = {digest for digest in (owner.digest, *pointer.shares) if not self._files.obtainable(digest)}
+        named: set[str] = set()
+        for pointer in self._names.load(self._files.path):
+            current = pointer.current
+            named.update(version.digest for version in pointer.versions)
+            missing = {digest for digest in (current.digest, *pointer.shares) if not self._files.obtainable(digest)}
             if missing:  # not this server's doing; an older version would be a wrong answer
-                log.error("the files of adapter %s (%s) are missing; it is not served", owner.name, ", ".join(missing))
+                log.error(
+                    "the files of adapter %s (%s) are missing; it is not served", current.name, ", ".join(missing)
+                )
                 continue
             present = tuple(version for version in pointer.versions if self._files.obtainable(version.digest))
-            self._point(owner.tenant, owner.name, replace(pointer, versions=present))
-            self._files.complete(pointer)
-        self._files.settle(known | self._kept.unreadable, self._kept.title)
+            self._set_pointer(current.tenant, current.name, replace(pointer, versions=present))
+            self._files.write_missing_entries(pointer)
+        self._files.remove_unknown(named | self._names.unreadable, self._names.title)
 
     # Last, because its name shadows the builtin type in the annotations below it.
     def list(self, tenant: str) -> list[Version]:
         """The current version of every name, by name."""
-        current = [pointer.current for pointer in self._known.names(tenant).values()]
+        current = [pointer.current for pointer in self._pointers.names(tenant).values()]
         return sorted(current, key=attrgetter("name"))
 
 
-def _there(name: str, pointer: Pointer | None) -> Pointer:
+def _existing(name: str, pointer: Pointer | None) -> Pointer:
     if pointer is None:
         raise UnknownAdapter(f"there is no adapter '{shorten(name)}'")
     return pointer

@@ -127,12 +127,12 @@ class Pointer:
         if not self.split:
             return self.current
         if user is None:
-            point = random.random()
+            position = random.random()
         else:
-            word = hashlib.blake2b(f"{self.current.name}\0{user}".encode(), digest_size=7).digest()
-            point = int.from_bytes(word, "big") / 2**56
+            hashed = hashlib.blake2b(f"{self.current.name}\0{user}".encode(), digest_size=7).digest()
+            position = int.from_bytes(hashed, "big") / 2**56
         ends = itertools.accumulate(share for _, share in self.split)
-        chosen = next((i for i, end in enumerate(ends) if point < end), -1)  # rounding may leave the sum below 1
+        chosen = next((i for i, end in enumerate(ends) if position < end), -1)  # rounding may leave the sum below 1
         return self.version(self.split[chosen][0])
 
     def version(self, digest: str) -> Version:
@@ -164,7 +164,7 @@ class Pointer:
                 kept.append(version)
         return tuple(kept)
 
-    def divided(self, shares: Mapping[str, float]) -> "Pointer":
+    def with_split(self, shares: Mapping[str, float]) -> "Pointer":
         """This pointer with its requests split. `shares`: digest or a prefix of it -> share; zeros are left out.
 
         Raises:
@@ -186,10 +186,10 @@ class Pointer:
             return self.promoted(split[0][0])
         return replace(self, split=split)
 
-    def followed_by(self, versions: Iterable[Version]) -> "Pointer":
+    def with_older_versions(self, versions: Iterable[Version]) -> "Pointer":
         """This pointer with further versions appended, as older ones."""
-        known = {version.digest for version in self.versions}
-        return replace(self, versions=(*self.versions, *(one for one in versions if one.digest not in known)))
+        digests = {version.digest for version in self.versions}
+        return replace(self, versions=(*self.versions, *(one for one in versions if one.digest not in digests)))
 
     def promoted(self, digest: str) -> "Pointer":
         """This pointer with the version of this whole digest current, answering everything."""
@@ -198,7 +198,7 @@ class Pointer:
         return replace(self, versions=(replace(chosen, staged=False), *others), split=())
 
 
-class Known:
+class Pointers:
     """The pointers that a process knows, in memory. Read by any thread; changed by one at a time.
 
     Attributes:
@@ -234,11 +234,11 @@ class Known:
         names = self._shared.get(EVERYBODY, {}) | self._shared.get(tenant, {})
         return [pointer for name, pointer in names.items() if name not in own and pointer.current.tenant != tenant]
 
-    def answers(self, digest: str) -> bool:
+    def is_answering(self, digest: str) -> bool:
         """Whether the version of this digest may answer requests for any name."""
         return digest in self._answering
 
-    def point(self, tenant: str, name: str, pointer: Pointer | None) -> Pointer | None:
+    def set(self, tenant: str, name: str, pointer: Pointer | None) -> Pointer | None:
         """Set a name's pointer; return the previous one."""
         names = self._names.setdefault(tenant, {})
         before = names.get(name)
@@ -266,19 +266,19 @@ Locate = Callable[[str], Path]  # digest -> the directory of its files, which ma
 
 
 @dataclass(frozen=True)
-class Meaning:
-    """A name's pointer in the object store. `stamp`: the record that it was read from, for `RemoteStore.note`."""
+class RemotePointer:
+    """A name's pointer in the object store. `record`: the record that it was read from, for `RemoteStore.remember`."""
 
     tenant: str
     name: str
     pointer: Pointer | None
-    stamp: Any
+    record: Any
 
 
-def split_reference(asked: str) -> tuple[str, str | None]:
+def split_reference(reference: str) -> tuple[str, str | None]:
     """Split `NAME` or `NAME@DIGEST` (a prefix of the digest, with or without "sha256:") into the name and the hex
     digits."""
-    name, at, digits = asked.partition("@")
+    name, at, digits = reference.partition("@")
     return name, digits.removeprefix("sha256:") if at else None
 
 
@@ -298,6 +298,4 @@ def check_name(name: str, *, fine_tuned: bool = False) -> None:
             "invalid_name",
         )
     elif taken := RESERVED.intersection(name.split("/")[1:]):
-        raise AdapterError(
-            f"'{shorten(name)}' has '/{min(taken)}', which URLs have behind a name", "name", "invalid_name"
-        )
+        raise AdapterError(f"'{shorten(name)}' has '/{min(taken)}', which is reserved for URLs", "name", "invalid_name")

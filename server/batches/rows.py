@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from adapters.disk import full_disk_named, sync
+from adapters.disk import raising_storage_full, sync
 from adapters.strict_json import BYTE_ORDER_MARK, JsonFault, check_characters, count_items, encode_line, parse_json
 from server.batches.store import Fault
 from server.errors import shown
@@ -164,7 +164,7 @@ class Journal:
         return True
 
     def _append(self, path: Path, text: bytes) -> None:
-        with full_disk_named(), path.open("ab", buffering=0) as file:
+        with raising_storage_full(), path.open("ab", buffering=0) as file:
             before = os.fstat(file.fileno()).st_size
             try:
                 left = memoryview(text)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from adapters.disk import StorageFull, full_disk_named, sync
+from adapters.disk import StorageFull, raising_storage_full, sync
 from adapters.storage import lost
 from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
@@ -90,13 +90,13 @@ class Batches(Worker[Batch]):
 
     def _sort_out(self) -> None:
         aside = self._directory.parent / lost.LOST_AND_FOUND
-        lost.directory_at(self._directory, aside)
+        lost.ensure_directory(self._directory, aside)
         known = self.store.statuses()
         for path in (left := lost.entries(self._directory)):
             if known.get(path.name) in FINAL:
                 lost.remove(path)
         unknown = [path for path in left if path.name not in known]
-        lost.sort_out(unknown, self._pending, aside / self._directory.name, self.store.database.path.name)
+        lost.remove_or_set_aside(unknown, self._pending, aside / self._directory.name, self.store.database.path.name)
 
     async def heed(self, batch: Batch) -> None:
         if stop := self._stops.get(batch.id):
@@ -180,7 +180,7 @@ class Batches(Worker[Batch]):
         await asyncio.to_thread(self.store.forget, batch.id)
 
     async def clear(self, id_: str) -> None:
-        await asyncio.to_thread(lost.take_away, self._directory / id_)
+        await asyncio.to_thread(lost.rename_and_remove, self._directory / id_)
 
     async def _move(self, batch: Batch, status: Status, **changes: object) -> Batch:
         return await asyncio.to_thread(partial(self.store.move, batch, status, **changes))
@@ -210,7 +210,7 @@ class Batches(Worker[Batch]):
                 await self._finish(batch, "cancelled", {"code": "batch_cancelled", "message": message})
 
     def _opened(self, directory: Path) -> Journal:
-        with full_disk_named():
+        with raising_storage_full():
             return Journal(directory)
 
     async def _answered(self, batch: Batch, journal: Journal) -> bool:
@@ -277,7 +277,7 @@ class Batches(Worker[Batch]):
                 if row.custom_id not in journal.done:
                     count += journal.add(row.custom_id, None, unanswered)
         made: dict[bool, str | None] = {True: None, False: None}
-        with full_disk_named(), self._files.staging() as staging:
+        with raising_storage_full(), self._files.staging() as staging:
             for good, path in journal.paths.items():
                 if journal.counts[good]:
                     _same_file(path, staging / path.name)

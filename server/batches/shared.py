@@ -104,7 +104,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
             copy.unlink(missing_ok=True)
             self._bucket.get_file(self._object(batch.id, INPUT), copy)
             copy.rename(directory / INPUT)
-        found = self._stored.look(batch.id).content
+        found = self._stored.fetch(batch.id).content
         assert found is not None
         for name in ANSWERS.values():
             with (directory / name).open("wb") as file:

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from adapters.background import Priority, give_way
+from adapters.background import Priority, lower_priority
 from adapters.peft_format.fields import AdapterError
 from server.children.fair_queue import FairQueue
 from server.children.frames import PREFIX_BYTES, frame, within
@@ -118,7 +118,7 @@ class Helper:
             start_new_session=True,
         )
         with suppress(ProcessLookupError):  # set while the interpreter still starts
-            give_way(self._priority, self._process.pid)
+            lower_priority(self._priority, self._process.pid)
             if self._memory and sys.platform == "linux":
                 limit = within(resource.RLIMIT_DATA, self._memory)
                 resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (limit, limit))

@@ -50,7 +50,7 @@ def boot(config: EngineConfig, check: Callable[[Engine], object]) -> Engine:
 def gap_work(engine: Engine, config: EngineConfig) -> Gaps:
     """Return the workers for the gaps between an engine's steps, each with the pacer that the settings give it."""
     stall, base = config.finetune_max_stall_ms / 1e3, engine.base
-    files = Outline.read(Path(config.model)).loaded(tied=base.tied, renamed=base.renamed)
+    files = Outline.read(Path(config.model)).as_loaded(tied=base.tied, renamed=base.renamed)
     return Gaps(
         [
             (Trainer(base), Pacer(stall, config.finetune_share)),

@@ -16,7 +16,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
-from adapters.background import Priority, threads
+from adapters.background import Priority, thread_pool
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.text import NO_TEXT, AdapterText
 from server.messages.grammar_definition import LIMITS, definition
@@ -200,7 +200,7 @@ class Grammars:
         self._vocabulary = vocabulary
         self._eos = list(eos_token_ids) or None
         self._budget = budget
-        self._compiler = threads(1, "grammar", priority)
+        self._compiler = thread_pool(1, "grammar", priority)
         self._masks = ThreadPoolExecutor(1, "masks")
         self._compiled: OrderedDict[tuple[str, str, str], tuple[Future[Compiled], int]] = OrderedDict()
         self._size = 0

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapters.disk import is_full, sync
+from adapters.disk import is_disk_full, sync
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.text import AdapterText
@@ -57,7 +57,7 @@ class CheckpointAdapters:
                 await self._publish(job, job.model_name, directory)
             await asyncio.to_thread(self._commit, job, checkpoint, name, hashes)
         except (AdapterError, OSError) as error:
-            if is_full(error):
+            if is_disk_full(error):
                 raise
             raise JobFailedError("checkpoint_not_kept", f"A checkpoint could not be kept: {error}") from error
 

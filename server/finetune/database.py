@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from adapters.storage.database import BUSY_SECONDS, Database, script
+from adapters.storage.database import BUSY_SECONDS, Database, sql_migration
 
 _MIGRATIONS = (
-    script("""
+    sql_migration("""
 CREATE TABLE IF NOT EXISTS files (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant TEXT NOT NULL, filename TEXT NOT NULL,
     purpose TEXT NOT NULL, bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, report TEXT NOT NULL);
@@ -26,14 +26,14 @@ CREATE TABLE IF NOT EXISTS evaluations (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant TEXT NOT NULL, status TEXT NOT NULL,
     record TEXT NOT NULL)
 """),
-    script("""
+    sql_migration("""
 CREATE TABLE IF NOT EXISTS responses (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant TEXT NOT NULL,
     created_at INTEGER NOT NULL, bytes INTEGER NOT NULL, record TEXT NOT NULL, items TEXT NOT NULL,
     events TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS bytes_of_responses ON responses (bytes)
 """),
-    script("""
+    sql_migration("""
 CREATE TABLE batches (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant TEXT NOT NULL, status TEXT NOT NULL,
     record TEXT NOT NULL)

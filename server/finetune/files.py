@@ -67,13 +67,13 @@ class FileStore:
         self._pending = lost.Pending(root)
         aside = root.parent / lost.LOST_AND_FOUND / root.name
         for directory in (root, self._staging):
-            lost.directory_at(directory, aside.parent)
+            lost.ensure_directory(directory, aside.parent)
         for left in lost.entries(self._staging):
             lost.remove(left)
         with database.reading() as connection:
             known = {row["id"] for row in connection.execute("SELECT id FROM files")}
         unknown = [path for path in lost.entries(root) if path.name not in known | {self._staging.name, RECORDS}]
-        lost.sort_out(unknown, self._pending, aside, database.path.name)
+        lost.remove_or_set_aside(unknown, self._pending, aside, database.path.name)
         here = {path.name for path in (*lost.entries(root), *lost.entries(aside))}
         for record in lost.entries(root / RECORDS):
             if record.stem not in here:

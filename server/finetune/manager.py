@@ -212,7 +212,7 @@ class JobManager(Worker[Job]):
             await self.abandon(job.id)
 
     async def clear(self, id_: str) -> None:
-        await asyncio.to_thread(lost.take_away, self._directory / id_)
+        await asyncio.to_thread(lost.rename_and_remove, self._directory / id_)
 
     async def _clean_up(self, job: Job) -> None:
         """Remove the files needed to resume; published adapters are stored elsewhere."""

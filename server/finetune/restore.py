@@ -72,7 +72,7 @@ def restore_job(jobs: JobStore, directory: Path) -> bool:
 def sort_out(jobs: JobStore, directory: Path, pending: lost.Pending) -> None:
     """Remove directories of finished jobs, set aside unknown ones, and restore unfinished jobs with unreadable rows."""
     aside = directory.parent / lost.LOST_AND_FOUND
-    lost.directory_at(directory, aside)
+    lost.ensure_directory(directory, aside)
     statuses, unfinished = jobs.statuses(), jobs.unfinished()
     readable = {job.id for job in unfinished}
     unreadable = [path for path in lost.entries(directory) if path.name in statuses.keys() - readable]
@@ -82,7 +82,7 @@ def sort_out(jobs: JobStore, directory: Path, pending: lost.Pending) -> None:
         else:
             restore_job(jobs, path)
     unknown = [path for path in lost.entries(directory) if path.name not in statuses]
-    lost.sort_out(unknown, pending, aside / directory.name, jobs.database.path.name)
+    lost.remove_or_set_aside(unknown, pending, aside / directory.name, jobs.database.path.name)
     for job in unfinished:
         note(directory / job.id, JOB, job)
 

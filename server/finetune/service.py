@@ -92,7 +92,7 @@ class _Shared:
         from server.finetune.shared_files import SharedFiles
         from server.finetune.shared_jobs import SharedJobs
 
-        bucket, seconds = Bucket(url, settings.store_patience), settings.job_lease_seconds
+        bucket, seconds = Bucket(url, settings.store_request_limits), settings.job_lease_seconds
         self.files = SharedFiles(settings.data_dir / "files", database, Records(bucket, "files"), bucket)
         self.jobs, self.evaluations = SharedJobs(database, ledger), SharedEvaluations(database)
         self.jobs.join(bucket, seconds, settings.max_training_jobs)

@@ -70,7 +70,7 @@ class Shared(RecordTable[R, S]):
     def _copy_row(self, content: Content, changes: Mapping[str, Any] | None) -> bool:
         """Do `_copy` for records of one row each."""
         stored = self._read(content)
-        self.leases.see(stored.id, content)
+        self.leases.observe(stored.id, content)
         with self.database.transaction(removing=True) as connection:
             row = connection.execute(f"SELECT status FROM {self._table} WHERE id = ?", (stored.id,)).fetchone()
             if row is None:
@@ -93,17 +93,17 @@ class Shared(RecordTable[R, S]):
     def follow(self) -> list[R]:
         """Import the changes of other servers; return the records with a changed status."""
         moved = []
-        for record in sorted(self._stored.news(), key=lambda record: (record.content or {}).get("number", 0)):
+        for record in sorted(self._stored.fetch_changes(), key=lambda record: (record.content or {}).get("number", 0)):
             try:
                 with self._writing[record.key]:
-                    if not self._stored.note(record):
+                    if not self._stored.remember(record):
                         continue
                     if record.content is None:
                         self._forget_row(record)
                     elif self._copy(record.content):
                         moved.append(self._read(record.content))
             except _DAMAGE as fault:
-                self._stored.damage(record.key, fault)
+                self._stored.report_damage(record.key, fault)
             except (RemoteUnavailable, StorageFull, DatabaseBusy):
                 self._stored.forget(record.key)
                 raise
@@ -113,19 +113,19 @@ class Shared(RecordTable[R, S]):
         try:
             return super().get(tenant, id_)
         except self._unknown:
-            found = self._stored.miss(id_)
+            found = self._stored.find_unknown(id_)
             if found is None or found.content is None:
                 raise
             with self._writing[id_]:
-                if self._stored.note(found):
+                if self._stored.remember(found):
                     self._copy(found.content)
             return super().get(tenant, id_)
 
     def refresh(self, id_: str) -> None:
         """Update the local rows from the store."""
         with self._writing[id_]:
-            found = self._stored.look(id_)
-            self._stored.note(found)
+            found = self._stored.fetch(id_)
+            self._stored.remember(found)
             if found.content is not None:
                 self._copy(found.content)
             else:
@@ -139,7 +139,7 @@ class Shared(RecordTable[R, S]):
     def never_shared(self) -> Iterator[R]:
         """Yield records that the store has never had, with their place in lists now the same at all servers."""
         for record in self.all():
-            if self._stored.knows(record.id) or self._stored.look(record.id).version is not None:
+            if self._stored.knows(record.id) or self._stored.fetch(record.id).version is not None:
                 continue
             number = place(record.created_at)
             with self.database.transaction() as connection:
@@ -151,10 +151,10 @@ class Shared(RecordTable[R, S]):
     def take_up(self, but: Collection[str] = ()) -> list[R]:
         """Claim unleased records, as many as this server may hold: first for the tenant with the fewest here."""
         unfinished, taken = self.unfinished(), []
-        free = [record for record in unfinished if record.goes_on and self.leases.free(record.id)]
+        free = [record for record in unfinished if record.goes_on and self.leases.is_free(record.id)]
         waiting = [record for record in free if record.id not in but]
         at_work = Counter(record.tenant for record in unfinished if self.leases.holds(record.id))
-        while waiting and len(self.leases.held()) < self._most:
+        while waiting and len(self.leases.held_keys()) < self._most:
             waiting.remove(first := min(waiting, key=lambda record: at_work[record.tenant]))
             with contextlib.suppress(LeaseLost), self._writing[first.id]:
                 self._copy(self.leases.claim(first.id), claimed=True)
@@ -180,7 +180,7 @@ class Shared(RecordTable[R, S]):
         with self._writing[id_]:
             content = self._stored.change(id_, lambda old: old or self._merged(id_, fresh)).content
             assert content is not None
-            self.leases.see(id_, content)
+            self.leases.observe(id_, content)
 
     def _change(self, record: R, change: Any, changes: Mapping[str, Any], *, anybody: bool = False) -> R:
         """Change a record held here or, with `anybody`, by any server. `change` maps the old content to the new.
@@ -229,7 +229,7 @@ class Shared(RecordTable[R, S]):
             part = file.with_name(f".{file.name}.part")
             part.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                self._bucket.get_file(self._object(id_, hash_), part, missing=False)
+                self._bucket.get_file(self._object(id_, hash_), part, missing_is_unavailable=False)
                 sync(part)
                 part.rename(file)
 

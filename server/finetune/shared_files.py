@@ -37,18 +37,18 @@ class SharedFiles(FileStore):
             rows = [{name: row[name] for name in COLUMNS} for row in connection.execute("SELECT * FROM files")]
         for row in rows:
             path = self._root / row["id"]
-            if path.exists() and not self._records.knows(path.name) and self._records.look(path.name).version is None:
+            if path.exists() and not self._records.knows(path.name) and self._records.fetch(path.name).version is None:
                 shared = self._share(row | {"digest": digest_of(path), "number": place(row["created_at"])}, path)
                 with self._database.transaction() as connection:
                     insert(connection, shared)
 
     def follow(self) -> None:
         """Import the files that other servers added or removed."""
-        for record in sorted(self._records.news(), key=lambda record: (record.content or {}).get("number", 0)):
+        for record in sorted(self._records.fetch_changes(), key=lambda record: (record.content or {}).get("number", 0)):
             try:
                 self._take(record)
             except (LookupError, TypeError) as fault:
-                self._records.damage(record.key, fault)
+                self._records.report_damage(record.key, fault)
             except (StorageFull, DatabaseBusy):
                 self._records.forget(record.key)
                 raise
@@ -56,7 +56,7 @@ class SharedFiles(FileStore):
     def _take(self, record: "Record") -> None:
         """Update the local row from a record, if the record is new."""
         with self._copying:
-            if self._records.note(record):
+            if self._records.remember(record):
                 self._copy(record)
 
     def _copy(self, record: "Record") -> None:
@@ -92,14 +92,14 @@ class SharedFiles(FileStore):
         try:
             return super().get(tenant, file_id)
         except UnknownFileError:
-            if (record := self._records.miss(file_id)) is None:
+            if (record := self._records.find_unknown(file_id)) is None:
                 raise
             self._take(record)
             return super().get(tenant, file_id)
 
     def fetched(self, tenant: str, file_id: str) -> StoredFile:
         stored = self.get(tenant, file_id)
-        if not stored.path.exists() and (row := self._records.look(file_id).content) is not None:
+        if not stored.path.exists() and (row := self._records.fetch(file_id).content) is not None:
             with self.staging() as staging:
                 copy = staging / file_id
                 self._bucket.get_file(_path(row), copy)

@@ -69,7 +69,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
         super().forget(id_, but)
         with contextlib.suppress(RemoteUnavailable), self._writing[id_]:
             there = [entry.path for entry in self._bucket.list(f"job-logs/{id_}")]
-            if self.leases.left(id_) > 0 and (found := self._stored.look(id_).content) is not None:
+            if self.leases.seconds_left(id_) > 0 and (found := self._stored.fetch(id_).content) is not None:
                 named = {segment["name"] for segment in found["segments"]}
                 self._bucket.delete([path for path in there if path not in named])
 
@@ -142,7 +142,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
 
     def _copy(self, content: "Content", changes: Mapping[str, Any] | None = None, *, claimed: bool = False) -> bool:
         stored = self._read(content)
-        self.leases.see(stored.id, content)
+        self.leases.observe(stored.id, content)
         ours = self.leases.holds(stored.id) and not claimed
         segments = {} if ours else self._missing(stored.id, content)
         with self.database.transaction(removing=True) as connection:

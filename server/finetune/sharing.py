@@ -67,7 +67,7 @@ class Sharing:
 
     async def release(self) -> None:
         """Release all leases, so that other servers can claim the records at once."""
-        await asyncio.gather(*map(self._release, self.records.leases.held()))
+        await asyncio.gather(*map(self._release, self.records.leases.held_keys()))
 
     def wake(self) -> None:
         """Poll at once, for a new record to work on."""
@@ -81,7 +81,7 @@ class Sharing:
                 await self._worker.heed(record)
             if self.records.ended(record) and record.id not in self._worker.tasks:  # else the task cleans up
                 await self._worker.clear(record.id)
-        idle = [id_ for id_ in self.records.leases.held() if id_ not in self._worker.tasks]
+        idle = [id_ for id_ in self.records.leases.held_keys() if id_ not in self._worker.tasks]
         await asyncio.gather(*map(self._release, idle))
         # Exclude records with a task: one that lost its lease may still be ending.
         self._worker.begin(await asyncio.to_thread(self.records.take_up, list(self._worker.tasks)))
@@ -107,20 +107,20 @@ class Sharing:
     async def _renew(self) -> None:
         leases = self.records.leases
         while True:
-            left = [leases.left(id_) for id_ in leases.held()]
+            left = [leases.seconds_left(id_) for id_ in leases.held_keys()]
             await asyncio.sleep(max(_SHORTEST, min([leases.seconds / _RENEWALS, *left])))
-            await asyncio.gather(*map(self._renew_one, leases.held()))
+            await asyncio.gather(*map(self._renew_one, leases.held_keys()))
 
     async def _renew_one(self, id_: str) -> None:
         """Renew a record's lease, or stop work on it."""
         leases = self.records.leases
         try:
-            async with asyncio.timeout(max(_SHORTEST, leases.left(id_))):
+            async with asyncio.timeout(max(_SHORTEST, leases.seconds_left(id_))):
                 record = await asyncio.to_thread(self.records.send, id_)
             if record is not None:
                 await self._worker.heed(record)
         except (*_FAULTS, LeaseLost, TimeoutError) as fault:
-            if leases.left(id_) <= _SHORTEST:
+            if leases.seconds_left(id_) <= _SHORTEST:
                 log.warning("%s is left to others: %s", id_, repr(fault))
                 leases.drop(id_)
                 await self._worker.abandon(id_)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from adapters.background import threads
+from adapters.background import thread_pool
 from adapters.strict_json import BYTE_ORDER_MARK, JsonFault, check_characters, count_items, parse_json
 from server.errors import InvalidRequest, RequestTooLarge, UnsupportedMediaType, shown
 from server.http.answer import unless_gone
@@ -20,7 +20,7 @@ from server.settings import Settings
 T = TypeVar("T")
 
 _LARGE = 32 * 1024  # bytes; smaller bodies are parsed on the event loop
-_reader = threads(1, "body", "normal")  # parses large bodies, one at a time
+_reader = thread_pool(1, "body", "normal")  # parses large bodies, one at a time
 
 
 async def read_as(request: Request, validate: Callable[[Any], T]) -> T:

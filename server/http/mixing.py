@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from adapters.offline.recipe import Method, Recipe
 from adapters.peft_format.text import AdapterText
-from adapters.storage.receipt import taught
+from adapters.storage.receipt import trained_text
 from adapters.storage.versions import Version
 from server.children.helper import HelperLimit, ask_once
 from server.errors import InvalidRequest, disk_faults
@@ -66,7 +66,7 @@ class MixBody(Body):
 def _learned(versions: Sequence[Version]) -> AdapterText:
     """Return the stop tokens and formats of a mix: all stop tokens taught to its sources, and a format taught to some
     if these agree."""
-    texts = [taught(version.receipt) for version in versions]
+    texts = [trained_text(version.receipt) for version in versions]
     tools = {text.tool_format for text in texts} - {None}
     thoughts = {text.reasoning_format for text in texts} - {None}
     return AdapterText(

@@ -18,7 +18,7 @@ def receipt(store: AdapterStore, version: Version, tenant: str) -> dict[str, Any
         "name": version.name_for(tenant),
         "digest": version.digest,
         "created_at": int(version.created),
-        "pinned": store.pinned(version.tenant, version.name),
+        "pinned": store.is_pinned(version.tenant, version.name),
         **version.receipt,
     }
 

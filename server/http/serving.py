@@ -14,7 +14,7 @@ from types import FrameType
 
 import uvicorn
 
-from adapters.scratch import sweep
+from adapters.scratch import remove_stale
 from server import data_dir, logs
 from server.client.engine import LocalEngine
 from server.http.app import build_app
@@ -48,7 +48,7 @@ def serve(settings: Settings) -> None:
 def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
     directory = resolve(settings.model, settings.cache_dir, log.info)
     with data_dir.taken(settings.data_dir):
-        sweep()  # files left by killed servers
+        remove_stale()  # files left by killed servers
         services, engine = open_services(settings, directory)
         gc.freeze()  # keeps present objects out of collections, which pause all threads
         server = _Server(services, engine)

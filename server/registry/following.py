@@ -35,7 +35,7 @@ class Following:
     async def poll(self) -> None:
         """Apply other servers' changes once. While the store fails, known names stay as they are."""
         try:
-            changes = await asyncio.to_thread(self._store.refresh)
+            changes = await asyncio.to_thread(self._store.import_changes)
         except (RemoteUnavailable, OSError) as fault:  # network, or local disk
             if not self._outage:
                 log.warning("changes of other servers are not seen: %s", fault)
@@ -64,7 +64,7 @@ class Following:
             raise RemoteUnavailable("it did not answer just now")
         try:
             async with asyncio.timeout(self._patience):
-                change = await asyncio.to_thread(self._store.look, tenant, name)
+                change = await asyncio.to_thread(self._store.import_change, tenant, name)
         except TimeoutError:
             raise RemoteUnavailable("it has not said in time whether there is such a name") from None
         if change is not None:

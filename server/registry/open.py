@@ -175,7 +175,7 @@ class Registry:
     async def mend(self, adapters: Sequence[AdapterRef]) -> None:
         """Check and mend the files of adapters, one of which the engine failed to load. Raises AdapterDamaged."""
         for adapter in adapters:
-            version = self._store.named(adapter.digest)
+            version = self._store.version_by_digest(adapter.digest)
             if version is not None:
                 await self._mend(version)
 
@@ -209,9 +209,9 @@ class Registry:
 
     async def _readable(self, tenant: str, name: str) -> Pointer:
         with suppress(UnknownAdapter):
-            return self._store.readable(tenant, name)
+            return self._store.readable_pointer(tenant, name)
         await self.following.look(tenant, name)
-        return self._store.readable(tenant, name)
+        return self._store.readable_pointer(tenant, name)
 
     def list(self, caller: Caller) -> Sequence[Version]:
         """Return the current version of every name visible to the caller, sorted by name."""
@@ -266,7 +266,7 @@ async def _fetch(store: AdapterStore, version: Version, seconds: float) -> None:
     try:
         with disk_faults():
             async with asyncio.timeout(seconds):
-                await store.ready(version)
+                await store.wait_until_ready(version)
     except TimeoutError:
         log.warning("%s: not fetched within --adapter-store-seconds (%g s)", version.digest, seconds)
         raise RemoteUnavailable("its files have not come in time") from None

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar, get_type_hints
 
-from adapters.background import run_in, threads
+from adapters.background import run_in, thread_pool
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec
 from adapters.peft_format.fields import AdapterError, shorten
 from adapters.peft_format.inspection import Check, inspect_adapter
@@ -24,12 +24,12 @@ from adapters.peft_format.text import (
     TOKENIZER_NAME,
     AdapterText,
     check_template,
-    new_tokens,
+    find_new_tokens,
     read_added_tokens,
 )
 from adapters.storage.copying import copy_files
-from adapters.storage.mending import check_noted
-from adapters.storage.receipt import taught
+from adapters.storage.mending import check_recorded
+from adapters.storage.receipt import trained_text
 from adapters.storage.store import AdapterStore, Change
 from adapters.storage.versions import Pointer, UnknownAdapter, Version, check_name
 from server.children.helper import HelperLimit, Helpers
@@ -84,7 +84,7 @@ class Publisher:
         self._text = text
         self._checker = checker
         self._forgetting: set[asyncio.Task[None]] = set()
-        self._workers = threads(_CHANGES, "publisher", settings.background_priority)
+        self._workers = thread_pool(_CHANGES, "publisher", settings.background_priority)
 
     async def close(self) -> None:
         """End the checker processes."""
@@ -186,15 +186,15 @@ class Publisher:
         Raises AdapterError or DamagedAdapter when these are damaged, too; EngineUnavailable, StorageFull.
         """
         base = served_base(self._engine)
-        await run_in(self._workers, partial(check_noted, version.path, CONFIG_NAME))
+        await run_in(self._workers, partial(check_recorded, version.path, CONFIG_NAME))
         async with self.stage() as staging:
             with disk_faults():
                 files = (CONFIG_NAME, WEIGHTS_NAME)
                 await run_in(self._workers, partial(copy_files, files, version.path, staging, version.path))
-                spec = await self._inspect(version.name, staging, base, taught(version.receipt))
+                spec = await self._inspect(version.name, staging, base, trained_text(version.receipt))
                 if spec.digest != version.digest:
                     raise AdapterError(f"its config and weights are those of {spec.digest}", "weights")
-                await run_in(self._workers, partial(self._store.repair, staging, spec))
+                await run_in(self._workers, partial(self._store.replace_damaged, staging, spec))
 
     async def import_directory(
         self, tenant: str, name: str, directory: Path, *, root: Path = Path("/"), again: bool = True
@@ -224,7 +224,7 @@ class Publisher:
                 added = await self._run(name, read_added_tokens, tokenizer, "tokenizer")
                 size = base.tokenizer.get_vocab_size()
                 made = AdapterText(
-                    await run_in(self._workers, partial(new_tokens, added, base.tokenizer.token_to_id, size))
+                    await run_in(self._workers, partial(find_new_tokens, added, base.tokenizer.token_to_id, size))
                 )
             if template.exists():
                 source = check_template(template)
@@ -253,8 +253,8 @@ class Publisher:
     async def divide(
         self, tenant: str, name: str, shares: Mapping[str, float], expected: Collection[str] | None
     ) -> Pointer:
-        """Split the name's requests among its versions. Raises the errors of `AdapterStore.divide`, and StorageFull."""
-        return await self._repoint("split", tenant, name, partial(self._store.divide, tenant, name, shares, expected))
+        """Split the name's requests among its versions. Raises the errors of `AdapterStore.split`, and StorageFull."""
+        return await self._repoint("split", tenant, name, partial(self._store.split, tenant, name, shares, expected))
 
     async def roll_back(self, tenant: str, name: str, expected: Collection[str] | None) -> Pointer:
         """Undo the last change of the name. Raises the errors of `AdapterStore.roll_back`, and StorageFull."""
@@ -265,7 +265,7 @@ class Publisher:
 
         Raises UnknownAdapter, StorageFull; Conflict beyond the limit of pins.
         """
-        before = self._store.pinned(tenant, name)
+        before = self._store.is_pinned(tenant, name)
         pointer = await self._change(partial(self._store.pin, tenant, name, pinned))
         if before != pinned:
             _audit(name, "pin" if pinned else "unpin", pointer.shares, pointer.etag)
@@ -329,7 +329,7 @@ class Publisher:
         engine evicts and loads on its own.
         """
         for digest in digests:
-            if not self._store.answers(digest):
+            if not self._store.is_answering(digest):
                 task = asyncio.create_task(self._engine.forget(digest))
                 self._forgetting.add(task)
                 task.add_done_callback(self._forgetting.discard)
@@ -337,16 +337,16 @@ class Publisher:
 
 def outline_of(files: Outline, base: Ready) -> Outline:
     """Return the outline of the base as the engine loaded it, from the outline of its files."""
-    return files.loaded(
+    return files.as_loaded(
         tied=base.tied,
         embedding=base.embedding,
         head=base.head,
-        aside=base.aside,
+        non_text_modules=base.aside,
         renamed=base.renamed,
         experts=base.experts,
         norms=base.norms,
         routers=base.routers,
-        by_token=base.by_token,
+        per_token_tables=base.by_token,
         opaque_embedding=base.opaque_embedding,
     )
 

@@ -113,9 +113,9 @@ class SharedResponses(ResponseStore):
         if not _ID.fullmatch(id_):
             return None
         key = _key(tenant, id_)
-        record = self._records.look(key)
+        record = self._records.fetch(key)
         if record.fault is not None:
-            self._records.damage(key, record.fault)
+            self._records.report_damage(key, record.fault)
         content = record.content
         if content is None or content["response"]["created_at"] < time.time() - self._seconds:
             return None
@@ -124,12 +124,12 @@ class SharedResponses(ResponseStore):
         if not _goes_on(content):
             self._forget(key)
             return content
-        self._leases.see(key, content)
-        if not self._leases.free(key):
+        self._leases.observe(key, content)
+        if not self._leases.is_free(key):
             return content
         with contextlib.suppress(LeaseLost):
             self._leases.claim(key, _failed)
-        newest = self._records.look(key).content
+        newest = self._records.fetch(key).content
         self._forget(key)
         return newest
 

@@ -134,7 +134,7 @@ class AuditLog:
     def _sent(self, pages: "Pages") -> Iterator[Entry]:
         """Yield the entries in the object store, newest first."""
         hour, found = "", list[Entry]()
-        for page in pages.read("", "~", own=True):
+        for page in pages.read("", "~", include_own=True):
             entries = _read(page)
             if entries and _hour(entries[0]) != hour:
                 yield from sorted(found, key=lambda entry: -entry.time)
@@ -146,7 +146,7 @@ class AuditLog:
         """Send new entries to the object store. Blocks on the disk and the store; raises RemoteUnavailable."""
         assert self._pages is not None
         if not self._caught_up:
-            last = max(self._pages.own(), default="")
+            last = max(self._pages.own_pages(), default="")
             self._unsent += [entry for entry in self._entries() if _hour(entry) >= last]
             self._caught_up = True
         new = list(self._unsent)

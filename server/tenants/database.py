@@ -5,14 +5,14 @@ A damaged database is not replaced by an empty one: without keys, every caller w
 
 from pathlib import Path
 
-from adapters.storage.database import BUSY_SECONDS, Database, script
+from adapters.storage.database import BUSY_SECONDS, Database, sql_migration
 
 _MIGRATIONS = (
-    script("""
+    sql_migration("""
 CREATE TABLE tenants (id TEXT PRIMARY KEY, record TEXT NOT NULL);
 CREATE TABLE keys (id TEXT PRIMARY KEY, digest BLOB NOT NULL, record TEXT NOT NULL)
 """),
-    script("""
+    sql_migration("""
 CREATE TABLE usage (
     tenant TEXT NOT NULL, adapter TEXT NOT NULL, day TEXT NOT NULL, requests INTEGER NOT NULL,
     prompt_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL, generated_tokens INTEGER NOT NULL,
@@ -20,7 +20,7 @@ CREATE TABLE usage (
 CREATE INDEX usage_by_day ON usage (day, tenant, adapter);
 CREATE TABLE trained (job TEXT PRIMARY KEY, tokens INTEGER NOT NULL) WITHOUT ROWID
 """),
-    script("""
+    sql_migration("""
 ALTER TABLE usage ADD COLUMN device_seconds REAL NOT NULL DEFAULT 0;
 CREATE TABLE server (id TEXT NOT NULL);
 INSERT INTO server VALUES (lower(hex(randomblob(8))))

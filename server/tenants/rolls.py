@@ -133,13 +133,13 @@ class Rolls:
             yield id_, roll
 
     def _news(self, shared: "Records") -> Iterator[tuple[str, Roll | None]]:
-        for record in shared.news():
+        for record in shared.fetch_changes():
             try:
                 roll = None if record.content is None else _roll(record.content)
             except ValueError as fault:
-                shared.damage(record.key, fault)
+                shared.report_damage(record.key, fault)
                 continue
-            if shared.note(record) and not _gone(record):
+            if shared.remember(record) and not _gone(record):
                 yield tenant_of(record.key), roll
 
     def _copy(self, id_: str, before: Roll | None, now: Roll | None) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adapters.device.experts import ExpertLinear
 from adapters.device.lora import LoraLinear
-from adapters.disk import is_full
+from adapters.disk import is_disk_full
 from adapters.peft_format import directory as adapter_format
 from server.messages.dataset import Dataset
 from server.messages.training import (
@@ -321,7 +321,7 @@ class Task:
         if self._writing is not None and self._writing[0].done():
             (future, reply), self._writing = self._writing, None
             if fault := future.exception():
-                code = STORAGE_FULL if is_full(fault) else "checkpoint_not_written"
+                code = STORAGE_FULL if is_disk_full(fault) else "checkpoint_not_written"
                 self.fail(code, f"A checkpoint could not be written: {fault}")
             else:
                 self.replies.append(reply)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adapters.device.experts import ExpertLinear
 from adapters.device.lora import LoraLinear, Routed
-from adapters.peft_format.modules import place_of
+from adapters.peft_format.modules import peft_module_of
 from adapters.peft_format.sizes import ExpertsSize, LinearSize
 from server.messages.training import Init, ModuleShape
 
@@ -142,7 +142,7 @@ class TrainableAdapter:
             rank, inputs, outputs = shape.rank, size.in_features, size.out_features
             generator = stream(device, seed, "init", name)
             pairs: list[_Module] = []
-            self._sites[index].append(_Site(name, place_of(name, whole) if name in whole else name, pairs))
+            self._sites[index].append(_Site(name, peft_module_of(name, whole) if name in whole else name, pairs))
             for _ in range(size.pairs):
                 a = self._parameter(first, rank, inputs)
                 b = self._parameter(first + a.numel(), outputs, rank)

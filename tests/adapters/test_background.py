@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from adapters.background import Priority, run_in, threads
+from adapters.background import Priority, run_in, thread_pool
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")
@@ -19,7 +19,7 @@ def test_a_thread_runs_when_it_is_told_to(priority: Priority, scheduled: str | i
         return "idle" if os.sched_getscheduler(thread) == os.SCHED_IDLE else os.getpriority(os.PRIO_PROCESS, thread)
 
     here = seen()
-    with threads(1, "test", priority) as pool:
+    with thread_pool(1, "test", priority) as pool:
         assert pool.submit(seen).result() == (here if scheduled is None else scheduled)
     assert seen() == here
 
@@ -32,7 +32,7 @@ async def test_who_is_cancelled_waits_for_the_end_of_the_work() -> None:
         done.wait(0.05)
         done.set()
 
-    with threads(1, "test", "normal") as pool:
+    with thread_pool(1, "test", "normal") as pool:
         waiting = asyncio.create_task(run_in(pool, work))
         await asyncio.to_thread(begun.wait)
         waiting.cancel()

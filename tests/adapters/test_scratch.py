@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.scratch import scratch, sweep
+from adapters.scratch import remove_stale, scratch
 
 HOLD = """
 import time
@@ -29,7 +29,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_it_is_gone_at_the_end() -> None:
     with scratch() as path:
         (path / "folder").mkdir()
-        assert sweep() == []
+        assert remove_stale() == []
         assert path.is_dir()
     assert not path.exists()
 
@@ -45,10 +45,10 @@ def test_a_socket_finds_room_however_long_the_way_is(temporary: Path, monkeypatc
         assert path.parent == far
     with scratch("a.sock") as path:
         assert path.parent == near
-        assert list(far.iterdir()) == sweep() == []
+        assert list(far.iterdir()) == remove_stale() == []
         (near / "lorakeet-killed").mkdir()
         (near / "lorakeet-killed/.lock").touch()
-        assert sweep() == [near / "lorakeet-killed"]
+        assert remove_stale() == [near / "lorakeet-killed"]
 
 
 def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(temporary: Path) -> None:
@@ -61,7 +61,7 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(temporary:
         (temporary / "lorakeet-file").touch()
         (temporary / "lorakeet-link").symlink_to(used)
         assert left.exists()
-        assert sweep() == [left]
+        assert remove_stale() == [left]
         assert not left.exists()
         assert (used / "engine.sock").exists()
         assert (temporary / "lorakeet-data").exists()
@@ -69,4 +69,4 @@ def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(temporary:
         for holder in holders:
             holder.kill()
             holder.communicate()
-    assert sweep() == [used]
+    assert remove_stale() == [used]

@@ -31,7 +31,7 @@ class Hanging(Site):
 
     def open_store(self, root: Path) -> AdapterStore:
         assert self.settings.adapter_store is not None
-        remote = RemoteStore(self.settings.adapter_store, self.settings.store_patience)
+        remote = RemoteStore(self.settings.adapter_store, self.settings.store_request_limits)
         return AdapterStore(root / "store", remote, remote=remote)
 
 

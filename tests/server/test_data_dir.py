@@ -37,7 +37,7 @@ def put(store: AdapterStore, name: str, seed: int) -> Version:
     with store.stage() as staging:
         write_adapter(staging, seed)
         spec = inspect(staging, BASE.linears, BASE.architecture)
-        packed_rows.make(staging, spec)
+        packed_rows.write(staging, spec)
         return store.publish("", name, staging, spec)[0]
 
 
@@ -101,8 +101,8 @@ def test_a_lost_database_costs_no_version_and_the_doctor_brings_all_back(
     assert doctor(tmp_path, "--restore", "--all")[0] == 0
     with opened(tmp_path) as store:
         assert meaning(store) == kept
-        assert store.pinned("", "c")
-        assert not store.pinned("", "a")
+        assert store.is_pinned("", "c")
+        assert not store.is_pinned("", "a")
     assert not set_aside(tmp_path)
 
 
@@ -161,7 +161,7 @@ def test_a_malformed_database_is_set_aside_and_made_anew(
     path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096) if junk is None else junk)
     with opened(tmp_path) as store:
         assert meaning(store) == kept
-        assert store.pinned("", "c")
+        assert store.is_pinned("", "c")
     assert len(list(tmp_path.glob("adapters.db.damaged-*"))) == 1
     assert not set_aside(tmp_path)
     (line,) = [record.message for record in caplog.records if record.levelname == "ERROR"]

@@ -51,7 +51,7 @@ async def test_no_loop_of_the_server_ends_with_a_fault(tmp_path: Path, monkeypat
         monkeypatch.setattr(registry, "_orphan_seconds", 0.01)
         monkeypatch.setattr(registry.following, "_shared", True)
         monkeypatch.setattr(tenants, "_shared", True)
-        names = {"refresh": site.store, "remove_orphans": site.store, "_flush": tenants, "poll": tenants}
+        names = {"import_changes": site.store, "remove_orphans": site.store, "_flush": tenants, "poll": tenants}
         for name, owner in (names | {"sample": samples}).items():
             monkeypatch.setattr(owner, name, failing(name))
         loops = registry.collect_orphans(), registry.following.run(), tenants.run(), tenants.follow(), samples.run()

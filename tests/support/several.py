@@ -190,7 +190,7 @@ class Sharer(Site):
 
     def result(self, job: dict[str, Any]) -> str:
         """The digest of what a job has made, wherever it was made."""
-        self.store.refresh()
+        self.store.import_changes()
         return self.store.get(TENANT, job["fine_tuned_model"]).digest
 
 

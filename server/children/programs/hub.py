@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.disk import is_full
+from adapters.disk import is_disk_full
 from adapters.peft_format.fields import AdapterError
 
 UNAVAILABLE = "hub_unavailable"  # error code for faults of the hub or the network
@@ -42,7 +42,7 @@ def fetch(order: Order) -> str:
         message = "the hub has no such repository or revision that this server may read"
         raise AdapterError(message, "", "hub_not_found") from fault
     except (EntryNotFoundError, HTTPError, OSError) as fault:
-        if is_full(fault):
+        if is_disk_full(fault):
             raise
         first = next(iter(str(fault).splitlines()), "") or type(fault).__name__
         raise AdapterError(f"the hub does not give it: {first}", "", UNAVAILABLE) from fault

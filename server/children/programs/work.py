@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from adapters.disk import is_full
+from adapters.disk import is_disk_full
 from adapters.peft_format.fields import AdapterError
 from server.children.frames import serve
 
@@ -28,7 +28,7 @@ def answer(content: bytes) -> bytes:
         result = {"limit": "takes too much memory"}
     except Exception as fault:
         result = traceback.format_exc()
-        if is_full(fault):
+        if is_disk_full(fault):
             result = {"system": (errno.ENOSPC, os.strerror(errno.ENOSPC))}
         elif isinstance(fault, OSError) and fault.errno is not None:
             result = {"system": (fault.errno, fault.strerror)}

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from adapters.peft_format.config import MAX_CONFIG_BYTES
-from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, check_beginning
+from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, check_not_swapped
 from adapters.peft_format.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, TEMPLATE_NAME, TOKENIZER_NAME
 from adapters.storage.receipt import details_of
 from adapters.storage.versions import AmbiguousDigest, Version, split_reference
@@ -139,7 +139,7 @@ def _parts(settings: Settings, directory: Path) -> dict[str, Part]:
     return {
         "name": Part(_MAX_NAME_BYTES),
         "promote": Part(_MAX_WORD_BYTES, required=False),
-        "config": Part(MAX_CONFIG_BYTES, directory / CONFIG_NAME, on_beginning=check_beginning),
+        "config": Part(MAX_CONFIG_BYTES, directory / CONFIG_NAME, on_beginning=check_not_swapped),
         "weights": Part(settings.max_upload_bytes, directory / WEIGHTS_NAME),
         "tokenizer": Part(MAX_TOKENIZER_BYTES, directory / TOKENIZER_NAME, required=False),
         "chat_template": Part(MAX_TEMPLATE_BYTES, directory / TEMPLATE_NAME, required=False),

@@ -103,7 +103,7 @@ async def _resident(services: Services, version: Version, dtype: MergedDtype, te
         message = f"Only plain LoRA can be merged to be `resident`, not {', '.join(variants)}{instead}."
         raise InvalidRequest(message, param="to", code="unsupported_adapter_feature")
     replaced = Conflict(f"No name means {version.digest}; merge what requests get.", param="name")
-    if not services.store.answers(version.digest):
+    if not services.store.is_answering(version.digest):
         raise replaced
     prompts = await services.text.encode(texts, add_special_tokens=True, max_tokens=MAX_PROMPT_TOKENS, param="prompts")
     for i, ids in enumerate(prompts):
@@ -118,7 +118,7 @@ async def _resident(services: Services, version: Version, dtype: MergedDtype, te
         if known is not None:
             raise known(f"{refusal}.") from None
         raise InvalidRequest(f"{refusal}.", param="to", code=refusal.code) from None
-    if not services.store.answers(version.digest):  # replaced while the merge was built
+    if not services.store.is_answering(version.digest):  # replaced while the merge was built
         await services.engine.unmerge(version.digest)
         raise replaced
     more = {} if there else {"prompts": list(texts)}

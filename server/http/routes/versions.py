@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from adapters.storage.store import Moved
+from adapters.storage.store import EtagMismatch
 from adapters.storage.versions import AmbiguousDigest, Pointer, UnknownAdapter
 from server.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed, known_adapter
 from server.http.objects.adapters import Versions
@@ -78,7 +78,7 @@ async def _changed(change: Awaitable[Pointer], param: str) -> Pointer:
         raise NotFound(f"{fault}.", param=param, code="version_not_found") from None
     except AmbiguousDigest as fault:
         raise Conflict(f"{fault}.", param=param) from None
-    except Moved as fault:
+    except EtagMismatch as fault:
         raise PreconditionFailed(
             f"The name changed meanwhile: its ETag is {fault.etag}.",
             param="If-Match",

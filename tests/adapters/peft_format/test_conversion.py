@@ -13,7 +13,7 @@ from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.inspection import Check, digest_of, inspect_adapter
 from adapters.peft_format.packed_rows import ROWS_NAME
 from adapters.peft_format.text import NO_TEXT
-from adapters.safetensors_header import CONVERT
+from adapters.safetensors_header import CONVERT_HINT
 from tests.adapters.peft_format.test_directory import A0, CLASS, LINEARS, Q0, WEIGHTS, make
 
 
@@ -75,9 +75,9 @@ def test_pickled_weights_are_refused_with_advice_that_works(tmp_path: Path, monk
         with pytest.raises(AdapterError) as caught:
             inspect_adapter(Check(tmp_path, LINEARS, CLASS, None, NO_TEXT))
         assert caught.value.param == "weights"
-        assert CONVERT in str(caught.value)
+        assert CONVERT_HINT in str(caught.value)
     monkeypatch.chdir(tmp_path)
-    exec(CONVERT.partition('python -c "')[2].removesuffix('"'))
+    exec(CONVERT_HINT.partition('python -c "')[2].removesuffix('"'))
     assert inspect_adapter(Check(tmp_path, LINEARS, CLASS, None, NO_TEXT)).parameters == sum(
         t.numel() for t in tensors.values()
     )

@@ -151,12 +151,12 @@ def put(name: str, *shape: int, fill: float = 0.5) -> Callable[[dict[str, torch.
         ("DoRA", {}, put(f"{Q0}.lora_magnitude_vector", 63), "lora_magnitude_vector", "[64]"),
         ("DoRA", {}, put(f"{Q0}.lora_magnitude_vector", 64, 1), "lora_magnitude_vector", "[64]"),
         ("DoRA", {}, put(f"{Q0}.lora_magnitude_vector", 64, fill=float("nan")), "lora_magnitude_vector", "NaN"),
-        ("DoRA", {"use_dora": False}, same, "lora_magnitude_vector", "none of those"),
+        ("DoRA", {"use_dora": False}, same, "lora_magnitude_vector", "is not expected"),
         ("DoRA", {"lora_bias": True}, same, "lora_bias", "use_dora"),
         ("lora_bias", {}, put(f"{Q0}.lora_B.bias", 1), "lora_B.bias", "[64]"),
-        ("lora_bias", {"lora_bias": False}, same, "lora_B.bias", "none of those"),
+        ("lora_bias", {"lora_bias": False}, same, "lora_B.bias", "is not expected"),
         ("all biases", {}, put(f"{Q0}.base_layer.bias", 64, 64), "base_layer.bias", "[128]"),
-        ("all biases", {"bias": "lora_only"}, same, ".bias", "none of those"),
+        ("all biases", {"bias": "lora_only"}, same, ".bias", "is not expected"),
         ("trained biases", {"bias": "all"}, same, ".bias", "lack"),
         ("embedding", {}, put(f"{EMBEDDING}.lora_embedding_A", 8, VOCAB + 1), "lora_embedding_A", f"[8, {VOCAB}]"),
         ("embedding", {}, put(f"{EMBEDDING}.base_layer.weight", VOCAB, 64), "base_layer.weight", "another base"),
@@ -184,13 +184,13 @@ def put(name: str, *shape: int, fill: float = 0.5) -> Callable[[dict[str, torch.
         ("tokens", {"trainable_token_indices": [2**31 - 1]}, same, "trainable_token_indices", f"{VOCAB} tokens"),
         ("tokens", {"trainable_token_indices": [70, 5]}, same, DELTA, "[2, 64]"),
         ("tokens", {"trainable_token_indices": {"wte": [1]}}, same, "trainable_token_indices", "neither"),
-        ("tokens", {"trainable_token_indices": None}, same, DELTA, "none of those"),
+        ("tokens", {"trainable_token_indices": None}, same, DELTA, "is not expected"),
         ("tokens", {"modules_to_save": ["embed_tokens"]}, same, "trainable_token_indices", "modules_to_save"),
         ("tokens", {"target_modules": ["q_proj", "embed_tokens"]}, same, "trainable_token_indices", "target_modules"),
         ("tokens of the embedding", {"ensure_weight_tying": True}, same, "trainable_token_indices", "tying"),
         ("embedding, tied", {}, put(f"{HEAD}.lora_A.weight", 8, 64), "lm_head.lora_A.weight", "transpose"),
         ("embedding, tied", {}, put(f"{HEAD}.lora_B.weight", VOCAB, 8), "lm_head.lora_B.weight", "transpose"),
-        ("saved embedding, tied", {}, put(f"{HEAD}.weight", VOCAB, 64), "lm_head.weight", "another name"),
+        ("saved embedding, tied", {}, put(f"{HEAD}.weight", VOCAB, 64), "lm_head.weight", "both are one parameter"),
         ("activated", {"alora_invocation_tokens": [VOCAB]}, same, "alora_invocation_tokens", f"{VOCAB} tokens"),
         ("activated", {"use_dora": True}, same, "use_dora", "alora"),
         ("activated", {"modules_to_save": ["norm"]}, same, "modules_to_save", "alora"),
@@ -274,10 +274,10 @@ def test_rounding_is_torchs(target: str, loaded: torch.dtype, tmp_path: Path) ->
         outlines[dtype] = Outline.read(tmp_path / str(dtype))
     for dtype, outline in outlines.items():
         rounded = values.to(dtype).to(loaded).view(torch.int16).numpy().tobytes()
-        assert outline.equals("model.embed_tokens.weight", target, iter([rounded[:4096], rounded[4096:]]))
+        assert outline.matching_dtype("model.embed_tokens.weight", target, iter([rounded[:4096], rounded[4096:]]))
         widened = values.to(dtype).float().numpy().tobytes()
-        assert outline.equals("lm_head.weight", "F32", iter([widened]))
-        assert not outline.equals("lm_head.weight", "F32", iter([widened[:-1] + b"\1"]))
+        assert outline.matching_dtype("lm_head.weight", "F32", iter([widened]))
+        assert not outline.matching_dtype("lm_head.weight", "F32", iter([widened[:-1] + b"\1"]))
 
 
 def test_an_outline_of_a_base_in_several_files(shelf: Shelf, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def accepted(directory: Path) -> AdapterSpec:
     spec = inspect(directory, BASE.linears, BASE.architecture)
-    packed_rows.make(directory, spec)
+    packed_rows.write(directory, spec)
     spec.save(directory)
     return spec
 
@@ -91,7 +91,7 @@ def test_adapters_that_are_more_than_rows_have_no_such_file(tmp_path: Path) -> N
     directory = write_adapter(tmp_path / "one")
     spec = inspect(directory, BASE.linears, BASE.architecture)
     spec = dataclasses.replace(spec, variants=Variants(invocation=[5]))
-    packed_rows.make(directory, spec)
+    packed_rows.write(directory, spec)
     assert not (directory / packed_rows.ROWS_NAME).exists()
     assert packed_rows.find(directory, spec, BASE.linears) is None
 

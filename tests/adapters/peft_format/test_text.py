@@ -8,7 +8,7 @@ import pytest
 
 from adapters.peft_format import text as text_format
 from adapters.peft_format.fields import AdapterError
-from adapters.peft_format.text import AdapterText, NewToken, check_template, new_tokens, read_added_tokens
+from adapters.peft_format.text import AdapterText, NewToken, check_template, find_new_tokens, read_added_tokens
 
 BASE = {"<a>": 0, "<b>": 1, "word": 7}
 SIZE = 10
@@ -16,7 +16,7 @@ SIZE = 10
 
 def read(path: Path, tokens: Any) -> tuple[NewToken, ...]:
     path.write_text(json.dumps({"added_tokens": tokens, "model": {}}))
-    return new_tokens(read_added_tokens(path), BASE.get, SIZE)
+    return find_new_tokens(read_added_tokens(path), BASE.get, SIZE)
 
 
 def test_only_what_the_base_lacks_is_taken(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_only_what_the_base_lacks_is_taken(tmp_path: Path) -> None:
     assert found == (NewToken(10, "<x>", special=True, lstrip=True), NewToken(11, "<y>", normalized=True))
     text = AdapterText(found, "{{ messages }}")
     fields = json.loads(json.dumps({"tokens": [vars(token) for token in found], "chat_template": text.chat_template}))
-    assert AdapterText.of(fields) == text
+    assert AdapterText.from_fields(fields) == text
     assert read(tmp_path / "t", []) == ()
 
 

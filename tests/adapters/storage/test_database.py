@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from adapters.storage.database import Database, NewerLayoutError, script
+from adapters.storage.database import Database, NewerLayoutError, sql_migration
 
-TABLE = script("CREATE TABLE IF NOT EXISTS things (number INTEGER PRIMARY KEY, id TEXT)")
-COLOUR = script("ALTER TABLE things ADD COLUMN colour TEXT DEFAULT 'green'")
+TABLE = sql_migration("CREATE TABLE IF NOT EXISTS things (number INTEGER PRIMARY KEY, id TEXT)")
+COLOUR = sql_migration("ALTER TABLE things ADD COLUMN colour TEXT DEFAULT 'green'")
 
 
 def ids(database: Database) -> list[str]:
@@ -37,7 +37,7 @@ def test_a_file_of_the_time_before_versions_is_migrated_once(tmp_path: Path) -> 
 
 def test_a_migration_that_fails_leaves_the_layout_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(sqlite3.OperationalError):
-        Database(tmp_path / "db", [TABLE, COLOUR, script("SELECT nothing FROM nowhere")])
+        Database(tmp_path / "db", [TABLE, COLOUR, sql_migration("SELECT nothing FROM nowhere")])
     with closing(Database(tmp_path / "db", [TABLE])) as database:
         assert ids(database) == []
 

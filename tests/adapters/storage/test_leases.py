@@ -24,9 +24,9 @@ class Server:
         self.leases = Leases(self.records, seconds)
 
     def follow(self) -> None:
-        for record in self.records.news():
-            if self.records.note(record) and record.content is not None:
-                self.leases.see(record.key, record.content)
+        for record in self.records.fetch_changes():
+            if self.records.remember(record) and record.content is not None:
+                self.leases.observe(record.key, record.content)
 
     def write(self, value: int, *, release: bool = False) -> Content:
         return self.leases.change("a", setting(value), release=release)
@@ -41,19 +41,19 @@ def test_one_holder_at_a_time_and_another_once_it_gives_back(store_url: str) -> 
     one.records.change("a", setting(0))
     one.follow()
     two.follow()
-    assert one.leases.free("a")
+    assert one.leases.is_free("a")
     assert one.leases.claim("a")["value"] == 0
     with pytest.raises(LeaseLost):
         two.leases.claim("a")
     two.follow()
-    assert not two.leases.free("a")
+    assert not two.leases.is_free("a")
     assert one.write(1)["value"] == 1
     with pytest.raises(LeaseLost):
         two.write(2)
     one.write(3, release=True)
-    assert one.leases.held() == []
+    assert one.leases.held_keys() == []
     two.follow()
-    assert two.leases.free("a")
+    assert two.leases.is_free("a")
     assert two.leases.claim("a")["value"] == 3
     with pytest.raises(LeaseLost):
         one.write(4)
@@ -98,15 +98,15 @@ def test_a_holder_that_is_not_heard_of_is_followed_and_writes_nothing_more(store
         clock.now += 9
         one.write(value)
         two.follow()
-        assert not two.leases.free("a")
+        assert not two.leases.is_free("a")
     clock.now += 6
     two.records.change("a", setting(9))  # by no holder
     two.follow()
-    assert not two.leases.free("a")
+    assert not two.leases.is_free("a")
     clock.now += 6
     two.follow()
-    assert two.leases.free("a")
-    assert one.leases.left("a") < 0
+    assert two.leases.is_free("a")
+    assert one.leases.seconds_left("a") < 0
     assert two.leases.claim("a")["value"] == 9
     assert one.leases.holds("a")  # as it believes
     with pytest.raises(LeaseLost):
@@ -128,7 +128,7 @@ def test_a_renewal_counts_from_when_it_began(tmp_path: Path, clock: Clock, monke
 
     monkeypatch.setattr(Records, "change", slowly)
     one.write(1)
-    assert one.leases.left("a") == 4
+    assert one.leases.seconds_left("a") == 4
 
 
 def test_a_change_that_is_refused_is_no_renewal(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_change_that_is_refused_is_no_renewal(tmp_path: Path) -> None:
 
     with pytest.raises(KeyError):
         one.leases.change("a", refuse)
-    found = one.records.look("a").content
+    found = one.records.fetch("a").content
     assert found is not None
     assert found[LEASE] == before
 
@@ -163,6 +163,6 @@ def test_leases_while_the_store_fails(store_url: str, s3: S3Server) -> None:
     with pytest.raises((LeaseLost, RemoteUnavailable)):
         other.leases.claim("a")
     s3.suffer()
-    found = holder.records.look("a").content
+    found = holder.records.fetch("a").content
     assert found is not None
     assert (found["value"], found[LEASE]["count"]) == (7, 8)

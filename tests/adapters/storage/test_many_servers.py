@@ -15,7 +15,7 @@ import pytest
 
 from adapters.storage.bucket import Bucket
 from adapters.storage.remote import RemoteStore
-from adapters.storage.store import AdapterStore, Moved
+from adapters.storage.store import AdapterStore, EtagMismatch
 from adapters.storage.versions import EVERYBODY, DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
 from tests.support.buckets import S3Server
 from tests.support.publishing import put, spec_of
@@ -70,29 +70,29 @@ def test_what_one_changes_the_others_see(servers: Servers) -> None:
     first, _ = put(one, "x", "1")
     second, _ = put(one, "x", "2")
     assert meanings(two) == {}
-    [(before, after)] = two.refresh()
+    [(before, after)] = two.import_changes()
     assert before is None
     assert after is not None
     assert after.current.digest == second.digest
     assert after.current.path.parent != one.get("t", "x").path.parent
-    assert two.refresh() == ()
+    assert two.import_changes() == ()
 
     two.promote("t", "x", first.digest)
     two.pin("t", "x", True)
     two.share("t", "x", ["u"])
-    one.refresh()
+    one.import_changes()
     assert one.get("t", "x").digest == first.digest
-    assert one.pinned("t", "x")
+    assert one.is_pinned("t", "x")
     assert [version.name for version in one.shared_with("u")] == ["x"]
     one.share("t", "x", [EVERYBODY])
     one.pin("t", "x", False)
-    one.divide("t", "x", {first.digest: 0.5, second.digest: 0.5})
-    two.refresh()
+    one.split("t", "x", {first.digest: 0.5, second.digest: 0.5})
+    two.import_changes()
     assert meanings(two) == meanings(one)
     assert not two.pinned_versions()
 
     one.delete("t", "x")
-    [(before, after)] = two.refresh()
+    [(before, after)] = two.import_changes()
     assert after is None
     assert meanings(two) == {}
     assert two.shared_with("v") == []
@@ -102,24 +102,24 @@ def test_a_change_is_made_of_what_the_name_means_now(servers: Servers) -> None:
     """Not of what this server last saw."""
     one, two = servers.several(2)
     put(one, "x", "1")
-    two.refresh()
+    two.import_changes()
     put(one, "x", "2")
     one.pin("t", "x", True)
     put(two, "x", "3", promote=False)
     assert [version.digest for version in two.versions("t", "x")] == [spec_of(content).digest for content in "231"]
-    assert two.pinned("t", "x")
+    assert two.is_pinned("t", "x")
 
 
-@pytest.mark.parametrize("change", ["promote", "divide", "roll_back"])
+@pytest.mark.parametrize("change", ["promote", "split", "roll_back"])
 def test_an_etag_holds_across_servers(servers: Servers, change: str) -> None:
     one, two = servers.several(2)
     first, _ = put(one, "x", "1")
     put(one, "x", "2")
-    two.refresh()
+    two.import_changes()
     seen = two.pointer("t", "x").etag
     one.promote("t", "x", first.digest)
-    arguments = {"promote": (first.digest,), "divide": ({first.digest: 1.0},), "roll_back": ()}[change]
-    with pytest.raises(Moved) as moved:
+    arguments = {"promote": (first.digest,), "split": ({first.digest: 1.0},), "roll_back": ()}[change]
+    with pytest.raises(EtagMismatch) as moved:
         getattr(two, change)("t", "x", *arguments, expected=[seen])
     assert moved.value.etag == first.digest
     assert two.pointer("t", "x").etag == first.digest  # and this server knows it from then on
@@ -130,18 +130,18 @@ def test_only_one_of_those_that_expect_the_same_wins(servers: Servers) -> None:
     stores = servers.several(4)
     digests = [put(stores[0], "x", content)[0].digest for content in "01234"]
     for store in stores:
-        store.refresh()
+        store.import_changes()
     promotions = [partial(store.promote, "t", "x", digests[i], [digests[4]]) for i, store in enumerate(stores)]
     results = together(*promotions)
-    (won,) = [result for result in results if not isinstance(result, Moved)]
-    stores[0].refresh()
+    (won,) = [result for result in results if not isinstance(result, EtagMismatch)]
+    stores[0].import_changes()
     assert stores[0].pointer("t", "x").etag == won.etag
 
 
 def test_a_name_that_another_server_deleted_is_unknown(servers: Servers) -> None:
     one, two = servers.several(2)
     version, _ = put(one, "x", "1")
-    two.refresh()
+    two.import_changes()
     one.delete("t", "x")
     for change in (
         lambda: two.promote("t", "x", version.digest),
@@ -152,19 +152,19 @@ def test_a_name_that_another_server_deleted_is_unknown(servers: Servers) -> None
             change()
     assert meanings(two) == {}
     assert put(two, "x", "1")[1]
-    one.refresh()
+    one.import_changes()
     assert one.get("t", "x").digest == version.digest
 
 
 def test_a_name_is_looked_for_by_itself(servers: Servers) -> None:
     one, two = servers.several(2)
     version, _ = put(one, "x", "1")
-    assert two.look("t", "y") is None
-    change = two.look("t", "x")
+    assert two.import_change("t", "y") is None
+    change = two.import_change("t", "x")
     assert change is not None
     assert two.get("t", "x").digest == version.digest
-    assert two.look("t", "x") is None
-    assert two.refresh() == ()
+    assert two.import_change("t", "x") is None
+    assert two.import_changes() == ()
 
 
 @contextmanager
@@ -174,7 +174,7 @@ def polling(stores: list[AdapterStore]) -> Iterator[None]:
 
     def poll(store: AdapterStore) -> None:
         while not ended.wait(1.0):
-            store.refresh()
+            store.import_changes()
 
     threads = [threading.Thread(target=poll, args=(store,)) for store in stores]
     for thread in threads:
@@ -196,7 +196,7 @@ async def changed_by_several(servers: Servers, count: int, changes: int, names: 
     for name in range(names):
         put(stores[0], f"n{name}", "0")
     for store in stores:
-        store.refresh()
+        store.import_changes()
 
     def work(store: AdapterStore, server: int) -> list[tuple[str, str]]:
         draw, made = random.Random(server), []
@@ -225,7 +225,7 @@ async def changed_by_several(servers: Servers, count: int, changes: int, names: 
             await asyncio.sleep(0.05)
         agreed = time.monotonic() - last
     assert not [result for result in results if isinstance(result, Exception)]
-    assert [store.refresh() for store in stores] == [()] * count
+    assert [store.import_changes() for store in stores] == [()] * count
     assert meanings(servers.open()) == meanings(stores[0])
     for made in results:
         for name, digest in made:
@@ -233,15 +233,15 @@ async def changed_by_several(servers: Servers, count: int, changes: int, names: 
     for store in stores[:2]:  # and what is named has its files
         for version in store.list("t"):
             with store.lease(version):
-                await store.ready(version)
+                await store.wait_until_ready(version)
     return agreed
 
 
 @pytest.fixture(autouse=True)
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """The adapters of these tests are words; fetching them finds no spec to check."""
-    monkeypatch.setattr("adapters.storage.mending.verified", lambda directory, digest: None)
-    monkeypatch.setattr("adapters.storage.mending.complete", lambda directory, spec: None)
+    monkeypatch.setattr("adapters.storage.mending.verified_spec", lambda directory, digest: None)
+    monkeypatch.setattr("adapters.storage.mending.write_rows_and_record", lambda directory, spec: None)
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -264,7 +264,7 @@ async def test_no_change_is_lost_on_s3_with_faults(s3: S3Server, s3_url: str, tm
     finally:
         s3.suffer()
     for store in stores:
-        store.refresh()
+        store.import_changes()
     assert meanings(stores[0]) == meanings(stores[1])
     assert len(stores[0].versions("t", "x")) == 31
 
@@ -280,7 +280,7 @@ async def test_ten_thousand_changes_of_names(servers: Servers, count: int) -> No
 def test_while_the_store_fails_what_is_known_is_served(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = servers.several(2)
     put(one, "x", "1")
-    two.refresh()
+    two.import_changes()
     put(one, "y", "2")
 
     def fail(*_: object) -> None:
@@ -290,11 +290,11 @@ def test_while_the_store_fails_what_is_known_is_served(servers: Servers, monkeyp
         patch.setattr(Bucket, "list", fail)
         patch.setattr(Bucket, "read", fail)
         with pytest.raises(RemoteUnavailable):
-            two.refresh()
+            two.import_changes()
         with pytest.raises(RemoteUnavailable):
             two.promote("t", "x", "1" * 64)
         assert list(meanings(two)) == ["x"]
-    two.refresh()
+    two.import_changes()
     assert list(meanings(two)) == ["x", "y"]
 
 
@@ -318,7 +318,7 @@ def test_an_upload_whose_naming_got_no_answer_keeps_its_files(
         put(one, "x", "1")
     monkeypatch.setattr(Bucket, "read", read)
     for store in (one, two):
-        store.refresh()
+        store.import_changes()
         assert list(meanings(store)) == ["x"]
     assert servers.versions() == {"1"}
 
@@ -326,7 +326,7 @@ def test_an_upload_whose_naming_got_no_answer_keeps_its_files(
 async def test_files_that_another_server_named_meanwhile_stay(servers: Servers) -> None:
     one, two = servers.several(2)
     put(one, "x", "1")
-    two.refresh()
+    two.import_changes()
     one.delete("t", "x")
     put(two, "y", "1")
     assert await one.remove_orphans(0) == 0  # which does not know of y
@@ -342,7 +342,7 @@ def test_files_named_while_they_are_being_removed_are_there_in_the_end(
     one, two = servers.several(2)
     version, _ = put(one, "x", "1")
     if known:
-        two.refresh()
+        two.import_changes()
     one.delete("t", "x")
     servers.age()
     remover, method = threading.get_ident(), getattr(Bucket, moment)
@@ -395,12 +395,12 @@ async def test_a_removal_that_was_cut_short_is_taken_up(servers: Servers, monkey
 async def test_a_lease_of_a_version_that_others_deleted_still_fetches_it(servers: Servers) -> None:
     one, two = servers.several(2)
     put(one, "x", "1")
-    two.refresh()
+    two.import_changes()
     version: Version = two.get("t", "x")
     with two.lease(version):
         one.delete("t", "x")
-        two.refresh()
-        await two.ready(version)
+        two.import_changes()
+        await two.wait_until_ready(version)
         assert two.has(version)
     with pytest.raises(UnknownAdapter), two.lease(version):
         pass
@@ -409,10 +409,10 @@ async def test_a_lease_of_a_version_that_others_deleted_still_fetches_it(servers
 async def test_a_version_whose_files_are_gone_is_damaged(servers: Servers) -> None:
     one, two = servers.several(2)
     version, _ = put(one, "x", "1")
-    two.refresh()
+    two.import_changes()
     bucket = Bucket(servers.url)
     bucket.delete([entry.path for entry in bucket.list("versions")])
     with two.lease(two.get("t", "x")), pytest.raises(DamagedAdapter):
-        await two.ready(version)
+        await two.wait_until_ready(version)
     put(one, "y", "1")  # which believes that they are there
     assert servers.versions() == {"1"}

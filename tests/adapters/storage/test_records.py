@@ -27,8 +27,8 @@ def adding(number: int) -> Callable[[Content | None], Content]:
 
 def known(records: Records, kept: dict[str, Any]) -> dict[str, Any]:
     """What a server that keeps `kept` in memory knows once it has read the news."""
-    for record in records.news():
-        if records.note(record):
+    for record in records.fetch_changes():
+        if records.remember(record):
             if record.content is None:
                 kept.pop(record.key, None)
             else:
@@ -42,7 +42,7 @@ def test_a_record_is_made_changed_and_removed(store_url: str) -> None:
     assert first.change("a/b", adding(1)).content == {"all": [1]}
     assert known(second, mine) == {"a/b": {"all": [1]}}
     second.change("a/b", adding(2))
-    assert list(second.news()) == []  # its own
+    assert list(second.fetch_changes()) == []  # its own
     assert known(first, {}) == {"a/b": {"all": [1, 2]}}
     first.change("a/b", lambda content: None)
     assert known(second, mine) == {}
@@ -53,11 +53,11 @@ def test_a_record_is_made_changed_and_removed(store_url: str) -> None:
 def test_what_changes_nothing_is_not_written(store_url: str) -> None:
     records = opened(store_url)
     records.change("a", adding(1))
-    before = records.look("a")
+    before = records.fetch("a")
     records.change("a", lambda content: content)
-    assert records.look("a").revision == before.revision
+    assert records.fetch("a").revision == before.revision
     records.change("b", lambda content: None)
-    assert records.look("b").version is None
+    assert records.fetch("b").version is None
 
 
 def test_a_change_that_raises_changes_nothing(store_url: str) -> None:
@@ -69,7 +69,7 @@ def test_a_change_that_raises_changes_nothing(store_url: str) -> None:
 
     with pytest.raises(KeyError):
         records.change("a", refuse)
-    assert records.look("a").content == {"all": [1]}
+    assert records.fetch("a").content == {"all": [1]}
 
 
 def changed_by_several(store_url: str, servers: int, changes: int, keys: int) -> None:
@@ -185,9 +185,9 @@ def test_others_who_always_come_first_are_not_waited_for_endlessly(
     def conflict(*args: Any) -> None:
         raise Conflict
 
-    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(module, "_RETRY_SECONDS", 0.1)
     monkeypatch.setattr(Bucket, "put_if", conflict)
-    with pytest.raises(RemoteUnavailable, match="by others"):
+    with pytest.raises(RemoteUnavailable, match="too often by other servers"):
         opened(f"file://{tmp_path}").change("a", adding(1))
 
 
@@ -199,13 +199,13 @@ def test_lists_that_are_late_undo_nothing(store_url: str, s3: S3Server) -> None:
     first.change("doomed", adding(1))
     mine = known(second, {})
     s3.suffer(("late", "LIST", "", 1))
-    list(second.news())  # the list that stays
+    list(second.fetch_changes())  # the list that stays
     first.change("new", adding(2))
     first.change("old", adding(2))
     first.change("doomed", lambda content: None)
     for key in ("new", "old", "doomed"):  # seen at a miss, or changed by this server
-        record = second.look(key)
-        second.note(record)
+        record = second.fetch(key)
+        second.remember(record)
         mine[key] = record.content
     mine.pop("doomed")
     assert known(second, mine) == {"old": {"all": [1, 2]}, "new": {"all": [2]}}
@@ -216,7 +216,7 @@ def test_lists_that_are_late_undo_nothing(store_url: str, s3: S3Server) -> None:
 def test_whoever_asks_while_a_record_is_looked_for_gets_it_too(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(store_url).change("a", adding(1))
     second, looks = opened(store_url), []
-    look, all_ask = second.look, threading.Barrier(4)
+    look, all_ask = second.fetch, threading.Barrier(4)
 
     def slow(key: str) -> Record:
         looks.append(key)
@@ -226,10 +226,10 @@ def test_whoever_asks_while_a_record_is_looked_for_gets_it_too(store_url: str, m
     def ask() -> Content | None:
         if looks:
             all_ask.wait(60)
-        record = second.miss("a")
+        record = second.find_unknown("a")
         return None if record is None else record.content
 
-    monkeypatch.setattr(second, "look", slow)
+    monkeypatch.setattr(second, "fetch", slow)
     first = threading.Thread(target=ask)
     first.start()
     while not looks:
@@ -243,10 +243,10 @@ def test_a_look_that_failed_is_tried_again_by_the_next(store_url: str, monkeypat
     opened(store_url).change("a", adding(1))
     records = opened(store_url)
     with monkeypatch.context() as patch:
-        patch.setattr(records, "look", Mock(side_effect=RemoteUnavailable("away")))
+        patch.setattr(records, "fetch", Mock(side_effect=RemoteUnavailable("away")))
         with pytest.raises(RemoteUnavailable):
-            records.miss("a")
-    found = records.miss("a")
+            records.find_unknown("a")
+    found = records.find_unknown("a")
     assert found is not None
     assert found.content == {"all": [1]}
 
@@ -254,13 +254,13 @@ def test_a_look_that_failed_is_tried_again_by_the_next(store_url: str, monkeypat
 def test_what_was_read_before_a_change_is_no_news_after_it(store_url: str) -> None:
     first, second = opened(store_url), opened(store_url)
     first.change("a", adding(1))
-    (read,) = second.news()
+    (read,) = second.fetch_changes()
     second.change("a", adding(2))
-    assert not second.note(read)
+    assert not second.remember(read)
     first.change("a", lambda content: None)
-    (removed,) = second.news()
-    assert second.note(removed)
-    assert not second.note(read)
+    (removed,) = second.fetch_changes()
+    assert second.remember(removed)
+    assert not second.remember(read)
 
 
 def test_an_object_that_is_no_record_leaves_what_was_known(store_url: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -271,8 +271,8 @@ def test_an_object_that_is_no_record_leaves_what_was_known(store_url: str, caplo
         assert found is not None
         bucket.put_if("records/a.json", damaged, found.version)
         caplog.clear()
-        assert list(records.news()) == []
-        assert list(records.news()) == []
+        assert list(records.fetch_changes()) == []
+        assert list(records.fetch_changes()) == []
         assert len(records.damaged) == 1
     assert caplog.text.count("damaged") <= 1  # told once
     assert records.change("a", adding(2)).content == {"all": [2]}  # a change mends it
@@ -286,8 +286,8 @@ def test_tombstones_go_once_they_are_old(store_url: str) -> None:
     mine = known(second, {})
     first.change("a", lambda content: None)
     assert known(second, mine) == {"b": {"all": [1]}}
-    assert first.sweep(3600) == 0
-    assert first.sweep(-1) == 1
+    assert first.remove_tombstones(3600) == 0
+    assert first.remove_tombstones(-1) == 1
     assert [entry.path for entry in Bucket(store_url).list("records")] == ["records/b.json"]
     assert known(second, mine) == {"b": {"all": [1]}}
     first.change("a", adding(2))
@@ -311,7 +311,7 @@ def test_nobody_makes_a_record_whose_tombstone_is_being_removed(
         maker.join(60)
 
     monkeypatch.setattr(Bucket, "delete", slowly)
-    assert first.sweep(-1) == 1
+    assert first.remove_tombstones(-1) == 1
     assert made == [{"all": [2]}]
     assert known(first, {}) == {"a": {"all": [2]}}
 
@@ -327,8 +327,8 @@ def test_a_tombstone_that_was_to_go_and_stayed_is_used_again(store_url: str, mon
     with monkeypatch.context() as patch:
         patch.setattr(Bucket, "delete", fail)
         with pytest.raises(RemoteUnavailable, match="down"):
-            records.sweep(-1)
-    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+            records.remove_tombstones(-1)
+    monkeypatch.setattr(module, "_RETRY_SECONDS", 0.1)
     with pytest.raises(RemoteUnavailable):
         records.change("a", adding(2))
     monkeypatch.setattr(module, "_SEAL_SECONDS", -1.0)
@@ -341,7 +341,7 @@ def test_a_record_removed_behind_everybodys_back_is_gone(store_url: str) -> None
     mine = known(opened(store_url), {})
     bucket.delete(["records/a.json"])
     assert known(records, mine) == {}
-    assert isinstance(records.look("a"), Record)
+    assert isinstance(records.fetch("a"), Record)
 
 
 def test_quick_changes_of_one_size_have_etags_of_their_own(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class Depot:
         with store.stage() as staging:
             write_adapter(staging, seed)
             spec = inspect(staging, BASE.linears, BASE.architecture)
-            packed_rows.make(staging, spec)
+            packed_rows.write(staging, spec)
             return store.publish("t", name, staging, spec, **options)[0]
 
     def objects(self) -> dict[str, bytes]:
@@ -67,7 +67,7 @@ def depot(s3: S3Server, s3_url: str, tmp_path: Path) -> Depot:
 
 async def read(store: AdapterStore, name: str, prefix: str | None = None) -> bytes:
     with store.lease(store.get("t", name, prefix)) as version:
-        await store.ready(version)
+        await store.wait_until_ready(version)
         return (version.path / WEIGHTS_NAME).read_bytes()
 
 
@@ -78,8 +78,8 @@ def here(store: AdapterStore, *versions: Version) -> list[bool]:
 def store_at_rest(store: AdapterStore) -> None:
     """Once everything that was to be removed is removed."""
     files = store._files
-    with files._counting:
-        assert files._counting.wait_for(lambda: files._excess <= 0 and not files._removing, 60)
+    with files._count_lock:
+        assert files._count_lock.wait_for(lambda: files._excess <= 0 and not files._removing, 60)
 
 
 def weights(seed: int, folder: Path) -> bytes:
@@ -90,7 +90,7 @@ async def test_a_new_server_on_an_empty_disk_serves_what_the_bucket_has(depot: D
     store = depot.open()
     first, second = (depot.put(store, "x", seed) for seed in (1, 2))
     depot.put(store, "y", 1)
-    store.divide("t", "x", {first.digest: 0.25, second.digest: 0.75})
+    store.split("t", "x", {first.digest: 0.25, second.digest: 0.75})
     store.pin("t", "y", True)
     depot.put(store, "gone", 3)
     store.delete("t", "gone")
@@ -100,7 +100,7 @@ async def test_a_new_server_on_an_empty_disk_serves_what_the_bucket_has(depot: D
     assert [version.name for version in other.list("t")] == ["ft:org/base:mine:ab12", "x", "y"]
     assert other.pointer("t", "x") == replaced_paths(store.pointer("t", "x"), other, "x")
     assert other.pointer("t", "x").shares == {first.digest: 0.25, second.digest: 0.75}
-    assert (other.pinned("t", "x"), other.pinned("t", "y")) == (False, True)
+    assert (other.is_pinned("t", "x"), other.is_pinned("t", "y")) == (False, True)
     assert here(other, first, second) == [False, False]
     assert await read(other, "x", first.digest.removeprefix("sha256:")) == weights(1, tmp_path)
     assert await read(other, "x", second.digest.removeprefix("sha256:")) == weights(2, tmp_path)
@@ -159,7 +159,7 @@ async def test_the_disk_is_bounded_and_what_is_in_use_stays(depot: Depot, tmp_pa
 
     small = depot.open("small", disk_bytes=int(2.5 * size))
     with small.lease(small.get("t", "a")) as held:
-        await small.ready(held)
+        await small.wait_until_ready(held)
         for name in "bcb":
             await read(small, name)
             assert (held.path / WEIGHTS_NAME).exists()

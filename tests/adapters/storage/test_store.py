@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapters.peft_format.directory import AdapterSpec
-from adapters.storage.store import AdapterStore, Moved
+from adapters.storage.store import AdapterStore, EtagMismatch
 from adapters.storage.versions import AmbiguousDigest, UnknownAdapter
 from tests.support.publishing import Box, content_of, put, spec_of
 
@@ -145,12 +145,12 @@ def test_a_staged_version_waits_and_is_no_place_to_go_back_to(box: Box) -> None:
 def test_a_change_is_made_only_from_the_expected_state(box: Box) -> None:
     for content in ("one", "two"):
         put(box.store, "x", content)
-    with pytest.raises(Moved) as caught:
+    with pytest.raises(EtagMismatch) as caught:
         box.store.promote("t", "x", digest_of("one"), expected=[digest_of("one")])
     assert caught.value.etag == digest_of("two")
-    split = box.store.divide("t", "x", {digest_of("one"): 0.5, digest_of("two"): 0.5}, expected=[digest_of("two")])
+    split = box.store.split("t", "x", {digest_of("one"): 0.5, digest_of("two"): 0.5}, expected=[digest_of("two")])
     assert split.etag.startswith("split:")
-    with pytest.raises(Moved):
+    with pytest.raises(EtagMismatch):
         box.store.roll_back("t", "x", expected=[digest_of("two")])
     assert box.store.roll_back("t", "x", expected=[split.etag]).etag == digest_of("two")
 
@@ -158,15 +158,15 @@ def test_a_change_is_made_only_from_the_expected_state(box: Box) -> None:
 def test_a_split_survives_a_restart_and_keeps_its_versions(box: Box) -> None:
     for content in ("one", "two"):
         put(box.store, "x", content)
-    box.store.divide("t", "x", {digest_of("one"): 0.9, digest_of("two"): 0.1})
+    box.store.split("t", "x", {digest_of("one"): 0.9, digest_of("two"): 0.1})
     for content in ("three", "four", "five"):
         put(box.store, "x", content, promote=False)
     assert box.again().pointer("t", "x").shares == {digest_of("one"): 0.9, digest_of("two"): 0.1}
     assert contents(box.store) == ["two", "five", "one"]
     assert box.on_disk() == (0, ["five", "one", "two"])
-    assert box.store.answers(digest_of("one"))
+    assert box.store.is_answering(digest_of("one"))
     put(box.store, "x", "six")  # an upload means what it says
-    assert not box.store.answers(digest_of("one"))
+    assert not box.store.is_answering(digest_of("one"))
     assert box.again().pointer("t", "x").shares == {digest_of("six"): 1.0}
 
 

@@ -27,7 +27,7 @@ def test_without_a_split_the_current_version_answers_everyone() -> None:
 
 
 def test_a_split_gives_each_version_its_share_and_each_user_always_the_same() -> None:
-    split = NAME.divided({A: 0.9, B: 0.1})
+    split = NAME.with_split({A: 0.9, B: 0.1})
     users = [f"user-{i}" for i in range(4000)]
     chosen = {user: split.choose(user).digest for user in users}
     counts = Counter(chosen.values())
@@ -35,7 +35,7 @@ def test_a_split_gives_each_version_its_share_and_each_user_always_the_same() ->
     assert all(split.choose(user).digest == digest for user, digest in chosen.items())
     assert {split.choose().digest for _ in range(500)} == {A, B}
 
-    grown = NAME.divided({A: 0.7, B: 0.3})
+    grown = NAME.with_split({A: 0.7, B: 0.3})
     assert all(grown.choose(user).digest == B for user, digest in chosen.items() if digest == B)
 
 
@@ -43,17 +43,17 @@ def test_a_split_gives_each_version_its_share_and_each_user_always_the_same() ->
 def test_whatever_the_shares_everybody_gets_a_version(numbers: list[int], user: str) -> None:
     total = sum(numbers)
     shares = {digest: number / total for digest, number in zip((A, B, C), numbers, strict=False)}
-    assert NAME.divided(shares).choose(user).digest in shares
+    assert NAME.with_split(shares).choose(user).digest in shares
 
 
 def test_etags_tell_splits_apart() -> None:
-    splits = [NAME.divided(shares) for shares in ({A: 0.9, B: 0.1}, {A: 0.1, B: 0.9}, {A: 0.9, C: 0.1})]
+    splits = [NAME.with_split(shares) for shares in ({A: 0.9, B: 0.1}, {A: 0.1, B: 0.9}, {A: 0.9, C: 0.1})]
     assert len({NAME.etag, *(split.etag for split in splits)}) == 4
-    assert NAME.divided({A: 0.9, B: 0.1}).etag == splits[0].etag
+    assert NAME.with_split({A: 0.9, B: 0.1}).etag == splits[0].etag
 
 
 def test_a_split_of_one_is_a_promotion() -> None:
-    assert NAME.divided({C: 1.0, A: 0.0}) == NAME.promoted(C)
+    assert NAME.with_split({C: 1.0, A: 0.0}) == NAME.promoted(C)
     assert NAME.promoted(C).etag == C
     assert NAME.promoted(C).previous == version(A)
 
@@ -71,17 +71,17 @@ def test_a_split_of_one_is_a_promotion() -> None:
 )
 def test_shares_that_make_no_sense(shares: dict[str, float]) -> None:
     with pytest.raises(AdapterError) as caught:
-        NAME.divided(shares)
+        NAME.with_split(shares)
     assert caught.value.param == "split"
 
 
 def test_digests_that_are_no_version() -> None:
     for digest in ("", "sha256:", "sha256:aaaaaaa", "d" * 64, A + "0", "sha256:sha256:aaaaaaaa", "é" * 8):
         with pytest.raises(UnknownAdapter):
-            NAME.divided({digest: 1.0})
+            NAME.with_split({digest: 1.0})
     twins = Pointer((version("sha256:" + "a" * 10 + "0"), version("sha256:" + "a" * 10 + "1")))
     with pytest.raises(AmbiguousDigest):
-        twins.divided({"a" * 10: 1.0})
+        twins.with_split({"a" * 10: 1.0})
 
 
 def test_the_version_before_is_one_that_has_answered() -> None:

@@ -169,7 +169,7 @@ async def test_it_waits_for_its_adapter_no_longer_than_a_request_does(
             await asyncio.Event().wait()
 
         monkeypatch.setattr(site.store, "has", lambda _: False)
-        monkeypatch.setattr(site.store, "ready", never)
+        monkeypatch.setattr(site.store, "wait_until_ready", never)
         engine.unready_reason = None
         failed = await over(site, created["id"])
         assert (failed["status"], failed["error"]["code"]) == ("failed", "adapter_store_unavailable")

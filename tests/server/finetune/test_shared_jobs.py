@@ -157,7 +157,7 @@ async def test_a_job_is_paused_at_one_server_and_resumed_by_another(lives: Lives
     one, two, job_id = await running_at_one(lives)
     assert (await two.steer(job_id, "pause"))["status"] == "pausing"
     await two.until(job_id, "paused")
-    await until(lambda: one.sharing.records.leases.held() == [])
+    await until(lambda: one.sharing.records.leases.held_keys() == [])
     one.sharing.records._most, two.sharing.records._most = 0, 1
     assert (await one.steer(job_id, "resume"))["status"] == "queued"
     done = await one.until(job_id, "succeeded")
@@ -188,7 +188,7 @@ async def test_a_server_that_cannot_renew_its_lease_stops_and_writes_nothing_mor
             patch.setattr(cut_off, method, fail)
         one.sharing.records.leases.seconds = 0.5
         await until(lambda: not one.tuning.manager.tasks)
-        assert one.sharing.records.leases.held() == []
+        assert one.sharing.records.leases.held_keys() == []
         one.sharing.records._most = 0
         await take_over(two.sharing, job_id)
         with pytest.raises(JobStateError):
@@ -240,7 +240,7 @@ async def test_long_logs_are_the_same_everywhere(lives: Lives, monkeypatch: pyte
 
 def segments_of(site: Sharer, job_id: str) -> set[str]:
     """Objects of a job's log."""
-    content = site.sharing.records._stored.look(job_id).content
+    content = site.sharing.records._stored.fetch(job_id).content
     assert content is not None
     return {segment["name"] for segment in content["segments"]}
 

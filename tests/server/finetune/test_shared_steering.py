@@ -42,7 +42,7 @@ class Fleet:
 
     async def die(self, place: int) -> None:
         """By `kill -9`; the other server has waited for as long as the leases last."""
-        held = self.servers[place].sharing.records.leases.held()
+        held = self.servers[place].sharing.records.leases.held_keys()
         await self.servers[place].die()
         for key in held:
             self.servers[place].sharing.records.leases.drop(key)  # or it would be given back

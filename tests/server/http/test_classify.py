@@ -222,7 +222,7 @@ async def test_a_failure_of_one_prompt_ends_the_others(served: Served) -> None:
         (classifier_files(head="base_model.model.head.weight"), HEAD, "lack"),
         ({"config": adapter_files(task_type="SEQ_CLS")[0], "weights": adapter_files()[1]}, HEAD, "lack"),
         (classifier_files(labels=5000), HEAD, "5000 labels; 1 to 4096"),
-        (classifier_files(task_type="CAUSAL_LM"), HEAD, "is none of those"),
+        (classifier_files(task_type="CAUSAL_LM"), HEAD, "is not expected"),
         (classifier_files(task_type="TOKEN_CLS"), "task_type", "SEQ_CLS"),
         (classifier_files(modules_to_save=None, alora_invocation_tokens=[5]), "task_type", "alora"),
     ],

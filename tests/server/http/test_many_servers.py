@@ -205,4 +205,4 @@ async def test_a_shared_adapter_is_looked_for_under_its_owners_name(pair: Pair) 
         assert (await client.post("/v1/adapters/legal/share", json={"tenants": "all"})).status_code == 200
     assert two.names() == []
     await two.registry.following.look("someone", "default/legal")
-    assert two.store.readable("someone", "default/legal").current.name == "legal"
+    assert two.store.readable_pointer("someone", "default/legal").current.name == "legal"

@@ -19,13 +19,13 @@ async def test_a_name_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.Monk
     site = Site(tmp_path)
     version, _ = await site.publisher.import_directory("", "a", write_adapter(tmp_path / "a"))
     asked: list[str] = []
-    real = AdapterStore.readable
+    real = AdapterStore.readable_pointer
 
     def readable(self: AdapterStore, tenant: str, name: str) -> Pointer:
         asked.append(name)
         return real(self, tenant, name)
 
-    monkeypatch.setattr(AdapterStore, "readable", readable)
+    monkeypatch.setattr(AdapterStore, "readable_pointer", readable)
     for name in ("a", f"a@{version.digest.removeprefix('sha256:')[:12]}"):
         async with site.registry.open(EVERYTHING, name) as opened:
             assert opened == version

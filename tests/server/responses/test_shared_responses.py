@@ -287,7 +287,7 @@ async def test_while_the_store_is_down_a_response_is_not_said_to_be_kept(
     going = hold_at(one, 4)
     begun = await made(one, background=True)
     with monkeypatch.context() as patch:
-        for method in ("change", "look"):
+        for method in ("change", "fetch"):
             patch.setattr(Records, method, fail)
         going.set()  # what has begun waits until it can be kept
         for response in (
@@ -316,4 +316,4 @@ async def test_nothing_is_remembered_of_those_that_have_ended(lives: Lives) -> N
     for site in (one, two):
         responses = responses_of(site)
         assert responses._records._known == {}
-        assert (responses._leases._seen, responses._leases.held()) == ({}, [])
+        assert (responses._leases._seen, responses._leases.held_keys()) == ({}, [])

@@ -113,9 +113,9 @@ async def test_sharing_outlives_restarts_and_new_versions(tmp_path: Path, reader
         await publisher.import_directory("acme", "law", write_adapter(tmp_path / "law", 1))
         await publisher.share("acme", "law", readers)
         new, _ = await publisher.import_directory("acme", "law", write_adapter(tmp_path / "law", 2))
-        assert served.services.store.readable("rival", "acme/law").current == new
+        assert served.services.store.readable_pointer("rival", "acme/law").current == new
         names = await asyncio.to_thread(LocalNames, tmp_path / "test.db")
         again = await asyncio.to_thread(AdapterStore, tmp_path / "adapters", names)
-        assert again.readable("rival", "acme/law").current.digest == new.digest
+        assert again.readable_pointer("rival", "acme/law").current.digest == new.digest
         assert again.pointer("acme", "law").readers == tuple(sorted(readers))
         names.close()
