@@ -1,4 +1,4 @@
-"""Threads that give way do, and whoever waits for one does not leave before it has finished."""
+"""Low-priority threads run at low priority, and a cancelled caller waits for its work to finish."""
 
 import asyncio
 import os

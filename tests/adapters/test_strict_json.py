@@ -1,4 +1,4 @@
-"""One strict reader of JSON."""
+"""The strict JSON reader."""
 
 import json
 import time
@@ -35,7 +35,7 @@ def test_limits_are_the_callers() -> None:
 
 
 def test_a_key_given_twice_is_found_in_linear_time() -> None:
-    """Among 400,000 keys: a quadratic search takes minutes."""
+    """With 400,000 keys a quadratic search takes minutes."""
     keys = ", ".join(f'"{i}": 0' for i in range(400_000))
     raw = f'{{{keys}, "399999": 1}}'.encode()
     began = time.process_time()

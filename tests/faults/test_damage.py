@@ -1,4 +1,4 @@
-"""Bytes that a disk gives back otherwise than it took them: mended, or a 502 that names the adapter."""
+"""Files whose bytes changed on disk: mended, or a 502 that names the adapter."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.faults.conftest import Files
 from tests.faults.test_faults import body, complete
 from tests.support.running import RunningServer, eventually
 
-pytestmark = pytest.mark.timeout(900)  # engines come up slowly on a busy machine
+pytestmark = pytest.mark.timeout(900)  # engines start slowly on a busy machine
 
 
 def flip(path: Path) -> None:
@@ -33,10 +33,10 @@ def lose(path: Path) -> None:
 
 
 def forgotten(server: RunningServer) -> None:
-    """A new engine, which has to read everything from disk."""
+    """Start a new engine, which has to read everything from disk."""
     old = server.engine_pid
     os.kill(old, signal.SIGKILL)
-    # For a moment the dead one's place is empty, and `/ready` does not know it yet.
+    # For a moment no engine runs, and `/ready` does not know it yet.
     eventually(lambda: server.wait_ready()["engine_pid"] not in (old, None), 180, "a new engine")
 
 

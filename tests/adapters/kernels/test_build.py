@@ -1,4 +1,4 @@
-"""The library is compiled once, safely, and its absence costs speed only."""
+"""Compiling the native library: once, safely, and optional: without it the server is only slower."""
 
 import logging
 import subprocess
@@ -16,7 +16,7 @@ from adapters.kernels import QuantizedWeight, build, native
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Small sources, an empty cache and nothing prebuilt: compiling takes a moment and touches nobody's files."""
+    """Small sources, an empty cache and nothing prebuilt, so that compiling is quick and touches no real files."""
     sources = tmp_path / "sources"
     sources.mkdir()
     (sources / "one.cpp").write_text('extern "C" __attribute__((visibility("default"))) int one() { return 1; }\n')
@@ -28,7 +28,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def forgetful() -> Iterator[None]:
-    """`native.load` tries again, now and after the test."""
+    """Reset `native.load`, now and after the test, so that it tries again."""
     native._load.cache_clear()
     yield
     native._load.cache_clear()
@@ -90,7 +90,7 @@ def test_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_come_from_torch_and_the_process_ends() -> None:
-    """Sleeping workers must not hold a process back, nor does a caller on another thread wait for ever."""
+    """Sleeping workers do not keep the process alive, and a caller on another thread does not hang."""
     script = """
 import threading, torch
 from adapters import kernels

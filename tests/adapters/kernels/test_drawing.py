@@ -1,4 +1,4 @@
-"""Draws and log-probabilities in C++, against the same by sorting in float64."""
+"""Draws and log-probabilities in C++, compared with sorting in float64."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from torch import Tensor
 from adapters.kernels import Truncation, native
 
 VOCABULARIES = [1, 3, 127, 128, 129, 1000, 20_000]
-NEAR = 1e-5  # shares of the whole by which float32 may be off
+NEAR = 1e-5  # tolerance of cumulative probabilities in float32
 
 
 def scores_of(vocabulary: int, rows: int, kind: str, seed: int = 0) -> Tensor:
@@ -29,7 +29,7 @@ def scores_of(vocabulary: int, rows: int, kind: str, seed: int = 0) -> Tensor:
 
 
 def kept(scores: Tensor, truncation: Truncation) -> tuple[Tensor, bool]:
-    """Shares of the tokens, float64, and whether float32 may keep others."""
+    """Probabilities of the kept tokens, float64, and whether float32 may keep different ones."""
     weights = ((scores.double() - scores.max()) / truncation.temperature).exp()
     floor, doubtful = truncation.min_p, False
     ranked = weights.sort(descending=True).values

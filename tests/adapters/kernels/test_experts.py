@@ -1,4 +1,4 @@
-"""Experts' linears: small, near float64 whatever the routing, each row its own, differentiable."""
+"""Linears of experts: compact, close to float64 under any routing, independent per row, differentiable."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The int8 tier of a 4-bit linear: the integers of its definition, a row's bits its own, an error of a percent."""
+"""The int8 tier of a 4-bit linear: the defined integers, rows independent of each other, an error of one percent."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ BLOCKSIZES = st.sampled_from([64, 128, 256, 512])
 
 
 def make_input(rows: int, in_features: int) -> Tensor:
-    """Blocks of very different sizes, some of them zero or next to it."""
+    """Blocks of very different magnitudes, some zero or nearly zero."""
     size = torch.randint(-8, 4, (rows, in_features // 64, 1)).float().exp2()
     size[torch.rand(rows, in_features // 64) < 0.1] = 0.0
     size[torch.rand(rows, in_features // 64) < 0.1] = 1e-38
@@ -23,7 +23,7 @@ def make_input(rows: int, in_features: int) -> Tensor:
 
 
 def assert_same(kernels: native.Kernels, actual: Tensor, expected: Tensor) -> None:
-    if kernels.instruction_set == "portable":  # has no fused multiply-add
+    if kernels.instruction_set == "portable":  # it has no fused multiply-add
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
     else:
         assert torch.equal(actual, expected)

@@ -1,4 +1,4 @@
-"""Interpreted products do not depend on the environment's BLAS: a row's bits are fixed under any setting."""
+"""Interpreted products do not depend on the environment's BLAS: a row's bits are the same under any setting."""
 
 import os
 import subprocess

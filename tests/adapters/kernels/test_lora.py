@@ -14,7 +14,7 @@ Segment = tuple[int, int, int, int, float]  # start, end, rank, dtype, scale
 
 
 class Pool:
-    """Segments' matrices laid into units; every unit that belongs to nobody is NaN in each of the three dtypes."""
+    """The matrices of segments laid out in units; every unused unit is NaN in each of the three dtypes."""
 
     def __init__(self, segments: list[Segment], in_features: int, out_features: int) -> None:
         units = sum(rank * 2 + 2 for _, _, rank, _, _ in segments) + 2
@@ -51,7 +51,7 @@ class Pool:
 def problems(
     draw: st.DrawFn, ranks: tuple[int, ...] = (0, 1, 3, 8, 17), most: int = 5
 ) -> tuple[int, int, int, list[Segment]]:
-    """Tokens, in, out, and at most so many segments."""
+    """Tokens, in, out, and up to the given number of segments."""
     tokens, in_features, out_features = (draw(st.integers(1, limit)) for limit in (80, 100, 100))
     segments = []
     for _ in range(draw(st.integers(0, most))):

@@ -1,4 +1,4 @@
-"""What is taken from an uploaded tokenizer, and what is refused."""
+"""Tokens and templates accepted from an uploaded tokenizer, and refusals."""
 
 import json
 from pathlib import Path

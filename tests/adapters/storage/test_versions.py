@@ -1,4 +1,4 @@
-"""What a name means: shares, who gets which, and what is kept."""
+"""Pointers: shares of a split, their assignment to users, and retention."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every keyword of JSON Schema that grammars follow: a schema is refused by name, or what it yields is valid."""
+"""Every keyword of JSON Schema that grammars support: a schema is refused by name, or its outputs are valid."""
 
 import json
 from pathlib import Path
@@ -40,12 +40,12 @@ def tokenizer(shallow_dir: Path) -> Tokenizer:
 
 
 def checked(schema: dict[str, Any]) -> dict[str, Any]:
-    """The answer of the process that compiles on trial."""
+    """The answer of the trial compilation."""
     return _carry_out({"grammar": {"kind": "json", "text": json.dumps(schema), "size": 0, "thought": ""}, "seconds": 5})
 
 
 def asked(name: str, schema: dict[str, Any], seed: int, tokenizer: Tokenizer) -> Generate:
-    """At a high temperature, with a liking for ends: random weights have none."""
+    """A request with a high temperature and a bias for ending tokens, which random weights rarely draw."""
     bias = {tokenizer.token_to_id(end): 3.0 for end in ('"', "}", "]", "<|im_end|>")}
     sampling: dict[str, Any] = {"temperature": 1.5, "max_tokens": 100, "ignore_eos": False, "logprobs": None}
     return request(
@@ -56,7 +56,7 @@ def asked(name: str, schema: dict[str, Any], seed: int, tokenizer: Tokenizer) ->
 def invalid(
     engine: Engine, tokenizer: Tokenizer, schemas: dict[str, dict[str, Any]], seeds: range
 ) -> tuple[set[str], list[Any]]:
-    """Names of answers that came to their end, and those among them that are not valid."""
+    """Names of finished answers, and of the invalid ones among them."""
     asking = [asked(f"{name}/{seed}", schemas[name], seed, tokenizer) for name in schemas for seed in seeds]
     finished, wrong = set(), []
     for name, answer in run(engine, asking).items():
@@ -78,7 +78,7 @@ def place_of(schema: Any, path: list[str]) -> Any:
 
 
 def compiled_ones(each: int) -> dict[str, dict[str, Any]]:
-    """Of so many schemas of every keyword those that compile; all others are refused by the path of the culprit."""
+    """Of this many schemas per keyword, those that compile; all others are refused with the path of the culprit."""
     found = {}
     for keyword in BY_KEYWORD:
         for number, schema in enumerate(drawn(keyword, each)):
@@ -229,7 +229,7 @@ ALLOWED: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"type": "number", "allOf": [{"exclusiveMinimum": 3}, {"maximum": 3.01}]}, ["3.01"], ["3"]),
     ({"type": "integer", "exclusiveMinimum": 0}, ["1"], ["0"]),
     ({"type": "number", "exclusiveMinimum": 0}, ["1", "0.001"], ["0", "-1"]),
-    # As schemas made of types have them: 64 bits, float, double.
+    # Bounds generated from types: 64 bits, float, double.
     ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, ["0", "-5", str(2**62)], [str(2**63)]),
     ({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}, ["0", str(2**62)], ["-1", str(2**64)]),
     ({"type": "integer", "exclusiveMinimum": -1e300}, ["0", "-5"], []),

@@ -1,4 +1,4 @@
-"""The scheduler, one thing at a time, in a simulated world."""
+"""Single features of the scheduler, in a simulated world."""
 
 from collections import Counter
 from dataclasses import replace
@@ -12,7 +12,7 @@ from server.engine.sequence import AdapterKey, Sequence
 from server.messages.protocol import LOAD_FAILED, TOO_LONG, Sampling
 from tests.support.scheduler_world import BASE, BIG, BROKEN, EOS, A, B, World
 
-prompts = st.lists(st.integers(1, 2), min_size=1, max_size=26)  # two letters, so that prefixes meet
+prompts = st.lists(st.integers(1, 2), min_size=1, max_size=26)  # two letters, so that prefixes coincide
 
 
 def test_the_budget_must_exceed_the_requests() -> None:
@@ -64,7 +64,7 @@ def test_queue_numbers() -> None:
 
 
 class TestInFlight:
-    """Depth 1: every step is decided before the last one was collected."""
+    """Depth 1: every step is decided before the last one is collected."""
 
     def test_decodes_go_on_until_all_have_ended(self) -> None:
         world = World(depth=1)
@@ -73,7 +73,7 @@ class TestInFlight:
         while not world.scheduler.idle:
             step = world.step()
             sizes.append(0 if step is None else len(step.works))
-        assert sizes == [2, 2, 2, 1, 1, 1, 0]  # the last is collected when there is nothing more to give
+        assert sizes == [2, 2, 2, 1, 1, 1, 0]  # the last is collected when nothing is left to submit
         assert world.ahead == {"0": 2, "1": 5}
         world.check_finished(short)
         world.check_finished(long)
@@ -112,7 +112,7 @@ class TestInFlight:
         steady = world.add([1, 2], max_tokens=12)
         world.add([1] * 6, max_tokens=12, speculative_tokens=3)
         world.add([2] * 25, max_tokens=2)  # in chunks
-        world.add([1, 2], max_tokens=2)  # has to wait for a place
+        world.add([1, 2], max_tokens=2)  # waits for a place
         while not steady.finish_reason:
             world.step()
         assert world.ahead["0"] == 11
@@ -235,7 +235,7 @@ class TestPreemption:
         assert +world.residency.references == Counter("a")
 
     def test_prompt_positions_are_scored_once(self) -> None:
-        """A prompt that was scored half when it had to give way goes on from there."""
+        """A preempted prompt that was half scored continues from there."""
         world = World(num_blocks=8, batch_tokens=5)
         elder = world.add([1] * 4, max_tokens=20)
         world.step()
@@ -323,13 +323,13 @@ class TestAdapters:
             world.add([1], B, max_tokens=1)
         world.step()
         assert all(sequence.finish_reason for sequence in passing[:3])
-        assert late_base.finish_reason == "length"  # the bare base takes no rows
+        assert late_base.finish_reason == "length"  # the base takes no rows
         last = world.sequences[str(len(world.sequences) - 1)]
         world.run()
         assert big.first_scheduled is not None
         assert last.first_scheduled is not None
         assert big.first_scheduled <= last.first_scheduled
-        assert big.first_scheduled == 13.0  # as soon as the only one that was let in before it had finished
+        assert big.first_scheduled == 13.0  # as soon as the only request admitted before it had finished
 
     def test_one_that_cannot_load_fails_all_that_want_it_and_says_why_once(self) -> None:
         world = World()

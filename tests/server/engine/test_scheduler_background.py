@@ -1,4 +1,4 @@
-"""The scheduler's background: it has what nobody else can use, and ends all the same."""
+"""Background sequences: they use only idle capacity, and finish eventually."""
 
 from typing import Any
 

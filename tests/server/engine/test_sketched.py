@@ -1,4 +1,4 @@
-"""Greedy tokens by way of the head's sketch: those of all logits, and only where nothing else is wanted of them."""
+"""Greedy tokens by means of the head's screening copy: equal to the argmax of all logits."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def engine(model_dir: Path, cache_dir: Path) -> Engine:
 
 @pytest.fixture
 def found(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Of how many rows an argmax was found without all logits, step by step."""
+    """The number of rows per step whose argmax was found without all logits."""
     rows: list[int] = []
     argmax = engine.runner.weights.argmax
     assert argmax is not None
