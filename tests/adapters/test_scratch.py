@@ -51,7 +51,7 @@ def test_a_socket_finds_room_however_long_the_way_is(temporary: Path, monkeypatc
         assert sweep() == [near / "lorakeet-killed"]
 
 
-def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(temporary: Path) -> None:
+def test_directories_of_killed_processes_are_removed_and_of_live_ones_kept(temporary: Path) -> None:
     holders = [subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:
         left, used = (Path((holder.stdout or sys.stdin).readline().strip()) for holder in holders)

@@ -202,7 +202,7 @@ def test_full_files_keep_the_budget(made: Files, server: RunningServer, bystande
     assert not faults
 
 
-def test_what_is_asked_for_many_times_is_bounded(server: RunningServer, bystander: Bystander, rest: float) -> None:
+def test_the_cost_of_many_samples_is_bounded(server: RunningServer, bystander: Bystander, rest: float) -> None:
     prompt = [5] * (CONTEXT - 2)
     body = {"model": BASE, "prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 20}
     with httpx.Client(base_url=server.url, timeout=300) as client:
@@ -216,7 +216,7 @@ def test_what_is_asked_for_many_times_is_bounded(server: RunningServer, bystande
             assert min(each.gap for each in seen) <= GAP + rest, (more, seen)
 
 
-def test_a_bias_of_all_tokens_keeps_nobody_waiting(server: RunningServer) -> None:
+def test_a_bias_of_all_tokens_does_not_delay_others(server: RunningServer) -> None:
     gaps: list[float] = []
 
     def listen() -> None:

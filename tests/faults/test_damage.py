@@ -45,7 +45,7 @@ def directory_of(server: RunningServer, name: str) -> Path:
     return server.data_dir / "adapters" / "versions" / digest.removeprefix("sha256:")
 
 
-def test_what_can_be_made_anew_is_and_the_answer_is_the_same(server: RunningServer) -> None:
+def test_damaged_derived_files_are_mended_and_outputs_stay_the_same(server: RunningServer) -> None:
     before = {name: complete(server, name)["choices"][0]["text"] for name in ("red", "green", "blue")}
     damages: list[tuple[str, Callable[[Path], None], str]] = [
         ("red", flip, ROWS_NAME),
@@ -65,9 +65,7 @@ def test_what_can_be_made_anew_is_and_the_answer_is_the_same(server: RunningServ
 
 
 @pytest.mark.parametrize("file", [WEIGHTS_NAME, CONFIG_NAME])
-def test_what_cannot_be_mended_is_a_502_until_it_is_uploaded_again(
-    server: RunningServer, made: Files, file: str
-) -> None:
+def test_damaged_originals_are_a_502_until_uploaded_again(server: RunningServer, made: Files, file: str) -> None:
     before = complete(server, "red")["choices"][0]["text"]
     directory = directory_of(server, "red")
     flip(directory / ROWS_NAME)

@@ -98,7 +98,7 @@ async def needing(client: httpx.AsyncClient) -> list[tuple[str, str, dict[str, A
         pytest.param(40.0, {}, marks=pytest.mark.slow),
     ],
 )
-async def test_who_needs_it_is_told_in_time_and_others_go_on(
+async def test_requests_that_need_the_store_fail_in_time_and_others_continue(
     tmp_path: Path, s3: S3Server, s3_url: str, patience: float, settings: dict[str, Any]
 ) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS))  # as in a standalone server

@@ -91,7 +91,7 @@ def test_the_least_recently_used_leaves_first(tiers: Fixture) -> None:
     assert tiers.cache.evictions == ["b"]
 
 
-def test_what_is_in_use_stays(tiers: Fixture) -> None:
+def test_adapters_in_use_are_not_evicted(tiers: Fixture) -> None:
     assert tiers.settle(key("a")) == "ready"
     assert tiers.settle(key("big")) == "full"
     assert tiers.cache.evictions == [], "nothing is evicted for an adapter that would not fit anyway"
@@ -170,7 +170,7 @@ def test_rows_are_not_moved_while_others_are_filled(monkeypatch: pytest.MonkeyPa
     tiers.close()
 
 
-def test_what_was_just_filled_stays_until_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loaded_adapter_is_not_evicted_before_its_waiting_request_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "AT_ONCE_BYTES", 0)
     fixture = Fixture()
     for name in "ab":
@@ -217,7 +217,7 @@ def test_a_pinned_adapter_comes_by_itself_and_stays(tiers: Fixture) -> None:
     assert on_device(tiers) == {"big"}
 
 
-def test_a_pin_gives_way_only_to_what_could_not_run_beside_it_and_comes_back(tiers: Fixture) -> None:
+def test_a_pinned_adapter_is_evicted_only_for_one_that_cannot_fit_beside_it(tiers: Fixture) -> None:
     tiers.cache.pin({"a": "4"})
     come_to_rest(tiers)
     assert tiers.settle(key("b")) == "ready"
@@ -239,7 +239,7 @@ def test_pins_that_do_not_fit_together_do_not_push_each_other_out(tiers: Fixture
     assert tiers.cache.evictions == []
 
 
-def test_a_tenants_own_adapters_leave_when_it_has_its_rows(tiers: Fixture) -> None:
+def test_a_tenant_at_its_row_limit_evicts_its_own_adapters(tiers: Fixture) -> None:
     """Even if another tenant's adapter is the least recently used."""
     acme = ("acme", 8)  # rows of one of these adapters
     for name in ("a", "c"):
@@ -355,7 +355,7 @@ TiersMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=2
 TestTiers = TiersMachine.TestCase
 
 
-def test_rows_that_cannot_be_filled_are_given_back_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_freed_and_the_error_is_reported_when_filling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "AT_ONCE_BYTES", 0)
     fixture = Fixture()
     fixture.cache.register("a", "4")

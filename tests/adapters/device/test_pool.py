@@ -93,7 +93,7 @@ def test_a_kind_that_is_not_touched_costs_nothing() -> None:
     assert pool.units_of("sha256:1") == {"q_proj": 14}
 
 
-def test_what_does_not_fit_changes_nothing() -> None:
+def test_an_adapter_that_does_not_fit_changes_nothing() -> None:
     pool = make_pool(units=12)
     pool.insert(adapter(1, {"layers.0.q_proj": 4}))
     before = [tensor.clone() for tensor in (*pool.a, *pool.b)]
@@ -110,7 +110,7 @@ def test_a_reservation_that_fails_halfway_gives_everything_back() -> None:
     pool.remove("sha256:1")
     pool.remove("sha256:3")
     free = dict(pool.free)
-    wide = adapter(4, {"layers.0.q_proj": 2, "layers.0.down_proj": 3})  # 6 of 8 units are free, 4 in one piece
+    wide = adapter(4, {"layers.0.q_proj": 2, "layers.0.down_proj": 3})  # 6 of the 8 free units, which lie in gaps of 4
     assert not pool.reserve(wide, compact=False)
     assert "sha256:4" not in pool
     assert pool.free == free, "the rows taken of q_proj are freed"

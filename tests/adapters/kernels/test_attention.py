@@ -115,7 +115,9 @@ def test_against_sdpa(kernels: Any, heads: int, kv_heads: int, dim: int, block_s
 
 @given(data=st.data(), window=st.sampled_from([0, 5, 64, 90]), block_size=st.sampled_from([16, 64]))
 @settings(max_examples=25, deadline=None)
-def test_chunks_and_neighbours_change_nothing(kernels: Any, data: st.DataObject, window: int, block_size: int) -> None:
+def test_results_do_not_depend_on_chunks_or_other_requests(
+    kernels: Any, data: st.DataObject, window: int, block_size: int
+) -> None:
     requests = Requests(kernels, [140, 77], 6, 2, 32, block_size)
     whole = [requests.attend([(r, 0, n)], window)[0] for r, n in enumerate(requests.lengths)]
     cut = data.draw(st.integers(1, 139))

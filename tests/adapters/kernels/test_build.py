@@ -34,7 +34,7 @@ def forgetful() -> Iterator[None]:
     native._load.cache_clear()
 
 
-def test_of_several_that_want_a_library_one_compiles_it(elsewhere: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_concurrent_loads_compile_a_library_once(elsewhere: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), ThreadPoolExecutor(4) as executor:
         paths = set(executor.map(build.built, ["portable"] * 4))
     assert len(paths) == 1

@@ -57,7 +57,7 @@ def test_the_library_lays_out_the_same_copy(
 
 @given(out=st.integers(1, 70), wide=st.integers(1, 9), rows=st.integers(1, 40), data=st.data())
 @settings(max_examples=30)
-def test_a_row_is_alone_what_it_is_in_company(
+def test_a_rows_result_does_not_depend_on_other_rows(
     either: native.Kernels, out: int, wide: int, rows: int, data: st.DataObject
 ) -> None:
     weight = make_weight("nf4", out, 64 * wide).with_int8_inputs()
@@ -86,7 +86,7 @@ def test_the_error_is_a_percent_and_outliers_stay_in_their_block(compiled: nativ
     assert not torch.equal(compiled.linear_forward(x, weight), compiled.linear_forward(x, exact))
 
 
-def test_what_is_not_finite_spoils_its_own_row(either: native.Kernels) -> None:
+def test_a_row_that_is_not_finite_does_not_affect_others(either: native.Kernels) -> None:
     weight = make_weight("nf4", 32, 128).with_int8_inputs()
     x = torch.randn(9, 128)
     clean = either.linear_forward(x, weight)

@@ -83,7 +83,7 @@ def test_decodes_the_very_numbers_of_bitsandbytes(
     data=st.data(),
 )
 @settings(max_examples=40, deadline=None)
-def test_a_row_is_alone_what_it_is_in_company(
+def test_a_rows_result_does_not_depend_on_other_rows(
     compiled: native.Kernels, kind: str, out_features: int, blocks: int, rows: int, data: st.DataObject
 ) -> None:
     weight = make_weight(kind, out_features, 64 * blocks)
@@ -195,7 +195,7 @@ def test_threads_that_first_use_a_weight_at_once(compiled: native.Kernels, monke
     assert first is second, "otherwise one thread's scales are freed while it reads them"
 
 
-def test_refuses_what_it_cannot_read() -> None:
+def test_unsupported_layers_are_refused() -> None:
     with pytest.raises(TypeError, match="Conv1d"):
         QuantizedWeight.from_linear(nn.Conv1d(2, 2, 1))
     with pytest.raises(ValueError, match="not quantised"):

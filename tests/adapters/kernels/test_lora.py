@@ -75,7 +75,7 @@ def test_against_float64(kernels: Any, problem: tuple[int, int, int, list[Segmen
     rows=st.integers(2, 40), rank=st.sampled_from([1, 4, 16, 19]), dtype=st.sampled_from(list(DTYPES)), data=st.data()
 )
 @settings(max_examples=30, deadline=None)
-def test_a_row_is_alone_what_it_is_in_company(
+def test_a_rows_result_does_not_depend_on_other_rows(
     compiled: native.Kernels, rows: int, rank: int, dtype: int, data: st.DataObject
 ) -> None:
     pool = Pool([(0, rows, rank, dtype, 1.5)], 72, 90)

@@ -196,7 +196,7 @@ def test_equals_transformers_nearly_and_the_kernels_exactly(model: Model) -> Non
     torch.testing.assert_close(plan.run(hidden.clone(), **step), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_alone_chunked_or_in_company_is_bit_equal(model: Model) -> None:
+def test_results_are_bit_equal_alone_chunked_or_batched(model: Model) -> None:
     plan = model.plan()
     assert plan is not None
     hidden = {0: torch.randn(45, 128), 1: torch.randn(30, 128), 2: torch.randn(26, 128)}
@@ -228,7 +228,7 @@ def test_without_adapters(model: Model) -> None:
     assert torch.equal(plan.run(hidden.clone(), **step), expected)
 
 
-def test_leaves_alone_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_models_have_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model("llama", monkeypatch)
     model.decoder.layers[1].input_layernorm.weight.data = torch.ones(128, dtype=torch.bfloat16)
     assert model.plan() is None

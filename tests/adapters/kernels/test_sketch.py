@@ -120,7 +120,7 @@ def test_its_errors_are_those_of_the_rounding() -> None:
     assert sketch.greatest_norm > data.double().norm(dim=1).max()
 
 
-def test_what_has_none(kernels: object) -> None:
+def test_without_a_sketch_all_outputs_are_computed(kernels: object) -> None:
     """Plain torch, an unsketched weight, a bias: the same token, from all outputs."""
     weight, x, bias = torch.randn(200, 64).bfloat16(), torch.randn(3, 64), torch.randn(200)
     for offset in (None, bias):

@@ -441,7 +441,7 @@ def test_rope(kernels: Any, tokens: int, heads: int, kv_heads: int, dtype: torch
 # --- invariance ---------------------------------------------------------------------------------
 
 
-def test_rows_keep_their_bits_in_company_when_tiles_are_fixed(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_depend_on_the_batch_when_tiles_are_fixed(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "_fixed", True)
     weight = make_weight(40, 512)
     x, y = torch.randn(70, 512), torch.randn(70, 40)
@@ -453,7 +453,7 @@ def test_rows_keep_their_bits_in_company_when_tiles_are_fixed(kernels: Any, monk
         assert torch.equal(pool.add(kernels, y[first:last], x[first:last]), adapted[first:last])
 
 
-def test_rows_of_experts_keep_their_bits_in_company_when_tiles_are_fixed(
+def test_rows_of_experts_do_not_depend_on_the_batch_when_tiles_are_fixed(
     kernels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton, "_fixed", True)
@@ -476,9 +476,7 @@ def test_library_products_keep_their_bits_when_tiles_are_fixed(kernels: Any, mon
             assert torch.equal(kernels.linear_forward(x[first:last], weight, bias), together[first:last])
 
 
-def test_overlapping_segments_are_rounded_once_whatever_their_company(
-    kernels: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overlapping_segments_are_rounded_once_in_any_batch(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table too large for scratch memory is processed in pieces; no result's bits depend on it."""
     from adapters.kernels.triton import lora
 

@@ -143,7 +143,7 @@ def test_random_pruning_can_be_made_again(sources: list[dict[str, Factors]]) -> 
     assert not torch.equal(made(1), made(2))
 
 
-def test_what_is_written_is_what_was_mixed(
+def test_a_written_mixture_reads_back_equal(
     sources: list[dict[str, Factors]], linears: dict[str, Any], tmp_path: Path
 ) -> None:
     mixed = mix(sources, Recipe("cat", WEIGHTS))  # ranks 18 and 12
@@ -158,7 +158,7 @@ def test_what_is_written_is_what_was_mixed(
 @pytest.mark.parametrize(
     ("config", "named"), [({"use_dora": True}, "dora"), ({"alora_invocation_tokens": [5, 6]}, "alora")]
 )
-def test_what_is_more_than_factors_is_refused(
+def test_mixing_variants_is_refused(
     config: dict[str, Any], named: str, linears: dict[str, Any], model_dir: Path, tmp_path: Path
 ) -> None:
     adapter = tiny_adapter(tmp_path, model_dir, target_modules=["q_proj"], **config)

@@ -87,7 +87,7 @@ def test_other_types_are_refused_with_a_reason() -> None:
         assert fault.code == "unsupported_adapter_feature"
 
 
-def test_what_is_more_than_plain_lora_can_be_told() -> None:
+def test_variants_are_distinguished_from_plain_lora() -> None:
     parse(exclude_modules=["k_proj"]).check_plain()
     for fields in ({"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["norm"]}, {"lora_bias": True}):
         with pytest.raises(AdapterError) as caught:

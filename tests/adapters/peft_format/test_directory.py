@@ -98,7 +98,7 @@ def linears(model_dir: Path) -> dict[str, LinearSize]:
     ],
     ids=["fp32", "rslora-bf16", "subset-fp16", "regex", "all-linear", "layers", "patterns"],
 )
-def test_what_peft_saves_is_what_we_read(
+def test_adapters_saved_by_peft_are_read_correctly(
     tmp_path: Path, model_dir: Path, linears: dict[str, LinearSize], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     tiny_adapter(tmp_path, model_dir, dtype=dtype, **options)
@@ -388,7 +388,7 @@ def test_pickles_are_neither_run_nor_mistaken(tmp_path: Path, zipped: bool) -> N
         (b"\xff" * 64, "not a safetensors file"),
     ],
 )
-def test_what_comes_in_place_of_weights_is_named(tmp_path: Path, content: bytes, named: str) -> None:
+def test_other_content_in_place_of_weights_is_named(tmp_path: Path, content: bytes, named: str) -> None:
     make(tmp_path)
     (tmp_path / WEIGHTS).write_bytes(content)
     fault = refusal(tmp_path)

@@ -122,7 +122,7 @@ def test_embedding_and_head_may_be_saved_as_well(name: str, shelf: Shelf, tmp_pa
     assert (spec.modules, spec.variants) == (spoken_for.modules, spoken_for.variants)
 
 
-def test_digests_of_plain_adapters_do_not_depend_on_what_others_can_do(shelf: Shelf, tmp_path: Path) -> None:
+def test_digests_of_plain_adapters_do_not_depend_on_support_for_variants(shelf: Shelf, tmp_path: Path) -> None:
     directory = shelf.copy("plain", tmp_path / "adapter")
     with_outline = shelf.inspect("tied", directory)
     assert inspect(directory, shelf.linears["tied"], CLASSES["tied"]).digest == with_outline.digest
@@ -197,7 +197,7 @@ def put(name: str, *shape: int, fill: float = 0.5) -> Callable[[dict[str, torch.
         ("embedding", {"alora_invocation_tokens": [5]}, same, "target_modules", "activated"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(
+def test_mismatches_with_the_base_are_refused_by_name(
     variant: str,
     config: dict[str, Any],
     change: Callable[[dict[str, torch.Tensor]], Any],

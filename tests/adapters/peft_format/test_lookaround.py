@@ -99,7 +99,7 @@ def test_syntax_that_re2_lacks_or_reads_otherwise(pattern: str) -> None:
         ("(?u)(?a)q", "incompatible"),
     ],
 )
-def test_what_it_lacks_is_refused(pattern: str, reason: str) -> None:
+def test_unsupported_syntax_is_refused(pattern: str, reason: str) -> None:
     with pytest.raises(AdapterError, match=re.escape(reason)) as caught:
         compile_regex("target_modules", pattern)
     assert caught.value.param == "target_modules"

@@ -40,7 +40,7 @@ def test_plain_files_and_links_inside(world: tuple[Path, Path]) -> None:
     assert copied(world, "link") == {"a": "a", "b": "blob"}
 
 
-def test_what_is_missing_is_left_out(world: tuple[Path, Path]) -> None:
+def test_missing_files_are_skipped(world: tuple[Path, Path]) -> None:
     (world[0] / "dir" / "b").unlink()
     assert copied(world) == {"a": "a"}
 
@@ -53,7 +53,7 @@ def test_links_to_elsewhere(target: str, world: tuple[Path, Path]) -> None:
         copied(world)
 
 
-def test_what_is_no_plain_file(world: tuple[Path, Path]) -> None:
+def test_a_special_file_is_refused(world: tuple[Path, Path]) -> None:
     (world[0] / "dir" / "b").unlink()
     os.mkfifo(world[0] / "dir" / "b")
     with pytest.raises(AdapterError, match="no plain file"):

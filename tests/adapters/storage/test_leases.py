@@ -59,7 +59,7 @@ def test_one_holder_at_a_time_and_another_once_it_gives_back(store_url: str) -> 
         one.write(4)
 
 
-def test_of_several_who_claim_at_once_one_gets_it(store_url: str) -> None:
+def test_one_of_several_concurrent_claims_succeeds(store_url: str) -> None:
     servers = [Server(store_url) for _ in range(6)]
     servers[0].records.change("a", setting(0))
     for server in servers:
@@ -87,7 +87,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_a_holder_that_is_not_heard_of_is_followed_and_writes_nothing_more(store_url: str, clock: Clock) -> None:
+def test_a_silent_holder_loses_its_lease_and_cannot_write(store_url: str, clock: Clock) -> None:
     """Wall clocks do not matter, nor do changes of the record by others."""
     one, two = Server(store_url, seconds=10), Server(store_url)
     one.records.change("a", setting(0))

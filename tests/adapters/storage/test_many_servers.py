@@ -98,7 +98,7 @@ def test_what_one_changes_the_others_see(servers: Servers) -> None:
     assert two.shared_with("v") == []
 
 
-def test_a_change_is_made_of_what_the_name_means_now(servers: Servers) -> None:
+def test_a_change_applies_to_the_current_pointer(servers: Servers) -> None:
     """Not to the one that this server saw last."""
     one, two = servers.several(2)
     put(one, "x", "1")
@@ -277,7 +277,7 @@ async def test_ten_thousand_changes_of_names(servers: Servers, count: int) -> No
     assert agreed < 2
 
 
-def test_while_the_store_fails_what_is_known_is_served(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_names_are_served_while_the_store_fails(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = servers.several(2)
     put(one, "x", "1")
     two.refresh()

@@ -50,7 +50,7 @@ def test_a_record_is_made_changed_and_removed(store_url: str) -> None:
     assert known(second, mine) == {"a/b": {"all": [3]}}
 
 
-def test_what_changes_nothing_is_not_written(store_url: str) -> None:
+def test_a_change_without_effect_is_not_written(store_url: str) -> None:
     records = opened(store_url)
     records.change("a", adding(1))
     before = records.look("a")
@@ -179,7 +179,7 @@ def test_a_change_that_was_not_made_says_so(tmp_path: Path, monkeypatch: pytest.
     assert records.change("a", adding(2)).content == {"all": [2]}
 
 
-def test_others_who_always_come_first_are_not_waited_for_endlessly(
+def test_a_change_that_always_loses_the_race_fails_in_bounded_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def conflict(*args: Any) -> None:
@@ -213,7 +213,7 @@ def test_lists_that_are_late_undo_nothing(store_url: str, s3: S3Server) -> None:
     assert known(second, mine) == {"old": {"all": [1, 2]}, "new": {"all": [2]}}
 
 
-def test_whoever_asks_while_a_record_is_looked_for_gets_it_too(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_misses_of_a_record_share_one_read(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(store_url).change("a", adding(1))
     second, looks = opened(store_url), []
     look, all_ask = second.look, threading.Barrier(4)
@@ -251,7 +251,7 @@ def test_a_look_that_failed_is_tried_again_by_the_next(store_url: str, monkeypat
     assert found.content == {"all": [1]}
 
 
-def test_what_was_read_before_a_change_is_no_news_after_it(store_url: str) -> None:
+def test_a_read_older_than_a_change_is_ignored(store_url: str) -> None:
     first, second = opened(store_url), opened(store_url)
     first.change("a", adding(1))
     (read,) = second.news()
@@ -294,7 +294,7 @@ def test_tombstones_go_once_they_are_old(store_url: str) -> None:
     assert known(second, mine) == {"a": {"all": [2]}, "b": {"all": [1]}}
 
 
-def test_nobody_makes_a_record_whose_tombstone_is_being_removed(
+def test_a_record_is_not_created_while_its_tombstone_is_removed(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = opened(store_url), opened(store_url)
@@ -335,7 +335,7 @@ def test_a_tombstone_that_was_to_go_and_stayed_is_used_again(store_url: str, mon
     assert records.change("a", adding(2)).content == {"all": [2]}
 
 
-def test_a_record_removed_behind_everybodys_back_is_gone(store_url: str) -> None:
+def test_a_record_whose_object_was_deleted_is_gone(store_url: str) -> None:
     records, bucket = opened(store_url), Bucket(store_url)
     records.change("a", adding(1))
     mine = known(opened(store_url), {})

@@ -287,7 +287,9 @@ async def test_a_name_deleted_while_it_is_fetched_leaves_nothing(depot: Depot, m
     assert await store.remove_orphans(0) == 1
 
 
-async def test_while_the_server_is_down_what_is_here_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_local_versions_are_served_while_the_store_is_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = S3Server()
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
@@ -366,7 +368,7 @@ async def test_a_directory_will_do(tmp_path: Path) -> None:
     assert not other.has(version)
 
 
-async def test_what_no_name_has_is_removed_once_it_is_old(depot: Depot) -> None:
+async def test_unreferenced_files_are_removed_once_they_are_old(depot: Depot) -> None:
     store = depot.open()
     kept, lost, leased = (depot.put(store, name, seed) for seed, name in enumerate(("kept", "lost", "leased")))
     other = depot.open()

@@ -115,7 +115,7 @@ def test_other_faults_pass_unchanged(box: Box, monkeypatch: pytest.MonkeyPatch) 
     assert box.on_disk() == (0, [])
 
 
-def test_what_a_dead_process_left_is_removed(box: Box) -> None:
+def test_files_of_a_dead_process_are_removed(box: Box) -> None:
     put(box.store, "x", "one")
     left = box.store.stage()
     (left.__enter__() / WEIGHTS_NAME).write_text("half")

@@ -171,7 +171,7 @@ def test_refused_without_the_kernels(model_dir: Path, cache_dir: Path) -> None:
         activations.round_to_int8(engine, model_dir)
 
 
-def test_what_a_merge_leaves_alone_stays_rounded(model_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
+def test_linears_outside_a_merge_stay_int8(model_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
     engine = load_int8(model_dir, cache_dir)
     reference = publish(engine, tiny_adapter(tmp_path, model_dir, target_modules=["q_proj"]))
     merging = MergeBuilder(engine, Outline.read(model_dir))

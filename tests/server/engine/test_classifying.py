@@ -116,7 +116,7 @@ def test_a_bias_and_other_spellings_of_the_head(engine: Engine, model_dir: Path,
         torch.testing.assert_close(our_scores(engine, adapter), plain + bias)
 
 
-def test_company_chunks_preemption_and_the_cache_change_no_bit(
+def test_the_batch_chunks_preemption_and_the_cache_change_no_bit(
     engine: Engine, model_dir: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     made: dict[str, dict[str, Any]] = {"two": {"labels": 2}, "reward": {"labels": 1}, "dora": ADAPTERS["DoRA, rsLoRA"]}

@@ -82,7 +82,7 @@ def test_several_adapters_on_a_request_take_a_larger_bucket() -> None:
     assert Model().graphs.bucket(step(2, 5)) == Bucket(8, True)
 
 
-def test_what_is_too_large_runs_without() -> None:
+def test_steps_beyond_the_largest_bucket_run_without_graphs() -> None:
     model = Model()
     assert model.graphs.run(step(MAX_BUCKET + 1)) is None
     assert model.graphs.run(step(2, blocks=BLOCKS + 1)) is None

@@ -93,7 +93,7 @@ def test_answers_are_the_same(plain: Engine, watched: Watched, adapters: list[Pa
         assert report.free_rows[kind] + report.resident_rows[kind] == capacity
 
 
-def test_one_that_stops_has_run_once_too_often_and_nobody_sees_it(plain: Engine, watched: Watched) -> None:
+def test_the_extra_step_after_a_stop_does_not_change_outputs(plain: Engine, watched: Watched) -> None:
     endless = run(plain, workload([], max_tokens=30))
     stopping = [  # stop at the third token
         replace(single, sampling=replace(single.sampling, stop_token_ids=[endless[single.id].tokens[2]]))
@@ -126,7 +126,7 @@ def test_one_that_stops_has_run_once_too_often_and_nobody_sees_it(plain: Engine,
         {"speculative_tokens": 3},
     ],
 )
-def test_one_clients_options_hold_up_nobody_else(plain: Engine, watched: Watched, sampling: dict[str, Any]) -> None:
+def test_options_of_one_request_do_not_delay_others(plain: Engine, watched: Watched, sampling: dict[str, Any]) -> None:
     asking = [
         replace(single, sampling=replace(single.sampling, **sampling)) if index % 2 else single
         for index, single in enumerate(workload([]))
@@ -138,7 +138,7 @@ def test_one_clients_options_hold_up_nobody_else(plain: Engine, watched: Watched
         assert watched.ahead[single.id] == (0 if waits and index % 2 else single.sampling.max_tokens - 1)
 
 
-def test_nor_does_a_training_job(watched: Watched, shallow_dir: Path, tmp_path: Path) -> None:
+def test_a_training_job_does_not_delay_requests(watched: Watched, shallow_dir: Path, tmp_path: Path) -> None:
     engine = watched.engine
     trainer = Trainer(engine.base)
     settings = {"batch_size": 1, "length": 16, "rank": 4, "micro_batch_tokens": 64, "memory": "recompute"}
@@ -159,7 +159,7 @@ def test_nor_does_a_training_job(watched: Watched, shallow_dir: Path, tmp_path: 
     assert watched.ahead == {"a": 11, "b": 11}
 
 
-def test_nor_do_merged_weights(shallow_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
+def test_merged_weights_do_not_delay_requests(shallow_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
     """Neither during the build nor while requests run on them."""
     answers = []
     for depth in (0, 1):

@@ -115,7 +115,7 @@ def test_a_thousand_finished_answers_are_valid(engine: Engine, tokenizer: Tokeni
 
 
 @pytest.mark.parametrize("keyword", UNSUPPORTED)
-def test_what_cannot_be_followed_is_refused_by_name(keyword: str) -> None:
+def test_unsupported_keywords_are_refused_by_name(keyword: str) -> None:
     part = {keyword: VALUES.get(keyword, {})} | BESIDE.get(keyword, {})
     answer = checked({"type": "object", "properties": {"a": part}})
     assert answer["path"][:2] == ["properties", "a"]
@@ -142,7 +142,7 @@ SAYING_NOTHING: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("part", SAYING_NOTHING, ids=json.dumps)
-def test_what_says_nothing_is_passed_over(part: dict[str, Any]) -> None:
+def test_keywords_without_effect_are_ignored(part: dict[str, Any]) -> None:
     assert "size" in checked({"type": "object", "properties": {"a": part}, "required": ["a"]})
 
 
@@ -191,7 +191,7 @@ ENDLESS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_what_no_answer_can_begin_is_refused(name: str) -> None:
+def test_schemas_without_a_finite_answer_are_refused(name: str) -> None:
     schema, ref = ENDLESS[name]
     answer = checked(schema | ({"$ref": ref} if ref else {}))
     assert answer["path"]
@@ -199,7 +199,7 @@ def test_what_no_answer_can_begin_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HALF)
-def test_what_would_be_followed_by_half_is_refused(name: str) -> None:
+def test_partly_supported_schemas_are_refused(name: str) -> None:
     schema, path = HALF[name]
     answer = checked(schema)
     assert answer["path"][: len(path)] == path
@@ -240,7 +240,9 @@ ALLOWED: list[tuple[dict[str, Any], list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("schema", "good", "bad"), ALLOWED, ids=[json.dumps(schema) for schema, _, _ in ALLOWED])
-def test_what_is_tightened(schema: dict[str, Any], good: list[str], bad: list[str], tokenizer: Tokenizer) -> None:
+def test_schemas_allow_good_and_reject_bad_texts(
+    schema: dict[str, Any], good: list[str], bad: list[str], tokenizer: Tokenizer
+) -> None:
     known = LLTokenizer(tokenizer.to_str(), n_vocab=VOCAB, eos_token=2)
     whole = definition(Grammar("json", json.dumps({"type": ["string", "object"]} | schema)))
     assert [text for text in good if not jsonschema_rs.is_valid(schema, read(text), validate_formats=True)] == []

@@ -56,7 +56,7 @@ def test_it_holds_more_and_says_how_far_answers_are(
 
 
 @pytest.mark.parametrize("kept", ["fp8", "int8"])
-def test_a_request_keeps_its_bits_in_company(model_dir: Path, cache_dir: Path, tmp_path: Path, kept: str) -> None:
+def test_outputs_do_not_depend_on_other_requests(model_dir: Path, cache_dir: Path, tmp_path: Path, kept: str) -> None:
     engine = load(model_dir, cache_dir, kept)
     requests = workload(publish(engine, tiny_adapter(tmp_path / "a", model_dir)))
     assert run(engine, requests, every=2) == solo(engine, requests)

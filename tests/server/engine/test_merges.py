@@ -162,7 +162,7 @@ def test_merged_and_unmerged_never_share_keys_and_values(world: World) -> None:
 
 
 @pytest.mark.parametrize("how", ["undone", "forgotten"])
-def test_who_runs_on_a_merge_that_is_undone_ends_on_it(how: str, world: World) -> None:
+def test_a_request_on_a_removed_merge_finishes_on_it(how: str, world: World) -> None:
     engine, merging, references = world.load()
     built(engine, merging, references[0])
     [key] = engine.merges._merged

@@ -111,7 +111,7 @@ def test_resized_adapters_equal_peft_alone_and_among_others(world: World) -> Non
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in engine.base.model.modules())
 
 
-def test_new_tokens_are_drawn_by_those_who_have_them_and_by_nobody_else(world: World) -> None:
+def test_new_tokens_are_drawn_only_with_their_adapter(world: World) -> None:
     bias = {"logit_bias": {VOCAB + 2: 100.0}, "max_tokens": 3}
     answer = run(world.engine, [request("a", PROMPT, world.references["frozen"], **bias)])["a"]
     assert answer.tokens == [VOCAB + 2] * 3

@@ -188,7 +188,7 @@ def test_the_ends_of_the_range_draw_possible_tokens(u: float, monkeypatch: pytes
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("vocabulary", [257, 4096, 50257])
-def test_a_row_does_not_notice_its_neighbours(vocabulary: int) -> None:
+def test_a_rows_result_does_not_depend_on_other_rows(vocabulary: int) -> None:
     """Tokens and log-probabilities are bit-equal alone, in any batch and at any position in it."""
     generator = torch.Generator().manual_seed(vocabulary)
     settings: list[dict[str, Any]] = [
@@ -315,7 +315,7 @@ def test_a_row_that_is_not_finite_fails_alone(temperature: float, fault: float) 
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_so_does_one_to_which_nothing_is_allowed(temperature: float) -> None:
+def test_a_row_without_allowed_tokens_fails_alone(temperature: float) -> None:
     logits = torch.zeros(2, 40)
     nothing = row(allowed=packed(40, []), temperature=temperature)
     assert [draw.token is None for draw in sample(logits, [nothing, row()])] == [True, False]

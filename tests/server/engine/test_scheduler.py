@@ -97,7 +97,7 @@ class TestInFlight:
         world.check_finished(sequence)
 
     @pytest.mark.parametrize("needs", [{"frequency_penalty": 0.5}, {"repetition_penalty": 1.2}])
-    def test_one_that_needs_its_tokens_waits_for_them_alone(self, needs: dict[str, Any]) -> None:
+    def test_a_sequence_that_needs_its_tokens_does_not_delay_others(self, needs: dict[str, Any]) -> None:
         world = World(depth=1)
         other, needing = world.add([1, 2], max_tokens=6), world.add([2, 1], max_tokens=3, **needs)
         sizes = [len(step.works) for _ in range(6) if (step := world.step())]
@@ -107,7 +107,7 @@ class TestInFlight:
         for sequence in (other, needing):
             world.check_finished(sequence)
 
-    def test_nor_do_drafts_a_prompt_or_those_that_wait_hold_up_others(self) -> None:
+    def test_drafts_prompts_and_waiting_requests_do_not_delay_others(self) -> None:
         world = World(depth=1, batch_requests=3)
         steady = world.add([1, 2], max_tokens=12)
         world.add([1] * 6, max_tokens=12, speculative_tokens=3)
@@ -160,7 +160,7 @@ class TestPrefixCache:
         assert second.cached_tokens == 4
         assert (world.scheduler.counters.prefix_queries, world.scheduler.counters.prefix_hits) == (16, 4)
 
-    def test_so_is_what_was_generated(self) -> None:
+    def test_generated_tokens_are_found_in_the_cache(self) -> None:
         world = World()
         first = world.add([1] * 6, max_tokens=7)
         world.run()
@@ -203,7 +203,7 @@ class TestPrefixCache:
         assert second.cached_tokens == 0
         world.check_finished(second)
 
-    def test_what_a_failing_step_computed_is_not_offered(self) -> None:
+    def test_blocks_of_a_failing_step_are_not_cached(self) -> None:
         world = World()
         first = world.add([1] * 8, max_tokens=1)
         world.poisoned.add(first.id)
@@ -257,7 +257,7 @@ class TestLimits:
         assert world.scheduler.take_failed() == []
         world.check_finished(fine)
 
-    def test_so_does_one_that_no_cache_could_hold(self) -> None:
+    def test_a_sequence_larger_than_the_cache_fails_alone(self) -> None:
         world = World(num_blocks=2)
         prompt, growing, fine = world.add([1] * 9), world.add([1] * 8, max_tokens=4), world.add([1] * 3, max_tokens=2)
         world.run()
@@ -302,7 +302,7 @@ class TestLimits:
 
 
 class TestAdapters:
-    def test_one_that_loads_holds_up_nobody_else(self) -> None:
+    def test_a_loading_adapter_does_not_delay_others(self) -> None:
         world = World(delay=3)
         slow, quick = world.add([1], A), world.add([1], BASE)
         world.step()
@@ -331,7 +331,7 @@ class TestAdapters:
         assert big.first_scheduled <= last.first_scheduled
         assert big.first_scheduled == 13.0  # as soon as the only request admitted before it had finished
 
-    def test_one_that_cannot_load_fails_all_that_want_it_and_says_why_once(self) -> None:
+    def test_an_adapter_that_fails_to_load_fails_its_requests_and_is_reported_once(self) -> None:
         world = World()
         for adapter in (BROKEN, A, BROKEN):
             world.add([1], adapter, max_tokens=1)

@@ -205,7 +205,7 @@ for case in (TestSlidingLayers, TestSlidingLayersInFlight, TestStateLayers, Test
     patience=st.integers(0, 12),
     delay=st.integers(0, 3),
 )
-def test_nobody_starves_for_rows(
+def test_no_request_starves_for_rows(
     arrivals: list[AdapterKey | None], newcomers: int, max_tokens: int, patience: int, delay: int
 ) -> None:
     """One request needs all rows while others keep requesting some: it is admitted within a bounded time."""

@@ -73,7 +73,7 @@ def test_drafts_have_rows_of_their_own(engine: Engine, found: list[int]) -> None
     ],
     ids=str,
 )
-def test_who_wants_logits_has_them(engine: Engine, found: list[int], wish: dict[str, Any]) -> None:
+def test_requests_that_need_logits_bypass_the_sketch(engine: Engine, found: list[int], wish: dict[str, Any]) -> None:
     run(engine, [request("r", PROMPT, **({"max_tokens": 4, "logprobs": None} | wish))])
     assert not found
 

@@ -59,7 +59,7 @@ def world(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_company_changes_no_bit(base: str, world: Callable[[str], World]) -> None:
+def test_outputs_are_bit_identical_in_any_batch(base: str, world: Callable[[str], World]) -> None:
     here = world(base)
     alone: dict[str, Answer] = {}
     for single in here.requests():
@@ -119,7 +119,7 @@ def test_without_its_invocation_an_activated_adapter_is_the_base(world: Callable
     assert (one.tokens, one.logprobs) == (other.tokens, other.logprobs)
 
 
-def test_what_is_no_rank_row_is_accounted_for_and_given_back(world: Callable[[str], World]) -> None:
+def test_memory_beyond_rank_rows_is_counted_and_freed(world: Callable[[str], World]) -> None:
     here = world("tied")
     engine = here.load(adapter_bytes=1 << 20)  # a saved head alone takes 128 KiB: not all fit
     alone = {single.id: run(here.load(), [single])[single.id] for single in here.requests(prompt_logprobs=0)[:6]}

@@ -148,7 +148,7 @@ def test_new_rows_of_a_scaled_embedding_equal_pefts(world: World, tmp_path: Path
         ("falcon_h1", {"bias": "all"}, "bias", "model.layers.0.mamba.conv1d.bias"),
     ],
 )
-def test_what_is_neither_norm_nor_table_is_refused_by_name(
+def test_unsupported_whole_modules_are_refused_by_name(
     family: str, config: dict[str, Any], param: str, named: str, world: World, tmp_path: Path
 ) -> None:
     tiny_adapter(tmp_path, world.model(family), **({"target_modules": Q} | config))

@@ -109,7 +109,7 @@ def test_experts_are_quantised_one_at_a_time(model: Path, tmp_path: Path, monkey
         ("Qwen2Moe", {"shared_expert_intermediate_size": 64}),  # a gate of one number per token
     ],
 )
-def test_company_changes_no_bit(config: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_outputs_are_bit_identical_in_any_batch(config: str, settings: dict[str, Any], tmp_path: Path) -> None:
     directory = mixture(tmp_path / "model", config, **settings)
     engine = load_engine(directory, tmp_path / "cache")
     adapters = [

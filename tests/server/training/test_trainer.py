@@ -149,7 +149,7 @@ def test_ten_kills_change_no_bit(base: Base, trainer: Trainer, tmp_path: Path) -
     assert same_weights(final(run(trainer, start("whole"))), interrupted(base, start("killed"), kills=10, seed=2))
 
 
-def test_company_changes_no_bit(base: Base, trainer: Trainer, tmp_path: Path) -> None:
+def test_other_jobs_change_no_bit(base: Base, trainer: Trainer, tmp_path: Path) -> None:
     def start(name: str, n: int) -> StartJob:
         shapes: list[dict[str, Any]] = [{"r": 8}, {"r": 3, "target_modules": ["v_proj", "down_proj"]}]
         return job(
