@@ -166,7 +166,7 @@ def test_full_bodies_keep_the_budget(server: RunningServer, bystander: Bystander
 
 
 def uploads(client: httpx.Client, made: Files, shape: Callable[[int], bytes], size: int) -> Iterator[httpx.Request]:
-    """An adapter with this many items of a shape in each of its files, and files of rows with it in one and in many."""
+    """An adapter with this many bytes of a shape in each of its files, and files of rows with it in one and in many."""
     good = {part: (made.adapters["red"] / name).read_bytes() for part, name in FILES.items()}
     value = shape(size)
     header = b'{"__metadata__":{"a":"b"},"x":%b}' % value

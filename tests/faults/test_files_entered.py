@@ -44,7 +44,7 @@ def check(
 ) -> Mapping[str, set[str]]:
     """Check that the list in the page equals the files entered, without those that an idle server enters (`beside`).
 
-    Mismatches are retried, and the files of all tries count, since some work runs only every minute.
+    Mismatches are retried, and only files entered in every try count, since some work runs only every minute.
     """
     begin, end = f"<!-- {block}: begin -->\n", f"<!-- {block}: end -->"
     head, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)

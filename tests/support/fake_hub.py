@@ -17,8 +17,8 @@ class FakeHub:
     """Repositories by `OWNER/NAME` and revision; `main` is the default.
 
     Attributes:
-       asked: the paths of all requests.
-       holding: while clear, no request is answered.
+        asked: the paths of all requests.
+        holding: while clear, no request is answered.
     """
 
     def __init__(self) -> None:

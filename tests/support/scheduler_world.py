@@ -233,7 +233,7 @@ class World:
             if sequence.background and self.scheduler._leaves_next is not None:
                 continue
             if sequence.tenant not in tenants and tenants <= favoured:
-                continue  # the step belongs to client requests
+                continue  # the step belongs to favoured tenants
             if sequence in (self.scheduler._held, self.scheduler._leaves_next):
                 assert self.depth
                 continue

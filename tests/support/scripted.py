@@ -192,7 +192,7 @@ async def serving(
     """An application in this event loop that answers everything with `text` and the end of sequence.
 
     Args:
-       context: maximal tokens of a sequence; None: the default of `base_info`.
+        context: maximal tokens of a sequence; None: the default of `base_info`.
     """
     scripted = engine(reply=lambda request: [*encode(text), EOS])
     if context is not None:

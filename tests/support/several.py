@@ -54,8 +54,8 @@ class PretendingEngine(IdleEngine):
     """Simulates training: the result is a chain of hashes over the data and all steps.
 
     Attributes:
-       until: the step before which it waits.
-       steps: completed steps of all jobs.
+        until: the step before which it waits.
+        steps: completed steps of all jobs.
     """
 
     def __init__(self) -> None:

@@ -21,8 +21,8 @@ def single_experts_adapter(
     """An adapter of rank 3 on q_proj and on all linears of eight experts of two layers, 64 by 96.
 
     Args:
-       module: the name in the file of the module that holds the experts.
-       parts: the names of the linears for gate, up and down.
+        module: the name in the file of the module that holds the experts.
+        parts: the names of the linears for gate, up and down.
     """
     directory = tiny_adapter(path, model, r=3, target_modules=["q_proj"], **config)
     document = json.loads((directory / "adapter_config.json").read_text())

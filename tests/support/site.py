@@ -33,9 +33,9 @@ class TrainingEngine(IdleEngine):
     """An engine that only trains, one piece per iteration of the event loop.
 
     Attributes:
-       pieces: the number of pieces run.
-       memory: if set, the memory reported as available to every job.
-       held: while set, jobs are started but nothing runs.
+        pieces: the number of pieces run.
+        memory: if set, the memory reported as available to every job.
+        held: while set, jobs are started but nothing runs.
     """
 
     def __init__(self, engine: Engine) -> None:

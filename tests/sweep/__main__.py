@@ -1,6 +1,6 @@
 """`make sweep`: judges every type that transformers registers; the table is docs/reference/models.md.
 
-   python -m tests.sweep [TYPE ...]      types instead of all: their verdicts are printed, the table stays
+    python -m tests.sweep [TYPE ...]      types instead of all: their verdicts are printed, the table stays
 
 Exits with 1 if any is wrong or unclear, and then leaves the table unchanged.
 """

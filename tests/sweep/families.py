@@ -150,7 +150,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "zamba2": {"attention_head_dim": 32, "attention_hidden_size": 128},
 }
 
-# Further published settings of a type, by the type's name and the setting's.
+# Further published settings of a type, by the names of the type and the variant.
 VARIANTS: dict[str, dict[str, Any]] = {
     "falcon_h1, normed": {"mamba_rms_norm": True, "mamba_n_groups": 2, "ssm_multipliers": [0.4, 1.5, 0.7, 1.2, 0.5]},
     "granitemoehybrid, dense": {"num_local_experts": 0, "layer_types": ["attention"] * LAYERS},  # Granite 4 micro

@@ -322,7 +322,7 @@ UNITS_PER_KIND = st.dictionaries(st.sampled_from(KINDS), st.integers(1, 8))
 def test_victims_are_the_first_that_make_room(
     need: dict[str, int], free: dict[str, int], held: list[dict[str, int]]
 ) -> None:
-    """Compare with all candidates: the victims suffice, no shorter prefix suffices, and none is useless."""
+    """The victims suffice, each is needed when its turn comes, and no candidate passed over would have sufficed."""
 
     def room(gone: Iterable[str]) -> dict[str, int]:
         return {kind: free.get(kind, 0) + sum(units[one].get(kind, 0) for one in gone) for kind in KINDS}

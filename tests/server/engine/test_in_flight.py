@@ -26,7 +26,7 @@ from tests.support.tiny import tiny_adapter
 
 
 class Watched:
-    """An engine of depth 1, with the number of tokens computed per request while one of its tokens was pending."""
+    """An engine of depth 1, with the number of steps per request submitted while one of its tokens was pending."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

@@ -56,7 +56,7 @@ def asked(name: str, schema: dict[str, Any], seed: int, tokenizer: Tokenizer) ->
 def invalid(
     engine: Engine, tokenizer: Tokenizer, schemas: dict[str, dict[str, Any]], seeds: range
 ) -> tuple[set[str], list[Any]]:
-    """Names of finished answers, and of the invalid ones among them."""
+    """Names of finished answers, and the schemas of failed and invalid ones with the error or text."""
     asking = [asked(f"{name}/{seed}", schemas[name], seed, tokenizer) for name in schemas for seed in seeds]
     finished, wrong = set(), []
     for name, answer in run(engine, asking).items():

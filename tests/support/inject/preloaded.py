@@ -108,7 +108,7 @@ def _serve(listener: socket.socket) -> None:
     import server.engine.selfcheck  # noqa: F401
 
     sitecustomize.make_fail()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forked processes
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the forked processes are not waited for
     listener.settimeout(WATCH_SECONDS)
     while os.getppid() == parent:
         with contextlib.suppress(TimeoutError):
