@@ -1,4 +1,4 @@
-"""Threads that give way do, and whoever waits for one does not leave before it has finished."""
+"""Low-priority threads run at low priority, and a cancelled caller waits for its work to finish."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ def test_a_thread_runs_when_it_is_told_to(priority: Priority, scheduled: str | i
     assert seen() == here
 
 
-async def test_who_is_cancelled_waits_for_the_end_of_the_work() -> None:
+async def test_a_cancelled_caller_waits_for_the_work_to_finish() -> None:
     begun, done = threading.Event(), threading.Event()
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Directories for a while: gone at the end, and after a kill with the next start."""
+"""Temporary directories: removed at exit, or at the next start after a kill."""
 
 import subprocess
 import sys
@@ -51,13 +51,13 @@ def test_a_socket_finds_room_however_long_the_way_is(temporary: Path, monkeypatc
         assert remove_stale() == [near / "lorakeet-killed"]
 
 
-def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(temporary: Path) -> None:
+def test_directories_of_killed_processes_are_removed_and_of_live_ones_kept(temporary: Path) -> None:
     holders = [subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:
         left, used = (Path((holder.stdout or sys.stdin).readline().strip()) for holder in holders)
         holders[0].kill()
         holders[0].wait()
-        (temporary / "lorakeet-data").mkdir()  # somebody's own
+        (temporary / "lorakeet-data").mkdir()  # a user's own directory
         (temporary / "lorakeet-file").touch()
         (temporary / "lorakeet-link").symlink_to(used)
         assert left.exists()

@@ -1,4 +1,4 @@
-"""One strict reader of JSON."""
+"""The strict JSON reader."""
 
 import json
 import time
@@ -21,7 +21,7 @@ from adapters.strict_json import JsonFault, check_characters, encode_line, parse
         (b"[1e999]", "out of range"),
     ],
 )
-def test_what_is_not_strict_is_named(raw: bytes, reason: str) -> None:
+def test_violations_are_named(raw: bytes, reason: str) -> None:
     with pytest.raises(JsonFault, match=reason):
         parse_json(raw, max_depth=2, finite=True)
 
@@ -35,7 +35,7 @@ def test_limits_are_the_callers() -> None:
 
 
 def test_a_key_given_twice_is_found_in_linear_time() -> None:
-    """Among 400,000 keys: a quadratic search takes minutes."""
+    """With 400,000 keys a quadratic search takes minutes."""
     keys = ", ".join(f'"{i}": 0' for i in range(400_000))
     raw = f'{{{keys}, "399999": 1}}'.encode()
     began = time.process_time()
@@ -47,7 +47,7 @@ def test_a_key_given_twice_is_found_in_linear_time() -> None:
 
 
 @pytest.mark.parametrize("end", ["\x85", "\u2028", "\u2029", "\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"])
-def test_what_is_written_is_one_line_to_every_reader(end: str) -> None:
+def test_written_json_is_one_line_for_every_reader(end: str) -> None:
     value = {"text": f"a{end}{end}b", f"k{end}": "\u00e9\u2027"}
     line = encode_line(value)
     assert len(line.decode().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""One server for the whole folder, on a small disk of its own where that can be had, with three adapters."""
+"""One server for the whole folder, with three adapters, if possible on its own small disk."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ ADAPTERS = ("red", "green", "blue")
 
 @dataclass(frozen=True)
 class Files:
-    """What was made on the spot."""
+    """The model and adapters made for these tests."""
 
     model: Path
     adapters: dict[str, Path]
@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(scope="session")
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
-    """A file system of `DISK_MIB`; None where this user may not mount one."""
+    """A file system of `DISK_MIB`; None if this user may not mount one."""
     path = tmp_path_factory.mktemp("disk")
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(path)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
@@ -64,7 +64,7 @@ def running(made: Files, small_disk: Path | None, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def server(running: RunningServer, made: Files) -> RunningServer:
-    """The server, ready, holding the three adapters under their own names."""
+    """The server, ready, with the three adapters under their own names."""
     running.ensure()
     for name in ADAPTERS:
         response = made.upload(running, name, name)

@@ -1,6 +1,6 @@
-"""`make abuse`: the budget at full size, on a real server, while somebody else asks and listens.
+"""`make abuse`: the budget at full size on a real server, while another client sends requests and reads a stream.
 
-API process at most 300 MB above rest, nobody else's wait longer by 0.25 s, time in proportion to size. ABUSED, an
+API process at most 300 MB above idle, nobody else's wait longer by 0.25 s, time in proportion to size. ABUSED, an
 expression, restricts the bodies by name.
 """
 
@@ -43,7 +43,7 @@ def server(made: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     data = root / "data"
     data.mkdir()
     flags = ("--lora-dir", str(data), "--kv-cache-bytes", "64MiB")
-    server = RunningServer(model, root, data, *flags, forks=False)  # whose memory is looked at
+    server = RunningServer(model, root, data, *flags, forks=False)  # its memory is measured
     server.ensure()
     assert made.upload(server, ADAPTER, "red").status_code == 201
     yield server
@@ -52,7 +52,7 @@ def server(made: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
 
 @dataclass
 class Bystander:
-    """Asks for `/health` all the time; what it saw since it was last asked."""
+    """Requests `/health` all the time and records the waits since the last call."""
 
     url: str
     pid: int
@@ -68,7 +68,7 @@ class Bystander:
                 time.sleep(0.01)
 
     def begin(self) -> int:
-        """Bytes of the API process now; its peak and the waits are counted from here on."""
+        """Reset the peak and the waits; return the bytes of the API process now."""
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")
         self.waits.clear()
         return self._memory("VmRSS")
@@ -94,7 +94,7 @@ def bystander(server: RunningServer) -> Iterator[Bystander]:
 
 @pytest.fixture
 def rest(bystander: Bystander) -> float:
-    """How long the machine keeps the bystander waiting when nobody asks for anything else."""
+    """The longest wait of the bystander on this machine without any other request."""
     bystander.waits.clear()
     time.sleep(10)
     return max(bystander.waits)
@@ -125,7 +125,7 @@ def cost_of(bystander: Bystander, client: httpx.Client, request: httpx.Request) 
 
 
 def sizes(bystander: Bystander, client: httpx.Client, case: Case) -> Iterator[Cost]:
-    """The costs of the largest body, of one with as many items as are taken, and, if that is slow, of half of it."""
+    """The costs of the largest body, of one with the maximal number of items, and, if that is slow, of half of it."""
     most, method, path = LARGEST, case.operation.method, case.path
     whole, code = cost(bystander, client, method, path, case.body(most))
     yield whole
@@ -155,7 +155,7 @@ def test_full_bodies_keep_the_budget(server: RunningServer, bystander: Bystander
         for case in cases(operations):
             if not re.search(os.environ.get("ABUSED", ""), str(case)):
                 continue
-            for _ in range(3):  # somebody else on this machine may have had the processor
+            for _ in range(3):  # another process may have had the processor
                 seen = list(sizes(bystander, client, case))
                 if keeps(seen, rest):
                     break
@@ -166,7 +166,7 @@ def test_full_bodies_keep_the_budget(server: RunningServer, bystander: Bystander
 
 
 def uploads(client: httpx.Client, made: Files, shape: Callable[[int], bytes], size: int) -> Iterator[httpx.Request]:
-    """An adapter with so much of a shape in each of its files, and a file of rows with it in one and in many."""
+    """An adapter with this many bytes of a shape in each of its files, and files of rows with it in one and in many."""
     good = {part: (made.adapters["red"] / name).read_bytes() for part, name in FILES.items()}
     value = shape(size)
     header = b'{"__metadata__":{"a":"b"},"x":%b}' % value
@@ -202,7 +202,7 @@ def test_full_files_keep_the_budget(made: Files, server: RunningServer, bystande
     assert not faults
 
 
-def test_what_is_asked_for_many_times_is_bounded(server: RunningServer, bystander: Bystander, rest: float) -> None:
+def test_the_cost_of_many_samples_is_bounded(server: RunningServer, bystander: Bystander, rest: float) -> None:
     prompt = [5] * (CONTEXT - 2)
     body = {"model": BASE, "prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 20}
     with httpx.Client(base_url=server.url, timeout=300) as client:
@@ -216,7 +216,7 @@ def test_what_is_asked_for_many_times_is_bounded(server: RunningServer, bystande
             assert min(each.gap for each in seen) <= GAP + rest, (more, seen)
 
 
-def test_a_bias_of_all_tokens_keeps_nobody_waiting(server: RunningServer) -> None:
+def test_a_bias_of_all_tokens_does_not_delay_others(server: RunningServer) -> None:
     gaps: list[float] = []
 
     def listen() -> None:

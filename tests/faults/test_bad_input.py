@@ -1,4 +1,4 @@
-"""Junk in every numeric field and on every route of a real server: always a 4xx in one shape, never a dead engine."""
+"""Junk in every numeric field and on every route of a real server: always a 4xx in one format, never a dead engine."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from server.http.middleware import OPEN_PATHS
 from tests.support.harness import Site, paths
 from tests.support.running import BASE, RunningServer
 
-# field -> (least, greatest) of the issue's ranges; None: no bound of its own on that side
+# field -> (least, greatest); None: no bound of its own on that side
 NUMBERS: dict[str, tuple[float | None, float | None]] = {
     "n": (1, 128),
     "min_tokens": (0, None),
@@ -35,7 +35,7 @@ WRONG = [json.dumps(value) for value in _VALUES] + ["NaN", "Infinity", "-Infinit
 
 
 def junk(low: float | None, high: float | None) -> Iterator[str]:
-    """JSON texts that a number between `low` and `high` may not be."""
+    """JSON texts that are no valid number between `low` and `high`."""
     yield from WRONG
     yield "9" * 5000
     yield str(2**64)
@@ -59,7 +59,7 @@ def test_junk_in_numeric_fields(server: RunningServer, path: str) -> None:
         for field, (low, high) in fields.items():
             for value in junk(low, high):
                 if "chat" in path and field == "logprobs" and value == "true":
-                    continue  # there it is a switch
+                    continue  # it is a switch there
                 response = post(client, path, field, value)
                 error = check_error(response, f"{field}={value[:20]}")
                 assert response.status_code == 400, (field, value[:20], error)
@@ -82,7 +82,7 @@ def test_one_error_shape_everywhere(server: RunningServer, method: str, tmp_path
                 if response.status_code >= 400:
                     check_error(response, f"{method} {path} {content[:20]!r}")
                 else:
-                    assert method == "GET", "only a list may be had for nothing"
+                    assert method == "GET", "only lists may answer without parameters"
     assert server.engine_pid == pid
 
 
@@ -90,7 +90,7 @@ def check_error(response: httpx.Response, what: str) -> dict[str, Any]:
     assert 400 <= response.status_code < 500, (what, response.status_code, response.text)
     body = response.json()
     error: dict[str, Any] = body["error"]
-    if response.request.url.path.startswith("/v1/messages"):  # Anthropic's shape
+    if response.request.url.path.startswith("/v1/messages"):  # Anthropic's format
         assert set(body) == {"type", "error"}, what
     else:
         assert set(body) == {"error"}, what

@@ -1,4 +1,4 @@
-"""No body, however bad, costs more than a little: time in proportion to its size, and nobody waits for it."""
+"""The cost of bodies is bounded: time in proportion to their size, and no other request waits for them."""
 
 import gc
 import time
@@ -12,8 +12,8 @@ from server.http.routes import ui
 from tests.support.abuse import ADAPTER, Seen, ask, cases
 from tests.support.scripted import Served, serving
 
-GAP = 0.04  # seconds of the event loop's processor time without a pause
-SIZE = 100 * 1024  # `make abuse` takes the largest that are accepted
+GAP = 0.04  # the longest allowed processor time of the event loop without a pause, in seconds
+SIZE = 100 * 1024  # `make abuse` uses the largest accepted sizes
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
 
 
 def pace() -> float:
-    """How many times as long as on the machine of the budget this one takes now; 1 where it takes less."""
+    """The slowdown of this machine relative to that of the budget; at least 1."""
     tries = []
     for _ in range(3):
         before = time.process_time()
@@ -41,19 +41,19 @@ def is_slow(half: Seen, whole: Seen, pace: float) -> bool:
 async def test_every_body_of_every_operation_keeps_the_budget(served: Served) -> None:
     operations = [route for route in served.app.routes if isinstance(route, Operation)]
     assert len(operations) == len(served.app.routes) - len(ui.routes)
-    gc.disable()  # what a collection costs is not the body's, and the server freezes what it has at start
+    gc.disable()  # a collection's cost is not the body's, and the server freezes its objects at start
     tried, slow = 0, []
     for case in cases(operations):
         method, path = case.operation.method, case.path
         whole = await ask(served.app, method, path, case.body(SIZE))
-        for _ in range(9):  # a busy machine has no time to compile a grammar now
+        for _ in range(9):  # a busy machine may be too slow to compile a grammar now
             if whole.status == 503:
                 whole = await ask(served.app, method, path, case.body(SIZE))
         assert 200 <= whole.status < 500, (case, whole)
         assert whole.answer < 20 * SIZE, (case, whole)
         if whole.seconds > 0.1 or whole.gap > GAP:
             tries = []
-            for _ in range(3):  # processor time, too, is longer beside others
+            for _ in range(3):  # processor time also grows with load on the machine
                 half, whole = [await ask(served.app, method, path, case.body(size)) for size in (SIZE // 2, SIZE)]
                 tries.append((half, whole))
             if all(is_slow(half, whole, pace()) for half, whole in tries):

@@ -1,4 +1,4 @@
-"""A canary split, its promotion and a rollback while requests pour in: none fails, none meets a mixed version."""
+"""A canary split, its promotion and a rollback under load: no request fails or mixes versions."""
 
 import asyncio
 from typing import Any
@@ -13,7 +13,7 @@ CLIENTS = 4
 
 
 async def ask(client: httpx.AsyncClient, model: str, user: str | None = None) -> tuple[str, str]:
-    """The digest that answered, and the answer."""
+    """The digest that served the request, and the answer."""
     body: dict[str, Any] = {"model": model, "prompt": "The quick", "max_tokens": TOKENS, "temperature": 0, "user": user}
     response = await client.post("/v1/completions", json=body | {"ignore_eos": True})
     assert response.status_code == 200, response.text
@@ -35,7 +35,7 @@ async def test_a_canary_from_first_share_to_rollback_under_load(server: RunningS
                 begun_in.append(await ask(client, "song", user))
 
         async def phase(path: str, body: Any) -> set[str]:
-            """Change what the name means; the digests that answer requests begun after that."""
+            """Change the pointer; return the digests that serve requests begun after that."""
             response = await client.post(f"/v1/adapters/song/{path}", json=body)
             assert response.status_code == 200, response.text
             seen.append({})
@@ -61,7 +61,7 @@ async def test_a_warm_adapter_is_on_the_device_and_a_verified_one_does_something
         warmed = await client.post("/v1/adapters/blue/warm")
         assert warmed.status_code == 200, warmed.text
         assert warmed.json()["seconds"] >= 0
-        await ask(client, "blue")  # only names that were asked for have series of their own
+        await ask(client, "blue")  # only requested names have their own series
         assert server.metric("lora_adapter_loaded", adapter_name="blue", level="device") == 1
         verified = (await client.post("/v1/adapters/blue/verify", json={"peft": True})).json()
         assert verified["changes_anything"]

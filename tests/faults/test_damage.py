@@ -1,4 +1,4 @@
-"""Bytes that a disk gives back otherwise than it took them: mended, or a 502 that names the adapter."""
+"""Files whose bytes changed on disk: mended, or a 502 that names the adapter."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.faults.conftest import Files
 from tests.faults.test_faults import body, complete
 from tests.support.running import RunningServer, eventually
 
-pytestmark = pytest.mark.timeout(900)  # engines come up slowly on a busy machine
+pytestmark = pytest.mark.timeout(900)  # engines start slowly on a busy machine
 
 
 def flip(path: Path) -> None:
@@ -33,10 +33,10 @@ def lose(path: Path) -> None:
 
 
 def forgotten(server: RunningServer) -> None:
-    """A new engine, which has to read everything from disk."""
+    """Start a new engine, which has to read everything from disk."""
     old = server.engine_pid
     os.kill(old, signal.SIGKILL)
-    # For a moment the dead one's place is empty, and `/ready` does not know it yet.
+    # For a moment no engine runs, and `/ready` does not know it yet.
     eventually(lambda: server.wait_ready()["engine_pid"] not in (old, None), 180, "a new engine")
 
 
@@ -45,7 +45,7 @@ def directory_of(server: RunningServer, name: str) -> Path:
     return server.data_dir / "adapters" / "versions" / digest.removeprefix("sha256:")
 
 
-def test_what_can_be_made_anew_is_and_the_answer_is_the_same(server: RunningServer) -> None:
+def test_damaged_derived_files_are_mended_and_outputs_stay_the_same(server: RunningServer) -> None:
     before = {name: complete(server, name)["choices"][0]["text"] for name in ("red", "green", "blue")}
     damages: list[tuple[str, Callable[[Path], None], str]] = [
         ("red", flip, ROWS_NAME),
@@ -65,9 +65,7 @@ def test_what_can_be_made_anew_is_and_the_answer_is_the_same(server: RunningServ
 
 
 @pytest.mark.parametrize("file", [WEIGHTS_NAME, CONFIG_NAME])
-def test_what_cannot_be_mended_is_a_502_until_it_is_uploaded_again(
-    server: RunningServer, made: Files, file: str
-) -> None:
+def test_damaged_originals_are_a_502_until_uploaded_again(server: RunningServer, made: Files, file: str) -> None:
     before = complete(server, "red")["choices"][0]["text"]
     directory = directory_of(server, "red")
     flip(directory / ROWS_NAME)

@@ -1,4 +1,4 @@
-"""What a server survives: killed processes, full disks, clients that leave, adapters replaced in mid-sentence.
+"""Faults that a server survives: killed processes, full disks, disconnected clients, replaced adapters.
 
 Every test leaves a server that the next one can use.
 """
@@ -73,7 +73,7 @@ def client_of(server: RunningServer) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=server.url, timeout=180)
 
 
-# --- processes that die ------------------------------------------------------------------------------
+# --- killed processes --------------------------------------------------------------------------------
 
 
 async def test_the_engine_killed_under_load(server: RunningServer) -> None:
@@ -89,7 +89,7 @@ async def test_the_device_fails_under_load(server: RunningServer, kind: str) -> 
 
 
 async def under_load(server: RunningServer, strike: Callable[[int], object]) -> None:
-    """Every request learns what happened; the engine comes back by itself, and says what it said before."""
+    """Every request gets an answer or an error; the engine restarts by itself and gives the same answers as before."""
     before, ready = texts(server), server.wait_ready()
     async with client_of(server) as client:
         with server.slowed():
@@ -115,7 +115,7 @@ async def under_load(server: RunningServer, strike: Callable[[int], object]) -> 
 async def begun(
     server: RunningServer, client: httpx.AsyncClient
 ) -> tuple[list[asyncio.Task[list[str]]], list[asyncio.Task[httpx.Response]]]:
-    """Streams that have said something, and whole answers that are on their way."""
+    """Streams with at least one event, and non-streaming requests in progress."""
     started = [asyncio.Event() for _ in range(4)]
     streams = [
         asyncio.create_task(read_stream(client, name, 480, event))
@@ -128,13 +128,13 @@ async def begun(
 
 
 async def until_running(server: RunningServer, count: int) -> None:
-    """Return once so many sequences are in the engine's batch."""
+    """Return once this many sequences are in the engine's batch."""
     running = partial(server.metric, "num_requests_running")
     await asyncio.to_thread(eventually, lambda: running() == count, 180, f"{count} sequences run")
 
 
 def test_a_batch_outlives_its_engine_and_its_server(server: RunningServer) -> None:
-    """Every row is answered once, with what a client would have been told."""
+    """Every row is answered once, with the answer that a client would get."""
     names = [(BASE, *ADAPTERS)[row % 3] for row in range(24)]
     rows = [
         {"custom_id": str(row), "method": "POST", "url": "/v1/completions", "body": body(name, 20 + row)}
@@ -204,9 +204,9 @@ def part(name: str, content: bytes) -> bytes:
 
 
 def files_under(root: Path) -> dict[str, int]:
-    """Stored files and their sizes, but for the database's."""
+    """Stored files and their sizes, without the databases."""
     found = {}
-    paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)  # folders may go meanwhile
+    paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)  # folders may vanish
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             if ".db" not in path.name and ".sqlite" not in path.name:
@@ -214,7 +214,7 @@ def files_under(root: Path) -> dict[str, int]:
     return found
 
 
-# --- disks that are full -------------------------------------------------------------------------------
+# --- full disks ----------------------------------------------------------------------------------------
 
 
 def big_upload(server: RunningServer, made: Files, mebibytes: int) -> httpx.Response:
@@ -242,7 +242,7 @@ def test_a_full_disk(server: RunningServer, made: Files, small_disk: Path | None
 
 
 def test_a_file_that_may_not_grow(server: RunningServer, made: Files) -> None:
-    """The same fault without a small disk: the kernel refuses to let the server's files grow."""
+    """The same fault without a small disk: the kernel does not let the server's files grow."""
     stored, pid = files_under(server.data_dir), server.process.pid
     limits = resource.prlimit(pid, resource.RLIMIT_FSIZE, (2 << 20, resource.RLIM_INFINITY))
     try:
@@ -252,7 +252,7 @@ def test_a_file_that_may_not_grow(server: RunningServer, made: Files) -> None:
     complete(server, "red")
 
 
-# --- clients that leave ---------------------------------------------------------------------------------
+# --- disconnected clients -------------------------------------------------------------------------------
 
 
 async def test_a_client_that_leaves_after_the_first_token(server: RunningServer) -> None:
@@ -265,7 +265,7 @@ async def test_a_client_that_leaves_after_the_first_token(server: RunningServer)
             steps = server.metric("engine_step_requests_count")
         eventually(lambda: aborts(server) == aborted + 1, 180, "the server notices")
     eventually(lambda: idle(server), 180, "the abandoned sequence leaves the engine")
-    assert server.metric("engine_step_requests_count") - steps < 100  # of the 480 that it asked for
+    assert server.metric("engine_step_requests_count") - steps < 100  # of the 480 requested
 
 
 async def test_clients_that_leave_before_the_first_token(server: RunningServer) -> None:
@@ -290,7 +290,7 @@ def aborts(server: RunningServer) -> float:
     return server.metric("request_success_total", finished_reason="abort")
 
 
-# --- adapters replaced while they serve -------------------------------------------------------------------
+# --- adapters replaced under load -------------------------------------------------------------------------
 
 
 async def test_replacing_an_adapter_under_load_never_mixes_versions(server: RunningServer, made: Files) -> None:
@@ -371,7 +371,7 @@ async def test_a_second_interrupt_ends_at_once_and_in_silence(server: RunningSer
             started = asyncio.Event()
             stream = asyncio.create_task(read_stream(client, "red", 480, started))
             await started.wait()
-            with server.held():  # the answer does not end by itself, however fast the machine
+            with server.held():  # prevents the response from finishing, even on a fast machine
                 server.process.send_signal(signal.SIGINT)
                 await asyncio.to_thread(
                     eventually, lambda: "Ctrl-C again ends them at once" in server.log[before:], 180, "it says so"
@@ -403,7 +403,7 @@ def test_a_port_in_use_is_one_line(server: RunningServer, tmp_path: Path) -> Non
 def test_a_server_that_cannot_start_says_so_in_one_line(
     tmp_path: Path, server: RunningServer, model_dir: Path, flag: str, value: str, status: int, said: str
 ) -> None:
-    """And it has taken away what killed servers left."""
+    """It has also removed files that killed servers left behind."""
     (tmp_path / "taken").touch()
     bert = tmp_path / "bert"
     shutil.copytree(model_dir, bert)
@@ -434,7 +434,7 @@ def test_the_start_tells_what_there_is_in_one_line(server: RunningServer) -> Non
 
 
 def refusal(server: RunningServer) -> int | None:
-    """How a request that comes while draining is turned away: by a status, or because nobody listens any more."""
+    """The refusal of a request during draining: a status, or None if the port is closed."""
     try:
         return httpx.post(f"{server.url}/v1/completions", json=body(), timeout=180).status_code
     except httpx.TransportError:

@@ -1,4 +1,4 @@
-"""How many of our files one request enters: as few as are listed in docs/architecture.md, in all processes together."""
+"""The number of our files that one request enters: those listed in docs/architecture.md, in all processes together."""
 
 import os
 import re
@@ -17,18 +17,18 @@ from tests.support.tiny import tiny_adapter
 pytestmark = pytest.mark.skipif(interpreter.DEVICE == "cuda", reason="the list is a CPU's: a GPU has other kernels")
 
 PAGE = REPOSITORY / "docs/architecture.md"
-HEARTBEAT = 1.2  # seconds, within which an idle engine reports
+HEARTBEAT = 1.2  # seconds within which an idle engine reports
 
 
 def chat(server: RunningServer) -> None:
-    """One request on an adapter that has answered before."""
+    """Send one request on an adapter that has answered before."""
     body = {"model": "red", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 8}
     response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=180)
     assert response.status_code == 200, response.text
 
 
 def listed(files: Mapping[str, set[str]]) -> str:
-    """A line a process: how many files, and these by folder."""
+    """A line per process: the number of files, and the files by folder."""
     lines = []
     for part, names in files.items():
         folders: dict[str, list[str]] = {}
@@ -42,9 +42,9 @@ def listed(files: Mapping[str, set[str]]) -> str:
 def check(
     block: str, made: Callable[[], Mapping[str, set[str]]], beside: Mapping[str, set[str]]
 ) -> Mapping[str, set[str]]:
-    """The list in the page is what was entered, but for what an idle server enters `beside` requests: this, by process.
+    """Check that the list in the page equals the files entered, without those that an idle server enters (`beside`).
 
-    What does not agree is tried again, and what was entered each time counts: there is work of each minute, too.
+    Mismatches are retried, and only files entered in every try count, since some work runs only every minute.
     """
     begin, end = f"<!-- {block}: begin -->\n", f"<!-- {block}: end -->"
     head, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
@@ -81,7 +81,7 @@ def test_a_chat_request_enters_few_files(server: RunningServer, beside: dict[str
         entered = server.files_entered(lambda: chat(server))
         assert "server/http/routes/chat.py" in entered["API"]
         assert "server/engine/scheduler.py" in entered["engine"]
-        entered["API"].discard("server/history.py")  # which takes a sample now and then
+        entered["API"].discard("server/history.py")  # it samples now and then
         return {part: files for part, files in entered.items() if files}
 
     assert len(set.union(*check("files of a chat request", made, beside).values())) <= 56
@@ -104,4 +104,4 @@ def test_an_upload_enters_few_files(
         return {part: names for part, names in found.items() if part != "engine"}
 
     files_of_api = check("files of an upload", entered, beside)["API"]
-    assert len(files_of_api - {"server/client/process.py", "server/metrics.py"}) <= 37  # those take in heartbeats
+    assert len(files_of_api - {"server/client/process.py", "server/metrics.py"}) <= 37  # these run with heartbeats

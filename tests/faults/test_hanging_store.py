@@ -1,4 +1,4 @@
-"""An object store that takes every request and answers none: who needs it is told so in time, all others go on."""
+"""An object store that accepts requests and never answers: requests that need it fail in time, all others continue."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ EXAMPLE = b'{"prompt": "say", "completion": "it is"}\n' * 4
 
 
 class Hanging(Site):
-    """A server that generates, with everything in the store that can be."""
+    """A generating server with everything possible in the store."""
 
     def open_engine(self) -> IdleEngine:
         return ScriptedEngine(reply=lambda request: [*encode(" fox"), EOS])
@@ -48,7 +48,7 @@ async def opened(root: Path, s3: S3Server, url: str, **settings: Any) -> AsyncIt
 
 
 async def needing(client: httpx.AsyncClient) -> list[tuple[str, str, dict[str, Any]]]:
-    """One request of every kind that needs the store, with what they need from it made beforehand."""
+    """One request of every kind that needs the store, with its prerequisites made beforehand."""
 
     async def made(path: str, **options: Any) -> Any:
         response = await client.post(path, **options)
@@ -98,10 +98,10 @@ async def needing(client: httpx.AsyncClient) -> list[tuple[str, str, dict[str, A
         pytest.param(40.0, {}, marks=pytest.mark.slow),
     ],
 )
-async def test_who_needs_it_is_told_in_time_and_others_go_on(
+async def test_requests_that_need_the_store_fail_in_time_and_others_continue(
     tmp_path: Path, s3: S3Server, s3_url: str, patience: float, settings: dict[str, Any]
 ) -> None:
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS))  # as when it runs by itself
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS))  # as in a standalone server
     async with opened(tmp_path, s3, s3_url, **settings) as site, site.client(timeout=None) as client:
         asked = await needing(client)
         await asyncio.to_thread(s3.suffer, HANG)
@@ -113,7 +113,7 @@ async def test_who_needs_it_is_told_in_time_and_others_go_on(
 
         crowd: list[tuple[str, str, dict[str, Any]]] = [
             ("GET", f"/v1/files/file-{n}", {}) for n in range(100)
-        ]  # more than there are threads for
+        ]  # more than there are threads
         waiting = [asyncio.create_task(timed(*one)) for one in (*asked, *crowd)]
         at_hand = {"completions": 0.0, "lists": 0.0}
         body = {"model": "here", "prompt": "Hi", "max_tokens": 2}
@@ -134,10 +134,10 @@ async def test_who_needs_it_is_told_in_time_and_others_go_on(
             took = max(took, seconds)
         print(f"all were told after {took:.1f} s; what is at hand took at most {at_hand}")
         others = {one: answer for one, answer in told.items() if answer != (503, "adapter_store_unavailable", True)}
-        # Of ids that nobody knows so many are looked for between two looks at everything; others wait for the next.
+        # Between two refreshes only so many unknown ids are looked up; others wait for the next refresh.
         assert {one for one, (status, *_) in others.items() if status != 404 or "/files/file-" not in one} == set()
         assert took < patience
-        assert max(at_hand.values()) < 8, "they wait for nobody who waits for the store"
+        assert max(at_hand.values()) < 8, "they do not wait for requests that wait for the store"
         await asyncio.to_thread(s3.suffer)
         for method, path, options in asked[:3]:
             async with asyncio.timeout(2 * site.settings.store_silent_seconds + 10):

@@ -1,7 +1,7 @@
 """Random kill -9 of either process, under uploads, deletes, promotes and training, on a disk that fills and frees.
 
-Nothing acknowledged is lost, nothing is left behind, every job ends. KILLS says how many (200), KILLS_SECONDS when to
-stop before that. Run by `make kills`.
+Nothing acknowledged is lost, nothing is left behind, every job ends. KILLS is the number of kills (200), KILLS_SECONDS
+a time limit for all. Run by `make kills`.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ ROWS = [{"text": f"the quick brown fox number {n} jumps over the lazy dog"} for 
 
 
 class Clients(ClientThreads):
-    """Threads that change things, and what they were told."""
+    """Threads that make changes and record the answers."""
 
     def __init__(self, server: RunningServer, made: Files) -> None:
         self.server = server
         self.made = made
-        self.meaning: dict[str, set[str | None]] = {}  # name -> digests it may mean; more than one: nobody was told
+        self.meaning: dict[str, set[str | None]] = {}  # name -> digests; several if unacknowledged
         self.jobs: set[str] = set()
         self.faults: list[str] = []
         works: list[Callable[[], None]] = [partial(self._adapters, n) for n in range(3)]
@@ -45,7 +45,7 @@ class Clients(ClientThreads):
         super().__init__(threading.Event(), works, timeout=30)
 
     def _ask(self, method: str, path: str, **more: Any) -> httpx.Response | None:
-        """None: nobody knows what became of it."""
+        """Send a request; None if its outcome is unknown."""
         try:
             response = self._client.request(method, f"{self.server.url}{path}", **more)
         except httpx.ConnectError:
@@ -112,7 +112,7 @@ class Clients(ClientThreads):
 
 @contextlib.contextmanager
 def filled_now_and_then(disk: Path | None) -> Any:
-    """A file that takes the whole disk, for a moment, again and again."""
+    """Fill the whole disk with a file, for a moment, again and again."""
     stop = threading.Event()
 
     def fill() -> None:
@@ -137,7 +137,7 @@ def filled_now_and_then(disk: Path | None) -> Any:
 
 
 def make_room(server: RunningServer) -> None:
-    """Delete what was trained: the disk is small, and jobs would rightly wait for space for ever."""
+    """Delete trained adapters: the disk is small, and jobs would rightly wait for space forever."""
     for item in server.get("/v1/adapters").json()["data"]:
         if item["name"].startswith("ft:"):
             server.delete(f"/v1/adapters/{item['name']}")
@@ -150,14 +150,14 @@ def ended(server: RunningServer, path: str) -> bool:
 
 
 def shown(server: RunningServer, path: str) -> str:
-    """A job, its events and the largest files, for a failed test."""
+    """A job, its events and the largest files, for the message of a failed test."""
     files = [(file.stat().st_size, str(file)) for file in server.data_dir.rglob("*") if file.is_file()]
     disk = f"{shutil.disk_usage(server.data_dir)}, largest: {sorted(files)[-12:]}"
     return f"{server.get(path).text}\n{server.get(path + '/events').text}\n{disk}"
 
 
 def _engines(server: RunningServer) -> list[int]:
-    """Engine processes that were ever started for this server, and live."""
+    """Live engine processes started for this server at any time."""
     lines = {process.pid: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
     return [pid for pid, line in lines.items() if "server.engine.process" in line and str(server.root) in line[-1]]
 
@@ -200,7 +200,7 @@ def test_two_hundred_kills_lose_nothing(
         except AssertionError as fault:
             raise AssertionError(f"{fault}: {shown(server, path)}") from None
 
-    listed = [item["name"] for item in server.get("/v1/adapters").json()["data"]]  # what was trained as well
+    listed = [item["name"] for item in server.get("/v1/adapters").json()["data"]]  # includes trained adapters
     named = {digest for name in listed for digest in server.get(f"/v1/adapters/{name}").json()["versions"]}
     versions = {f"sha256:{path.name}" for path in (server.data_dir / "adapters" / "versions").iterdir()}
     assert versions == named

@@ -1,4 +1,4 @@
-"""Adapters in a bucket: the server's machine is lost, and another one goes on with an empty disk."""
+"""Adapters in a bucket: the server's machine is lost, and another with an empty disk takes over."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +35,7 @@ def said(server: RunningServer, model: str) -> tuple[str, list[float]]:
 
 
 def listing(server: RunningServer) -> list[dict[str, Any]]:
-    """All adapters, but for their use and tier, which are this server's own."""
+    """All adapters, without their use and tier, which are local to a server."""
     own = ("tier", "requests", "tokens", "last_used")
     items = server.get("/v1/adapters").json()["data"]
     return [{key: value for key, value in item.items() if key not in own} for item in items]

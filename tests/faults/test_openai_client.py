@@ -1,4 +1,4 @@
-"""The openai client against a real server: what it sends is understood, and what comes back is what it expects."""
+"""The openai client against a real server: its requests are understood, and the responses fit its types."""
 
 import asyncio
 import json
@@ -96,7 +96,7 @@ def steps_of_eight(server: RunningServer) -> float:
 
 @pytest.fixture
 def eight(server: RunningServer, made: Files) -> Iterator[list[str]]:
-    """Names of eight adapters that say different things."""
+    """Names of eight adapters with different outputs."""
     config = json.loads((made.adapters["red"] / "adapter_config.json").read_bytes())
     weights = (made.adapters["red"] / "adapter_model.safetensors").read_bytes()
     names = [f"eight-{i}" for i in range(8)]
@@ -126,7 +126,7 @@ async def test_eight_streams_of_eight_adapters_share_steps(server: RunningServer
         alone = [await say(name) for name in eight]
         assert len(set(alone)) == len(eight)
         before = steps_of_eight(server)
-        with server.slowed():  # until all eight have met
+        with server.slowed():  # until all eight are in one batch
             together = [asyncio.create_task(say(name)) for name in eight]
             await asyncio.to_thread(
                 eventually, lambda: steps_of_eight(server) > before, 180, "a step with all eight adapters"

@@ -1,4 +1,4 @@
-"""Two real servers on one object store: the one that trains is killed, and the other ends its job."""
+"""Two real servers on one object store: the one that trains is killed, and the other finishes its job."""
 
 import json
 import time

@@ -1,6 +1,6 @@
-"""Two real servers on one object store, killed at random under all that they share out: nothing is lost or doubled.
+"""Two real servers on one object store, killed at random during all shared kinds of work: nothing is lost or doubled.
 
-KILLS says how many (12).
+KILLS is the number of kills (12).
 """
 
 import json
@@ -23,7 +23,7 @@ from tests.support.threads import ClientThreads
 
 KILLS = int(os.environ.get("KILLS", "12"))
 LEASE = "4"
-ROWS = 24  # of each batch
+ROWS = 24  # per batch
 TRAINED = [{"text": f"the quick brown fox number {n} jumps over the lazy dog"} for n in range(16)]
 ASKED = [{"prompt": f"say {n}", "completion": f"it is {n}"} for n in range(8)]
 FINAL = {"succeeded", "failed", "cancelled", "completed", "expired", "incomplete"}
@@ -38,7 +38,7 @@ def batch_rows() -> list[dict[str, Any]]:
 
 
 class Clients(ClientThreads):
-    """A thread for each kind of work, which asks any server, and what was acknowledged."""
+    """A thread for each kind of work, sending to any server, and the acknowledged objects."""
 
     def __init__(self, servers: list[RunningServer], stop: threading.Event) -> None:
         self.made: dict[str, list[str]] = {kind: [] for kind in ("batches", "jobs", "evaluations", "responses")}
@@ -54,7 +54,7 @@ class Clients(ClientThreads):
             work(draw)
 
     def _post(self, draw: random.Random, path: str, **options: Any) -> str | None:
-        """The id of what was made; None: nobody knows."""
+        """The id of the new object; None if the outcome is unknown."""
         try:
             response = self._client.post(f"{draw.choice(self._servers).url}/v1/{path}", **options)
         except httpx.TransportError:
@@ -109,7 +109,7 @@ def equals(server: RunningServer, path: str, expected: dict[str, Any]) -> bool:
 
 
 def lines(server: RunningServer, file: str) -> list[dict[str, Any]]:
-    content = server.get(f"/v1/files/{file}/content").content  # a text may have what `str` takes for ends of lines
+    content = server.get(f"/v1/files/{file}/content").content  # texts may contain other line separators
     return [json.loads(line) for line in content.splitlines()]
 
 
@@ -180,7 +180,7 @@ def _check(servers: list[RunningServer], clients: Clients) -> None:
             if name == "evaluations":
                 assert len(lines(two, done["result_files"][0])) == len(ASKED)
         print(name, dict(outcomes))
-        # One in the background ends with its server, and has failed; so it is documented.
+        # A background response ends with its server and has then failed, as documented.
         may = {"responses": {"completed", "incomplete", "failed"}, "batches": {"completed"}}
         assert outcomes.keys() <= may.get(name, {"succeeded"}), f"{name}: {outcomes}"
     for file in clients.files:

@@ -1,4 +1,4 @@
-"""The capacity page's arithmetic is the server's; its simulation does what its docstring says."""
+"""The capacity page: its arithmetic equals the server's, and its simulation follows its docstring."""
 
 import json
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_the_base_is_as_large_as_one_that_is_loaded(model_dir: Path, cache_dir: 
     base = load(model_dir, "nf4", "float32", "cpu", cache_dir)
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in base.model.parameters()}
     embeddings = config["vocab_size"] * config["hidden_size"]
-    # In fp32 the embeddings are twice as large; scales and norms of so small a model are a few kB.
+    # In fp32 the embeddings are twice as large; scales and norms of such a small model are a few kB.
     assert sum(sizes.values()) == pytest.approx(capacity.base_bytes(config) + 2 * embeddings, rel=0.05)
 
 
@@ -61,7 +61,7 @@ def test_a_card_is_divided_as_the_server_divides_it() -> None:
 
 
 def test_one_replica_is_as_fast_as_its_steps() -> None:
-    """Every adapter resident and no prompts: sixteen clients, sixteen tokens a step."""
+    """Every adapter resident and no prompts: sixteen clients, sixteen tokens per step."""
     cost = replace(COST, prompt_seconds=0.0, load_seconds=0.0, device_adapters=500)
     found = capacity.simulate(1, "queue", cost, replace(DEMAND, requests_per_client=60))
     assert found["tokens_per_second"] == pytest.approx(16 / (0.003 + 16 * 0.002), rel=0.05)

@@ -56,7 +56,7 @@ async def test_events_may_be_cut_anywhere_and_come_together() -> None:
 
 
 async def test_tokens_are_spread_over_fewer_events() -> None:
-    # Six tokens came in three events: a character may take several tokens.
+    # Six tokens came in three events: a character may consist of several tokens.
     script = stream(token("a"), 0.01, token("b"), 0.01, token("c", "length"), usage(2, 6), DONE)
     timeline, _ = await ask(lambda body: script, output_tokens=6)
     assert [count for _, count in timeline.tokens] == [2, 4, 6]

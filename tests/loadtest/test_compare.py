@@ -17,7 +17,7 @@ from loadtest.peers.registry import SIDES
 
 
 class Scripted(Side):
-    """Decodes `rate` tokens/s for each request after 0.5 s of prefill, in no real time."""
+    """Decodes `rate` tokens/s for each request after 0.5 s of prefill, in simulated time."""
 
     def __init__(self, name: str, rate: float, *, log: list[str], start_error: str = "", error: str = "") -> None:
         self.name = name  # type: ignore[misc]
@@ -111,7 +111,7 @@ async def test_a_missing_side_is_reported_and_the_rest_go_on(kit: Kit) -> None:
 async def test_a_side_that_breaks_down_leaves_the_others_measured(kit: Kit) -> None:
     class Fragile(Scripted):
         async def burst(self, works: Sequence[Work]) -> list[Timeline]:
-            if len(self.bursts) == 3:  # both of the warm-up, one round
+            if len(self.bursts) == 3:  # both bursts of the warm-up, one round
                 raise SideError("out of memory")
             return await super().burst(works)
 
@@ -139,7 +139,7 @@ async def test_interrupted_while_starting_it_stops_what_it_started(kit: Kit) -> 
 
 
 async def test_a_slow_side_gets_fewer_rounds(kit: Kit) -> None:
-    sides = [Scripted("fast", 100, log=[]), Scripted("slow", 1, log=[])]  # 0.54 s and 4.5 s a round
+    sides = [Scripted("fast", 100, log=[]), Scripted("slow", 1, log=[])]  # 0.54 s and 4.5 s per round
     result = await measure(sides, [case("fast", "slow")], kit, rounds=4, seconds=10)
     row = {name: cell.to_json()["decode"]["rounds"] for name, cell in result.cells["eight"].items()}
     assert row == {"fast": 4, "slow": 2}

@@ -1,4 +1,4 @@
-"""Constrained answers against free ones, at the scale of a test; verdicts from figures."""
+"""Constrained and unconstrained answers compared, at the scale of a test; verdicts from figures."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The GPU report: its own reckoning, and every line of it at a size that a CPU can try. Figures need a GPU."""
+"""The GPU report: its arithmetic, and every line of it at a size that a CPU can run. Figures need a GPU."""
 
 import json
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_a_part_that_breaks_takes_no_other_with_it(monkeypatch: pytest.MonkeyPat
 def test_every_line_can_be_measured(
     letters: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a size that proves nothing but that the command runs."""
+    """At a size that only proves that the command runs."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command.main(["--smoke", "--results", str(tmp_path), letters])
     found = json.loads(next(tmp_path.glob("gpu-*.json")).read_text())

@@ -1,4 +1,4 @@
-"""What loads cost their neighbours, at the scale of a test: the parts that are no measurement."""
+"""The effect of loads on other requests, at the scale of a test: the parts that measure nothing."""
 
 import asyncio
 import time
@@ -40,7 +40,7 @@ def test_work_is_repeated_as_long_as_the_block_lasts_and_its_fault_is_told() -> 
     over = time.perf_counter()
     assert len(took) == len(done)
     assert sum(took) < over - began
-    assert all(at - began > 0.009 * i for i, at in enumerate(done)), "as seldom as it is to be"
+    assert all(at - began > 0.009 * i for i, at in enumerate(done)), "at the required interval"
     with _repeated(None, every=0.01) as took:
         pass
     assert took == []

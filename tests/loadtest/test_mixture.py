@@ -1,4 +1,4 @@
-"""Decoding a mixture beside others: the bytes that bound it, what is compared, and how the peer holds its experts."""
+"""Decoding a mixture beside others: the bytes that bound it, the comparison, and the peer's layouts of experts."""
 
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ TINY: dict[str, Any] = mixture.SHAPE | {
 
 def test_the_bound_reads_each_weight_of_a_step_once() -> None:
     alone, together = (mixture.active_bytes(mixture.SHAPE, count) / 1e6 for count in mixture.COUNTS)
-    experts = 8 * 3 * 512 * 384 * (1 / 2 + 1 / 64) / 1e6  # of a layer, one request
+    experts = 8 * 3 * 512 * 384 * (1 / 2 + 1 / 64) / 1e6  # per layer, for one request
     rest = 8 * (3 * 512 * 512 * (1 / 2 + 1 / 64) + 4 * 64 * 512) / 1e6 + 32768 * 512 / 1e6
     assert alone == pytest.approx(8 * experts + rest, rel=0.001)
-    met = 64 * (1 - (7 / 8) ** 8)  # experts that any of eight requests is routed to
+    met = 64 * (1 - (7 / 8) ** 8)  # experts that at least one of eight requests is routed to
     assert together == pytest.approx(met * experts + rest, rel=0.001)
 
 

@@ -1,4 +1,4 @@
-"""How sides are started, asked and stopped, with small stand-ins for the real systems."""
+"""Starting, requesting and stopping of sides, with small stand-ins for the real systems."""
 
 import dataclasses
 import json
@@ -120,7 +120,7 @@ def test_what_is_asked_of_each_server(kit: base.Kit, monkeypatch: pytest.MonkeyP
     exact, rounded = (side.command(kit, 1234)[0] for side in (lorakeet.Lorakeet(), lorakeet.LorakeetInt8()))
     assert "--activations" not in exact
     assert rounded[-2:] == ["--activations", "int8"]
-    # These two convert when they load, so that both files are one adapter.
+    # These two convert on load, so that both files are one adapter.
     assert vllm.Vllm().request(half)[0] == "float32-0"
     assert peft.Peft().adapter(("bfloat16", 0)) == "float32-0"
 

@@ -1,4 +1,4 @@
-"""Scenario files: what is accepted, what is refused and by which name."""
+"""Scenario files: accepted contents, and refusals with the name of the culprit."""
 
 from pathlib import Path
 

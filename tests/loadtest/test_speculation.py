@@ -1,4 +1,4 @@
-"""Drafts against none, at the scale of a test and with an engine that only says it drafted."""
+"""Runs with and without drafts compared, at the scale of a test and with an engine that only reports drafts."""
 
 from pathlib import Path
 

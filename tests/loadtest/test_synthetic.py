@@ -1,4 +1,4 @@
-"""Random adapters load in PEFT, and their GGUF form means the same to llama.cpp's reading of it."""
+"""Random adapters load in PEFT, and their GGUF form has the same meaning in llama.cpp's layout."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Two checkouts beside each other: which code each side runs, and what the ratios come to."""
+"""Two checkouts compared: the code that each side runs, and the resulting ratios."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from loadtest.trees import This, other, table, verdicts
 
 
 def test_each_side_runs_the_code_of_its_checkout(tmp_path: Path) -> None:
-    """From wherever it is started: a checkout's own folder, too."""
+    """From any working directory, even a checkout's own folder."""
     package = tmp_path / "server"
     package.mkdir()
     (package / "__init__.py").write_text("")

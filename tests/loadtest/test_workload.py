@@ -1,4 +1,4 @@
-"""The statistics of what is drawn: arrivals, lengths, popularity. Seeds are fixed, bounds are 5 sigma or wider."""
+"""The statistics of random arrivals, lengths and popularity. Seeds are fixed, bounds are 5 sigma or wider."""
 
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def test_a_plan_follows_from_its_seed() -> None:
     assert first != workload.plan(scenario(seed=1), names)
     assert {request.adapter for request in first} == set(names)
     assert all(100 <= token <= 10_000 for request in first for token in request.prompt)
-    # Another popularity leaves arrivals, lengths and prompts as they were.
+    # Another popularity leaves arrivals, lengths and prompts unchanged.
     other = workload.plan(scenario(adapters=sc.Adapters(popularity=sc.Identical())), names)
     assert [(r.at, r.prompt, r.output_tokens) for r in other] == [(r.at, r.prompt, r.output_tokens) for r in first]
 

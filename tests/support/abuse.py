@@ -1,4 +1,4 @@
-"""The worst bodies of every operation, made of its own description: each field with too much of each kind of value."""
+"""The most expensive bodies of every operation, generated from its description: each field with too many values."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ _EXAMPLES: Mapping[str, Any] = {
 }
 
 
-_remembered = lru_cache(2)  # the same value goes into every field, in two sizes
+_remembered = lru_cache(2)  # the same value is used for every field, in two sizes
 
 
 def _list(item: bytes) -> Callable[[int], bytes]:
@@ -49,7 +49,7 @@ def _map(value: bytes, digits: int = 8) -> Callable[[int], bytes]:
     return made
 
 
-# Values of about so many bytes.
+# Values of about this many bytes.
 SHAPES: Mapping[str, Callable[[int], bytes]] = {
     "words": lambda size: b'"' + b"ab " * (size // 3) + b'"',
     "one word": lambda size: b'"' + b"a" * size + b'"',
@@ -83,7 +83,7 @@ class Case:
 
 
 def cases(operations: Iterable[Operation]) -> Iterator[Case]:
-    """Every field of every body with every shape, and bodies that are wrong as a whole."""
+    """Every field of every body with every shape, and bodies that are invalid as a whole."""
     known: set[tuple[str, str, str]] = set()
     for operation in operations:
         for kind in operation.bodies:
@@ -117,16 +117,16 @@ def _with(needed: Mapping[str, Any], name: str, value: Callable[[int], bytes]) -
 
 @dataclass
 class Seen:
-    """What a body did."""
+    """The cost of one request."""
 
     status: int
     answer: int  # bytes
     seconds: float  # of processor time
-    gap: float  # of it, the longest that the event loop's own thread took without a pause
+    gap: float  # of processor time: the longest that the event loop's own thread ran without a pause
 
 
 async def ask(app: Starlette, method: str, path: str, body: bytes) -> Seen:
-    """Send it in this event loop."""
+    """Send a request in this event loop."""
     seen = Seen(0, 0, 0.0, 0.0)
     scope = {
         "type": "http",

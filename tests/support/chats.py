@@ -1,4 +1,4 @@
-"""What the tests of all chat APIs do with a scripted application: give it its words, read its prompt and its events."""
+"""Helpers of the tests of all chat APIs with a scripted application: set its text, read its prompt and its events."""
 
 import json
 from typing import Any
@@ -9,17 +9,17 @@ from tests.support.scripted import EOS, Served, encode
 
 
 def say(served: Served, text: str) -> None:
-    """Every answer is this text."""
+    """Make every answer this text."""
     served.engine.reply = lambda request: [*encode(text), EOS]
 
 
 def sent_prompt(served: Served) -> str:
-    """The prompt of the last request that the engine got, as text."""
+    """The prompt of the engine's last request, as text."""
     return served.services.text.decode(served.engine.requests[-1].prompt, skip_special_tokens=False)
 
 
 def named_events(response: httpx.Response) -> list[dict[str, Any]]:
-    """Data of server-sent events that each have their type as their name."""
+    """Data of server-sent events that are each named by their type."""
     assert response.status_code == 200, response.text
     blocks = [block.split("\n") for block in response.text.strip().split("\n\n")]
     read = [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]

@@ -1,7 +1,7 @@
 """`make clients`: every client of tests/clients, unchanged, against one real server with the default model.
 
-Each directory there is an environment of its own, made below .venv-clients and kept: what its requirements.txt or
-package.json pins, and the tests of those clients.
+Each directory there is one environment, created below .venv-clients and kept: it has the versions pinned in the
+directory's requirements.txt or package.json, and runs the directory's tests.
 """
 
 import os
@@ -21,14 +21,14 @@ MODEL = "smollm2-135m-instruct"
 
 
 def names() -> list[str]:
-    """Of all environments."""
+    """Names of all environments."""
     return sorted(path.name for path in CLIENTS.iterdir() if path.is_dir() and path.name[0] not in "._")
 
 
 def _python(name: str) -> list[str]:
-    """The command of an environment's tests, once that has been made."""
+    """The test command of a Python environment, created if necessary."""
     home, wanted = ENVIRONMENTS / name, CLIENTS / name / "requirements.txt"
-    made = home / "requirements.txt"  # as of the last installation
+    made = home / "requirements.txt"  # copied at the last installation
     python = str(home / "bin/python")
     if not made.exists() or made.read_bytes() != wanted.read_bytes():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
@@ -39,7 +39,7 @@ def _python(name: str) -> list[str]:
 
 
 def _node(name: str) -> list[str]:
-    """The same where the clients are JavaScript's."""
+    """The test command of a JavaScript environment, created if necessary."""
     home = ENVIRONMENTS / name
     home.mkdir(parents=True, exist_ok=True)
     for file in (CLIENTS / name).iterdir():
@@ -49,7 +49,7 @@ def _node(name: str) -> list[str]:
 
 
 def main(chosen: list[str]) -> int:
-    """Run these environments, or all; how many failed."""
+    """Run these environments, or all; return the number of failures."""
     settings = Settings()
     model = resolve(settings.model, settings.cache_dir, print)
     failed = []
@@ -60,7 +60,7 @@ def main(chosen: list[str]) -> int:
             for name in chosen or names():
                 command = _node(name) if (CLIENTS / name / "package.json").exists() else _python(name)
                 server.begin()
-                server.wait_ready(START_SECONDS * 5)  # installing may have left the machine busy
+                server.wait_ready(START_SECONDS * 5)  # the machine may still be busy after installing
                 told = {"SERVER_URL": server.url, "SERVER_MODEL": MODEL, "SERVER_MODEL_DIR": str(model)}
                 print(f"--- {name}", flush=True)
                 environment = os.environ | told | {"HF_HUB_OFFLINE": "1"}

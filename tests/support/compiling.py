@@ -1,8 +1,7 @@
-"""Compiles every kernel for an H100, as its wrappers launch it, on a machine without a GPU: prints what each takes.
+"""Compiles every kernel for an H100, as launched by its wrappers, without a GPU, and prints its resource usage.
 
-A program of its own, for Triton must not interpret. The device that the wrappers' tensors lie on is pretended; what
-comes out is machine code by NVIDIA's assembler, so that a type error, an unknown intrinsic or too much shared memory is
-found here.
+This is a separate program because Triton must not interpret. The tensors' device is simulated; NVIDIA's assembler
+produces machine code, so that type errors, unknown intrinsics and excessive shared memory are detected.
 """
 
 import json
@@ -27,7 +26,7 @@ BF16 = torch.bfloat16
 
 
 class Pretended:
-    """What Triton asks of a driver before a launch."""
+    """The driver functions that Triton calls before a launch."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -43,7 +42,7 @@ class Pretended:
 
 
 def launches() -> None:
-    """Every wrapper with shapes of Llama-3.1-8B: one token, a batch, a prompt; and what families differ in."""
+    """Launch every wrapper with shapes of Llama-3.1-8B (one token, a batch, a prompt) and of families that differ."""
     int32 = torch.int32
     for rows in (1, 16, 64):
         kernels.linear_forward(torch.zeros(rows, 4096, dtype=BF16), weight(1024, 4096))
@@ -116,7 +115,7 @@ def experts(outs: int, ins: int, *, nested: bool = True) -> ExpertWeights:
 
 
 def usage(kernel: Any) -> dict[str, Any]:
-    """What a compiled kernel takes of a multiprocessor, by NVIDIA's tool."""
+    """Resources of a multiprocessor used by a compiled kernel, as reported by NVIDIA's tool."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -1,4 +1,4 @@
-"""Ask `/v1/completions` of a scripted application, and read its streams."""
+"""Requests to `/v1/completions` of a scripted application, and its streams."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""A client that holds every answer against the OpenAPI document: status, media type and every field of the body."""
+"""A client that checks every response against the OpenAPI document: status, media type and every field of the body."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ from server.ui import PATHS as CONSOLE_PATHS
 
 
 def client_of(app: Starlette, **options: Any) -> httpx.AsyncClient:
-    """A client of the whole application, which fails on an answer that the document does not describe."""
+    """A client of the whole application, which fails on a response that the document does not describe."""
 
     async def conforms(response: httpx.Response) -> None:
         await response.aread()
@@ -70,7 +70,7 @@ _KNOWN: dict[tuple[str, bool], dict[int, dict[str, Any]]] = {}
 
 
 def _answers(operation: Operation, keys: bool) -> dict[int, dict[str, Any]]:
-    """Status -> media type -> validator of the body, None where the document says nothing of it."""
+    """Status -> media type -> validator of the body, None if the document does not describe it."""
     if (operation.name, keys) not in _KNOWN:
         _KNOWN[operation.name, keys] = _described(operation, keys)
     return _KNOWN[operation.name, keys]
@@ -97,7 +97,7 @@ def _validator(media_type: str, body: dict[str, Any], components: dict[str, Any]
 
 
 def _closed(schema: Any) -> Any:
-    """The same without room for fields that it does not list: so none is left out of the document."""
+    """The same schema without additional properties, so that undocumented fields are errors."""
     if isinstance(schema, list):
         return [_closed(item) for item in schema]
     if not isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""Every metric of the server as it is documented, for tests of what uses their names."""
+"""Every documented metric of the server, for tests of files that use their names."""
 
 from prometheus_client.core import Metric
 
@@ -9,12 +9,12 @@ _PARTS = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}
 
 
 def documented() -> list[Metric]:
-    """Our own metrics, those of fine-tuning among them."""
+    """Our own metrics, including those of fine-tuning."""
     metrics = Metrics()
     TrainingMetrics(metrics.registry)
     return [metric for metric in metrics.registry.collect() if metric.name.startswith(PREFIX)]
 
 
 def series_names(metric: Metric) -> list[str]:
-    """Names under which Prometheus stores it."""
+    """Names of its series in Prometheus."""
     return [metric.name + part for part in _PARTS.get(metric.type, ("",))]

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub in this process, as far as `huggingface_hub` asks it for models' files."""
+"""A Hugging Face Hub in this process, limited to the requests of `huggingface_hub` for models' files."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ Files = dict[str, bytes]
 
 
 class FakeHub:
-    """Repositories by `OWNER/NAME` and revision; `main` is what is asked for by default.
+    """Repositories by `OWNER/NAME` and revision; `main` is the default.
 
     Attributes:
         asked: the paths of all requests.
@@ -28,7 +28,7 @@ class FakeHub:
         self.holding.set()
 
     def put(self, repository: str, files: Files, revision: str = "main") -> str:
-        """Let a revision have these files; its commit."""
+        """Set the files of a revision; return its commit."""
         self.repositories.setdefault(repository, {})[revision] = files
         return self.commit(files)
 
@@ -37,7 +37,7 @@ class FakeHub:
         return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
 
     def find(self, repository: str, revision: str) -> Files | None:
-        """By a revision's name or its commit."""
+        """The files of a revision, by its name or commit."""
         revisions = self.repositories.get(repository, {})
         by_commit = {self.commit(files): files for files in revisions.values()}
         return revisions.get(revision) or by_commit.get(revision)
@@ -45,14 +45,14 @@ class FakeHub:
 
 @contextmanager
 def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """Such a hub, which processes started from now on take for the real one."""
+    """A fake hub, used by processes started from now on."""
     hub = FakeHub()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            if not ("/resolve/" in self.path or self.path.startswith("/api/models/")):  # for the hub's statistics
+            if not ("/resolve/" in self.path or self.path.startswith("/api/models/")):  # statistics
                 self._answer(404, b"", {})
                 return
             hub.asked.append(self.path)

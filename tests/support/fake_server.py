@@ -1,4 +1,4 @@
-"""A scripted completions server: raw asyncio, so that a test decides which bytes come when."""
+"""A scripted completions server in raw asyncio, so that a test controls the timing of bytes."""
 
 import asyncio
 import contextlib
@@ -25,14 +25,14 @@ DONE = b"data: [DONE]\n\n"
 
 
 def stream(*parts: bytes | float) -> list[bytes | float]:
-    """A 200 answer of chunked server-sent events."""
+    """A 200 response of chunked server-sent events."""
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
     chunks = [f"{len(p):x}\r\n".encode() + p + b"\r\n" if isinstance(p, bytes) else p for p in parts]
     return [head, *chunks, b"0\r\n\r\n"]
 
 
 def tokens(body: dict[str, Any], pause: float = 0.0) -> list[bytes | float]:
-    """The obedient answer: as many one-token events as were asked for."""
+    """The correct response: one event per requested token."""
     parts: list[bytes | float] = []
     for i in range(body["max_tokens"]):
         parts += [pause, token(f"t{i} ")]
@@ -40,7 +40,7 @@ def tokens(body: dict[str, Any], pause: float = 0.0) -> list[bytes | float]:
 
 
 class FakeServer:
-    """Answers every POST by `script`; remembers the bodies it got and how many requests it held at once."""
+    """Answers every POST by `script`; records the bodies and the largest number of concurrent requests."""
 
     def __init__(self, script: Script = tokens) -> None:
         self.script = script

@@ -74,7 +74,7 @@ async def _refusing(message: str) -> AsyncGenerator[Any, None]:
 
 
 class IdleEngine:
-    """An EngineClient that serves nothing and remembers what it was asked to forget."""
+    """An EngineClient that serves nothing and records the digests to forget."""
 
     def __init__(self, info: Ready | None = None) -> None:
         self.info = info
@@ -174,11 +174,11 @@ class Site:
         self.metrics = self.services.metrics
 
     def open_engine(self) -> IdleEngine:
-        """What it asks to serve and train."""
+        """The engine for serving and training."""
         return IdleEngine(base_info())
 
     def open_store(self, root: Path) -> AdapterStore:
-        """Where its adapters are."""
+        """The store of its adapters."""
         return AdapterStore(root / "store", self._names, check_pins=PinLimit(self.settings, self.engine).check)
 
     def app(self) -> Starlette:
@@ -199,5 +199,5 @@ class Site:
 def paths(app: Starlette) -> list[str]:
     """Every path that the application routes, with a value for each parameter."""
     routes = [route for route in app.routes if isinstance(route, Route)]
-    assert len(routes) == len(app.routes)  # nothing is mounted that would escape the tests over all routes
+    assert len(routes) == len(app.routes)  # nothing is mounted, which the tests over all routes would miss
     return sorted({re.sub(r"{.*?}", "nobody", route.path) for route in routes})

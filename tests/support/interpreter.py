@@ -1,6 +1,6 @@
-"""Triton kernels in tests: on the GPU where there is one, else on CPU tensors in Triton's interpreter.
+"""Triton kernels in tests: on the GPU if there is one, else on CPU tensors in Triton's interpreter.
 
-Triton decides when it is first imported whether it interprets: `prepare` must run before that.
+Triton decides at its first import whether it interprets: `prepare` must run before that.
 """
 
 import os
@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def prepare() -> None:
-    """Have Triton interpret kernels in this process unless there is a GPU to run them."""
+    """Make Triton interpret kernels in this process unless there is a GPU."""
     if DEVICE == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         _fix_products()
@@ -23,7 +23,7 @@ def prepare() -> None:
 
 
 def whole_suite() -> bool:
-    """Whether every test's tensors go to the interpreter (`make interpret`), and should be few."""
+    """Whether all tests' tensors go to the interpreter (`make interpret`), and should be few."""
     return os.environ.get("LORAKEET_TRITON") == "interpret"
 
 
@@ -35,12 +35,12 @@ def switch_on() -> dict[str, str]:
 def _fix_products() -> None:
     """Multiply row by row on one thread, so that a row's bits depend on that row alone, as on a GPU.
 
-    The interpreter multiplies with numpy, whose BLAS chooses a kernel for each processor. Some divide rows among
-    threads or treat the last few of a tile apart: then a row's bits depend on its neighbours and on its place.
+    The interpreter multiplies with numpy, whose BLAS chooses a kernel for each processor. Some kernels divide rows
+    among threads or treat the last few of a tile differently: then a row's bits depend on its neighbours and position.
     """
     from triton.runtime import interpreter
 
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of child processes
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # for child processes
     ThreadpoolController().select(internal_api="openblas").limit(limits=1)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
@@ -51,11 +51,11 @@ def _fix_products() -> None:
 
 
 def _hasten() -> None:
-    """Spare the interpreter what takes half of its time.
+    """Skip work that takes half of the interpreter's time.
 
-    It replaces all of Triton's language before each launch and each call of a function, and back: here once. For a
-    whole engine it need not look for an overflow in every sum of integers either, as it does in the kernels' own
-    tests, nor warn of infinities and NaN, as a GPU does not.
+    It replaces all of Triton's language before each launch and each function call, and restores it: here once. A whole
+    engine also needs neither the overflow check of every integer sum, which the kernels' own tests use, nor warnings
+    of infinities and NaN, which a GPU does not give.
     """
     import triton.language as tl
     from triton.runtime import interpreter

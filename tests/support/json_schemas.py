@@ -1,4 +1,4 @@
-"""JSON Schemas, drawn by keyword: for each one that grammars can follow, schemas that have it, most with others."""
+"""Random JSON Schemas by keyword: for each supported keyword, schemas with it, most of them with other keywords too."""
 
 import json
 from decimal import Decimal
@@ -164,7 +164,7 @@ BY_KEYWORD: dict[str, Schemas] = _SIMPLE | {
 
 
 def drawn(keyword: str, count: int) -> list[dict[str, Any]]:
-    """So many schemas with this keyword, the same ones in every run."""
+    """This many schemas with this keyword, the same in every run."""
     found: list[dict[str, Any]] = []
 
     @settings(max_examples=count, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
@@ -177,13 +177,13 @@ def drawn(keyword: str, count: int) -> list[dict[str, Any]]:
 
 
 def read(text: str) -> Any:
-    """JSON with numbers as they are written: a validator that is given infinity for them could not tell."""
+    """Parse JSON with exact numbers: a validator could not check numbers rounded to infinity."""
     return json.loads(text, parse_float=_number, parse_constant=_refuse)
 
 
 def _number(text: str) -> Decimal:
     digits, _, exponent = text.lower().partition("e")
-    return Decimal(f"{digits}e{max(-9999, min(9999, int(exponent or 0)))}")  # which is as far as the validator counts
+    return Decimal(f"{digits}e{max(-9999, min(9999, int(exponent or 0)))}")  # the validator's limit
 
 
 def _refuse(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Raises where the server asks a database in the thread of an event loop, where everybody would wait for it."""
+"""Raises an error where the server calls a database in the thread of an event loop, which would block all requests."""
 
 import asyncio
 import contextlib
@@ -16,11 +16,11 @@ TESTS = str(Path(__file__).parent.parent)
 
 
 class AskedOnTheLoop(AssertionError):
-    """A database call kept an event loop waiting."""
+    """A database call blocked an event loop."""
 
 
 def check() -> None:
-    """Raise when an event loop runs in this thread, unless it is a test's own coroutine that called."""
+    """Raise if an event loop runs in this thread, unless a test's own coroutine made the call."""
     if asyncio._get_running_loop() is None:
         return
     frame = sys._getframe(1)
@@ -30,13 +30,13 @@ def check() -> None:
             if code.co_filename.startswith(TESTS):
                 return
             break
-        frame = frame.f_back  # type: ignore[assignment]  # None ends it
+        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
     raise AskedOnTheLoop("a database call on the event loop: use asyncio.to_thread")
 
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Every database of this process is watched, and a call that was swallowed is raised at the end."""
+    """Watch every database of this process; errors that the server swallowed are raised at the end."""
     caught: list[AskedOnTheLoop] = []
 
     def watched(real: Any) -> Any:

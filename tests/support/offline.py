@@ -17,15 +17,15 @@ from server.registry.publish import outline_of
 def load_engine(
     model: Path, cache: Path, *, depth: Literal[0, 1] | None = None, planned: bool = True, **overrides: Any
 ) -> Engine:
-    """An engine over the model in `model`, small enough to have several of."""
+    """An engine over the model in `model`, small enough that several fit in memory."""
     settings: dict[str, Any] = {
         "kv_cache_bytes": 4 << 20,
         "adapter_bytes": 8 << 20,
         "max_batch_tokens": 64,
         "max_batch_requests": 16,
-        # How long adapters take to arrive is not to hang on what else the machine does.
+        # Loads of adapters should not depend on other load on the machine.
         "background_priority": "normal",
-        # Tests say of every engine what holds of a CPU's: its kernels, interpreted, need to be told.
+        # Tests assume a CPU's batch invariance of every engine; its interpreted kernels need the setting.
         "deterministic": interpreted(),
     }
     config = EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides))
@@ -46,7 +46,7 @@ def tight_engine(like: Engine, model: Path, cache: Path, blocks: int, longest: i
 
 
 def publish(engine: Engine, directory: Path) -> AdapterRef:
-    """Check an adapter's directory as an upload would, and say how requests refer to it."""
+    """Check an adapter's directory as an upload would; return the reference for requests."""
     ready = engine.ready()
     outline = outline_of(Outline.read(Path(str(engine.base.model.name_or_path))), ready)
     spec = inspect(directory, ready.linears, ready.architecture, outline, ignore_vision=True)
@@ -66,7 +66,7 @@ class Answer:
     error: str | None = None
     code: str | None = None
     cached_tokens: int = 0
-    device_seconds: float = field(default=0.0, compare=False)  # a clock's
+    device_seconds: float = field(default=0.0, compare=False)  # measured by a clock
 
     def take(self, output: Output) -> None:
         self.tokens += output.tokens
@@ -80,7 +80,7 @@ class Answer:
 
 
 def request(id: str, prompt: Sequence[int], adapter: AdapterRef | None = None, **sampling: Any) -> Generate:  # noqa: A002
-    """A greedy request with logprobs, unless told otherwise."""
+    """A greedy request with logprobs, unless `sampling` says otherwise."""
     settings: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0}
     return Generate(
         id=id,
@@ -91,7 +91,7 @@ def request(id: str, prompt: Sequence[int], adapter: AdapterRef | None = None, *
 
 
 def run(engine: Engine, requests: Iterable[Generate], every: int = 0) -> dict[str, Answer]:
-    """Run requests to their end; a new one joins after each `every` steps (0: all at once)."""
+    """Run requests to their end; each further one joins after `every` steps (0: all at once)."""
     queue = list(requests)
     answers = {request.id: Answer() for request in queue}
     steps = 0
@@ -107,13 +107,13 @@ def run(engine: Engine, requests: Iterable[Generate], every: int = 0) -> dict[st
 
 
 def make_resident(engine: Engine, adapters: Iterable[AdapterRef]) -> None:
-    """Have adapters on the device, so that requests on them meet however long loading takes."""
+    """Load adapters onto the device, so that the timing of loads does not separate their requests."""
     answers = run(engine, [request(adapter.digest, [3, 4, 5], adapter, max_tokens=1) for adapter in adapters])
     assert all(answer.error is None for answer in answers.values())
 
 
 def solo(engine: Engine, requests: Iterable[Generate]) -> dict[str, Answer]:
-    """Run each request to its end alone, with nothing cached."""
+    """Run each request to its end alone, with an empty cache."""
     answers: dict[str, Answer] = {}
     for single in requests:
         engine.blocks.reset_cache()

@@ -1,4 +1,4 @@
-"""The same training by PEFT, on transformers' and bitsandbytes' own base, to hold the trainer against."""
+"""The same training by PEFT, on transformers' and bitsandbytes' own base, as reference for the trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def peft_model(model: Path, quantization: str, adapter: Path) -> peft.PeftModel:
 
 
 def peft_loss(model: peft.PeftModel, data: Dataset, group: list[int]) -> torch.Tensor:
-    """Sum of the losses of some sequences, each run by itself."""
+    """Sum of the losses of some sequences, each run separately."""
     total = torch.zeros(())
     for index in group:
         ids, trained = (torch.from_numpy(part) for part in data.sequence(index))

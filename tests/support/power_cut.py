@@ -1,4 +1,4 @@
-"""What would survive a power cut: every `os.fsync` is noted with the state that it made durable."""
+"""Simulated power cuts: every `os.fsync` is recorded with the state that it made durable."""
 
 import os
 import stat
@@ -8,7 +8,7 @@ import pytest
 
 
 class Synced:
-    """Notes of `os.fsync`, by inode: of a file its last change, of a directory its entries."""
+    """Records of `os.fsync` by inode: a file's last change, a directory's entries."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._files: dict[int, int] = {}  # inode -> time of last change, in nanoseconds
@@ -26,7 +26,7 @@ class Synced:
             self._files[status.st_ino] = status.st_mtime_ns
 
     def lost(self, root: Path, path: Path) -> list[Path]:
-        """What of a file's content and of the entries from `root` down to it was not made durable as it is now."""
+        """The parts of a file's path from `root` on whose current state is not durable: entries, and the content."""
         status = path.stat()
         lost = [] if self._files.get(status.st_ino) == status.st_mtime_ns else [path]
         while path != root:
@@ -37,7 +37,7 @@ class Synced:
         return lost
 
     def lost_below(self, root: Path, directory: Path) -> list[Path]:
-        """The same of every file in a directory, of which there must be some."""
+        """The same for every file in a directory, which must not be empty."""
         files = [path for path in directory.rglob("*") if path.is_file()]
         assert files
         return [path for file in files for path in self.lost(root, file)]

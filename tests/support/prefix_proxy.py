@@ -1,4 +1,4 @@
-"""A reverse proxy that serves another server under a prefix, as nginx does with `location /prefix/`."""
+"""A reverse proxy that serves another server under a prefix, like nginx with `location /prefix/`."""
 
 import threading
 import time

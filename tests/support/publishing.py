@@ -1,4 +1,4 @@
-"""A store to publish into, without the cost of real adapters.
+"""A store for publishing, without the cost of real adapters.
 
 As a program (`python -m tests.support.publishing ROOT FIRST`) it publishes until it is killed.
 """
@@ -19,7 +19,7 @@ from adapters.storage.versions import Version
 
 @contextmanager
 def held(database: Path) -> Iterator[None]:
-    """Another process in the middle of a change."""
+    """Hold an uncommitted change, as another process would."""
     with closing(sqlite3.connect(database, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         yield
@@ -27,7 +27,7 @@ def held(database: Path) -> Iterator[None]:
 
 
 class Box:
-    """A store over `root` that can be opened again, as after a restart."""
+    """A store over `root` that can be reopened, as after a restart."""
 
     def __init__(self, root: Path, **options: Any) -> None:
         self.root = root
@@ -44,11 +44,11 @@ class Box:
         return self.store
 
     def set_aside(self) -> list[str]:
-        """The names of what lies in `lost+found`."""
+        """The names of the entries of `lost+found`."""
         return sorted(path.name for path in (self.root / "lost+found").glob("*/*"))
 
     def on_disk(self) -> tuple[int, list[str]]:
-        """How many directories are staged, and the contents that `versions` holds."""
+        """The number of staged directories, and the contents in `versions`."""
         staged = list((self.root / "adapters" / "staging").iterdir())
         versions = (self.root / "adapters" / "versions").iterdir()
         return len(staged), sorted(bytes.fromhex(path.name).rstrip(b"\0").decode() for path in versions)
@@ -74,7 +74,7 @@ def content_of(version: Version) -> str:
 
 
 def main(root: Path, first: int) -> None:
-    """Publish c<i> as n<i mod 5> for ever, deleting the name again after each seventh; say so when it is done."""
+    """Publish c<i> as n<i mod 5> forever, deleting the name again after each seventh; print each finished change."""
     store = Box(root, retain=2).store
     print("ready", flush=True)
     i = first

@@ -1,4 +1,4 @@
-"""A Ray cluster of one node with deploy/ray on it, in the environment that `make ray` fills."""
+"""A Ray cluster of one node running deploy/ray, in the environment of `make ray`."""
 
 import json
 import os
@@ -23,7 +23,7 @@ PYTHON = REPOSITORY / ".venv-ray/bin/python"
 DRIVER = REPOSITORY / "tests/support/ray_driver.py"
 APPLICATION = REPOSITORY / "deploy/ray"
 SERVE = [sys.executable, "-c", "from server.cli import main; main()", "serve"]
-# docs/guides/scaling.md tells why.
+# Explained in docs/guides/scaling.md.
 ADVISED = {
     "RAY_worker_niceness": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -34,15 +34,15 @@ ADVISED = {
 
 
 class RayCluster:
-    """Started at once; `deploy` puts the application on it, or changes it."""
+    """A cluster, started by the constructor; `deploy` starts or changes the application."""
 
     def __init__(self, root: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.fault = root / "fault"  # write a kind of `inject.sitecustomize` there
+        self.fault = root / "fault"  # to inject a fault, write a kind of `inject.sitecustomize` to it
         self._data = root / "data"
-        # Sockets' paths are short, so Ray's files cannot lie where pytest's do.
+        # Socket paths must be short, so Ray's files cannot be in pytest's directories.
         self._temporary = Path(tempfile.mkdtemp(prefix="lorakeet-ray-", dir="/tmp"))
         environment = {key: value for key, value in os.environ.items() if not key.startswith("LORAKEET_")}
         environment |= {
@@ -50,7 +50,7 @@ class RayCluster:
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_raylet_start_wait_time_s": "300",
-            # Ray gives its proxy three times 5 s to import what it needs, which a busy machine does not.
+            # Ray gives its proxy three times 5 s for its imports, too short on a busy machine.
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "100",
             **ADVISED,
         }
@@ -68,7 +68,7 @@ class RayCluster:
         assert self._answer().get("started")
 
     def _answer(self) -> dict[str, Any]:
-        """The driver's next answer; the logs of Ray's workers come in between."""
+        """The driver's next answer; output of Ray's workers in between is skipped."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):
@@ -85,9 +85,9 @@ class RayCluster:
             return self._answer()
 
     def deploy(self, servers: dict[str, Any], settings: dict[str, str], most: int = 32, seconds: float = 600) -> None:
-        """Run the application with these autoscaling options and `LORAKEET_*` settings, and wait until it does.
+        """Run the application with these autoscaling options and `LORAKEET_*` settings, and wait until it runs.
 
-        most: requests that a replica takes at once.
+        most: concurrent requests per replica.
         """
         command = ["env", f"PYTHONPATH={PATH}", f"FAULT_FILE={self.fault}", *SERVE]
         told = {
@@ -106,7 +106,7 @@ class RayCluster:
             ],
         }
         self._ask({"deploy": {"applications": [application]}})
-        time.sleep(1)  # for the controller to notice
+        time.sleep(1)  # the controller needs time to notice
 
         def runs() -> bool:
             time.sleep(0.5)
@@ -117,7 +117,7 @@ class RayCluster:
         eventually(runs, seconds, "the application")
 
     def replicas(self) -> int:
-        """How many of `Server` run."""
+        """The number of replicas of `Server`."""
         count = self._ask({"status": True})["replicas"]
         assert isinstance(count, int)
         return count
@@ -133,7 +133,7 @@ class RayCluster:
         return server
 
     def requests(self) -> dict[str, dict[str, float]]:
-        """Adapter -> replica -> requests that it answered, as the metrics page has them."""
+        """Adapter -> replica -> number of its requests, from the metrics page."""
         found: dict[str, dict[str, float]] = defaultdict(dict)
         for line in httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines():
             if line.startswith("lorakeet:lora_requests_total{"):
@@ -143,7 +143,7 @@ class RayCluster:
         return found
 
     def stop(self) -> None:
-        """End every process of it."""
+        """Stop all its processes."""
         family = psutil.Process(self._process.pid).children(recursive=True)
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -1,7 +1,7 @@
-"""Runs in Ray's environment: starts Ray on this machine, and obeys one line of JSON at a time until they end.
+"""A driver in Ray's environment: starts Ray on this machine, and executes one line of JSON at a time until input ends.
 
-{"deploy": {...}}   configure Serve, as `serve deploy` would
-{"status": true}    answered by {"application": STATUS, "replicas": how many of `Server` run}
+{"deploy": {...}}   configure Serve, like `serve deploy`
+{"status": true}    reply {"application": STATUS, "replicas": number of replicas of `Server`}
 """
 
 import json
@@ -24,7 +24,7 @@ def _status() -> dict[str, Any]:
 
 
 def main(temporary: str, port: int) -> None:
-    """Until standard input ends."""
+    """Execute commands until standard input ends."""
     ray.init(
         num_cpus=8,
         include_dashboard=False,
@@ -33,7 +33,7 @@ def main(temporary: str, port: int) -> None:
         namespace="serve",
         log_to_driver=True,
     )
-    for patience in (1, 0):  # on a busy machine the proxy takes longer than the minute that Ray waits; then it is there
+    for patience in (1, 0):  # on a busy machine the proxy may take longer than Ray's minute; the second try finds it
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
             break

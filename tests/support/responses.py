@@ -1,4 +1,4 @@
-"""Asking `/v1/responses` in front of a scripted engine."""
+"""Requests to `/v1/responses` with a scripted engine."""
 
 import asyncio
 from typing import Any
@@ -26,7 +26,7 @@ async def get(served: Served, path: str, **query: Any) -> Any:
 
 
 async def ended(served: Served, id_: str) -> dict[str, Any]:
-    """A response in the background once it is no longer in progress."""
+    """Wait for a background response to end; return it."""
     if (running := served.services.responses.running.get(id_)) is not None:
         async with asyncio.timeout(60):
             _ = [event async for event in running.follow(-1)]

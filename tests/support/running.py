@@ -20,24 +20,24 @@ import psutil
 
 BASE = "tiny"
 START_SECONDS = 300.0  # importing the libraries on a busy machine takes most of it
-# A process's part, by a word of its command line.
+# Parts of the server, recognised by a word of a process's command line.
 PARTS = {"API": "server.cli", "engine": "server.engine.process", "checker": "server.children.programs.work"}
 REPOSITORY = Path(__file__).parent.parent.parent
 INJECT = Path(__file__).parent / "inject"
-PATH = os.pathsep.join([str(INJECT), str(REPOSITORY)])  # every server's: `sitecustomize` is imported first
+PATH = os.pathsep.join([str(INJECT), str(REPOSITORY)])  # for every server: `sitecustomize` is imported first
 
 
 def eventually(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The first true value of `condition` within so many seconds."""
+    """Wait up to `seconds` for a true value of `condition`; return it."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.05)  # a question takes the processor that the answer needs
+        time.sleep(0.05)  # polling uses the processor too
     return value
 
 
 def alive(pid: int) -> bool:
-    """Whether the process exists and is no zombie."""
+    """Whether the process exists and is not a zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -47,7 +47,7 @@ def alive(pid: int) -> bool:
 
 @cache
 def _preloaded() -> str:
-    """The address of a process that forks engines, until this one ends."""
+    """The address of a process that forks engines, which lives as long as this process."""
     address = f"lorakeet-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(f"\0{address}")
@@ -56,25 +56,25 @@ def _preloaded() -> str:
         process = subprocess.Popen(
             command, env=_environment(), stdin=subprocess.DEVNULL, pass_fds=[listener.fileno()], start_new_session=True
         )
-    atexit.register(process.wait)  # the last registered is called first
+    atexit.register(process.wait)  # runs before handlers registered earlier
     atexit.register(process.kill)
     return address
 
 
 def _environment() -> dict[str, str]:
-    """What a server, and what forks engines, is started with."""
+    """The environment of servers and of the forking process."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LORAKEET_")}
     environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     return environment | {"PYTHONPATH": PATH}
 
 
 def forking() -> dict[str, str]:
-    """Environment variables by which the engines that a process starts are forked; none on a GPU, which forbids it."""
+    """Environment variables that make a process fork its engines; none on a GPU, which forbids it."""
     return {} if Path("/dev/nvidiactl").exists() else {"PYTHONPATH": PATH, "PRELOADED": _preloaded()}
 
 
 def free_port() -> int:
-    """A TCP port for a server that is started later, and again: none that connections of others are given meanwhile."""
+    """A free TCP port for a server started later, perhaps repeatedly: outside the range of outgoing connections."""
     given = Path("/proc/sys/net/ipv4/ip_local_port_range")
     low = int(given.read_text().split()[0]) if given.exists() else 32_768
     ports = range(12_000, low) or range(12_000, 32_768)
@@ -87,9 +87,9 @@ def free_port() -> int:
 
 @contextmanager
 def slowed(fault: Path, work: str = "") -> Iterator[None]:
-    """Meanwhile each step of engines with this FAULT_FILE takes long: what is begun does not end unseen.
+    """Make each step of engines with this FAULT_FILE slow, so that work can be observed before it ends.
 
-    With `work` "training ", each layer in training. A fault that is written in its place ends it.
+    With `work` "training ", each layer in training. A fault written in the meantime ends the slowdown.
     """
     with _meanwhile(fault, f"{work}slow"):
         yield
@@ -106,9 +106,9 @@ def _meanwhile(fault: Path, kind: str) -> Iterator[None]:
 
 
 class RunningServer:
-    """`lorakeet serve` over a directory. Survives its own crashes: `ensure` starts it again.
+    """`lorakeet serve` over a directory. Survives its own crashes: `ensure` restarts it.
 
-    Its engines are forked from a process that has imported what they need, unless `forks` is False.
+    Its engines are forked from a process that has imported their libraries, unless `forks` is False.
     """
 
     def __init__(self, model: Path, root: Path, data_dir: Path, *flags: str, forks: bool = True) -> None:
@@ -118,7 +118,7 @@ class RunningServer:
         self._forks = forks
         self.data_dir = data_dir
         self._log = root / "server.log"
-        self.fault = root / "fault"  # write a kind of `inject.sitecustomize` there
+        self.fault = root / "fault"  # to inject a fault, write a kind of `inject.sitecustomize` to it
         self._command = [
             *(sys.executable, "-c", "from server.cli import main; main()", "serve"),
             *("--model", str(model), "--served-model-name", BASE, "--port", str(self.port)),
@@ -130,12 +130,12 @@ class RunningServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ensure(self) -> None:
-        """Start it if it does not run, and wait until it is ready."""
+        """Start it if it is not running, and wait until it is ready."""
         self.begin()
         self.wait_ready()
 
     def begin(self) -> None:
-        """Start it if it does not run."""
+        """Start it if it is not running."""
         if self._process is None or self._process.poll() is not None:
             environment = _environment() | {"FAULT_FILE": str(self.fault), "VISITS": str(self._visits)}
             if self._forks:
@@ -155,7 +155,7 @@ class RunningServer:
         return self._log.read_text(errors="replace")
 
     def wait_ready(self, seconds: float = START_SECONDS) -> dict[str, Any]:
-        """The body of `/ready` once it says 200."""
+        """Wait until `/ready` gives 200; return its body."""
 
         def ready() -> dict[str, Any] | None:
             assert self.process.poll() is None, f"the server ended:\n{self.log[-4000:]}"
@@ -181,7 +181,7 @@ class RunningServer:
         return pid
 
     def metric(self, name: str, **labels: str) -> float:
-        """The first sample of the metrics page that has these labels, 0 when there is none."""
+        """The first sample of the metrics page with these labels, or 0."""
         for line in self.get("/metrics").text.splitlines():
             named = line.startswith((f"lorakeet:{name} ", f"lorakeet:{name}{{"))
             if named and all(f'{key}="{value}"' in line for key, value in labels.items()):
@@ -208,20 +208,20 @@ class RunningServer:
         return found
 
     def slowed(self, work: str = "") -> AbstractContextManager[None]:
-        """See the function of this name."""
+        """The function `slowed` for this server."""
         return slowed(self.fault, work)
 
     def held(self) -> AbstractContextManager[None]:
-        """Meanwhile no step of the engine begins."""
+        """Start no step of the engine while the context lasts."""
         return _meanwhile(self.fault, "held")
 
     def kill(self) -> None:
-        """SIGKILL to the API process."""
+        """Send SIGKILL to the API process."""
         self.process.kill()
         self.process.wait()
 
     def stop(self) -> None:
-        """End it, however it is."""
+        """Stop it in any state."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:

@@ -1,12 +1,12 @@
 """moto's S3, one request at a time, with faults on request: `python -m tests.support.s3_program PORT`.
 
-moto itself looks at a condition and then writes, with room for others in between. `PUT /__faults__` sets the faults: a
-list of `{"kind", "method", "path", "every"}`; each `every`-th request of that method whose path has `path` in it meets
+moto itself checks a condition and then writes, not atomically. `PUT /__faults__` sets the faults: a
+list of `{"kind", "method", "path", "every"}`; each `every`-th request of that method with `path` in its path gets
 
 - `busy`: 503, nothing done;
-- `lost`: it is done, and the connection ends without an answer;
-- `late`: a list as it was when the fault was set, or first asked for;
-- `hang`: nothing is done and nothing answered, until other faults are set.
+- `lost`: it is done, but the connection is closed without a response;
+- `late`: a list as of the time when the fault was set or the list first requested;
+- `hang`: nothing done and no response, until other faults are set.
 """
 
 import json
@@ -27,7 +27,7 @@ class _Faulty:
         self._app: Any = DomainDispatcherApplication(create_backend_app)
         self._lock = threading.Lock()
         self._faults: list[dict[str, Any]] = []
-        self._let_go = threading.Event()  # for those that hang
+        self._let_go = threading.Event()  # releases hanging requests
         self._lists: dict[str, tuple[list[Any], list[bytes]]] = {}
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:

@@ -1,6 +1,6 @@
-"""The scheduler in a simulated world: a fake model whose next token is a hash of all it should have seen.
+"""The scheduler in a simulated world: a fake model whose next token is a hash of all tokens that it should see.
 
-`World` keeps what each KV slot holds and lets a sequence read only through its block table, so a block shared too
+`World` records the content of each KV slot and lets a sequence read only through its block table, so a block shared too
 widely, reused too early or published too soon shows as a wrong read. Every stream must equal the one computed alone.
 """
 
@@ -35,7 +35,7 @@ GRAMMAR = Grammar("regex", "")
 
 
 class FakeConstraint:
-    """A grammar in which some tokens force the next two, and one ends the text after them."""
+    """A grammar in which some tokens force the next two, and one then ends the text."""
 
     def __init__(self) -> None:
         self.forced: list[int] = []
@@ -62,7 +62,7 @@ class FakeConstraint:
 
 
 def followed(tokens: list[int]) -> FakeConstraint:
-    """The constraint of a sequence that has generated these tokens."""
+    """The constraint after these generated tokens."""
     constraint = FakeConstraint()
     for token in tokens:
         constraint.consume(token)
@@ -70,7 +70,7 @@ def followed(tokens: list[int]) -> FakeConstraint:
 
 
 def next_token(sequence: Sequence, tokens: list[int]) -> int:
-    """It depends on all of the tokens, but mostly as if on the last one alone: it repeats itself."""
+    """A hash of all tokens that mostly depends on the last one, so that the text repeats itself."""
     if sequence.sampling.grammar is not None:
         forced = followed(tokens[len(sequence.prompt) :]).forced
         if forced:
@@ -81,7 +81,7 @@ def next_token(sequence: Sequence, tokens: list[int]) -> int:
 
 @dataclass
 class FakeResidency:
-    """Three rows, least recently used out first; an adapter takes `delay` steps to be read."""
+    """Three rows, evicted least recently used first; an adapter takes `delay` steps to load."""
 
     delay: int = 0
     device: list[str] = field(default_factory=list)
@@ -126,15 +126,15 @@ Slot = tuple[int, int, int]  # group, block, and place in it
 
 @dataclass(frozen=True)
 class Given:
-    """A step that the device has, and what it makes of it."""
+    """A submitted step, and the results of the device."""
 
     step: Step
-    drawn: list[list[int] | None]  # by each work; None: its logits are not finite
+    drawn: list[list[int] | None]  # per work; None: its logits are not finite
     written: dict[Slot, object]
 
 
 class World:
-    """A scheduler with everything around it played; of `depth` 1: a step is collected after the next was given.
+    """A scheduler with a simulated environment; with `depth` 1 a step is collected after the next is submitted.
 
     With `sliding` blocks there is a second group of layers, which see the last `window` keys, read by eights. With
     `slots` there are layers that keep a state.
@@ -177,15 +177,15 @@ class World:
         self.batch_tokens, self.batch_requests, self.model_len = batch_tokens, batch_requests, model_len
         self.depth = depth
         self.kv: dict[Slot, object] = {}
-        self.states: dict[int, object] = {}  # by slot, the tokens that it has taken in
+        self.states: dict[int, object] = {}  # by slot, the tokens taken into the state
         self.sequences: dict[str, Sequence] = {}
         self.outputs: dict[str, list[int]] = {}
         self.scored: dict[str, list[int]] = {}
         self.poisoned: set[str] = set()
         self.steps = 0
         self.in_flight: Given | None = None
-        self.unread: dict[str, list[int]] = {}  # tokens that only the device knows
-        self.ahead: Counter[str] = Counter()  # works of each sequence that took such a token
+        self.unread: dict[str, list[int]] = {}  # tokens not yet read back
+        self.ahead: Counter[str] = Counter()  # works of each sequence that used an unread token
 
     def add(
         self,
@@ -225,7 +225,7 @@ class World:
         works = {} if step is None else {work.sequence.id: work for work in step.works}
         tenants = {work.sequence.tenant for work in works.values()}
         for sequence in self.scheduler.running:
-            # Whatever others want, a sequence goes on unless what it needs is not there yet.
+            # A sequence runs in every step unless it waits for its own tokens.
             waits = self.unread[sequence.id] and (sequence.needs_tokens or self.is_full(sequence))
             if sequence.background and not all(other.background for other in self.scheduler.running):
                 assert sequence.id not in works, "something in the background runs beside others"
@@ -233,7 +233,7 @@ class World:
             if sequence.background and self.scheduler._leaves_next is not None:
                 continue
             if sequence.tenant not in tenants and tenants <= favoured:
-                continue  # the step belongs to others
+                continue  # the step belongs to favoured tenants
             if sequence in (self.scheduler._held, self.scheduler._leaves_next):
                 assert self.depth
                 continue
@@ -252,16 +252,16 @@ class World:
         return step
 
     def is_full(self, sequence: Sequence) -> bool:
-        """Whether it has all the tokens that it may have."""
+        """Whether it has all the tokens that it may generate."""
         generated = len(self.inputs(sequence)) - len(sequence.prompt)
         return generated == min(sequence.sampling.max_tokens, self.model_len - len(sequence.prompt))
 
     def inputs(self, sequence: Sequence) -> list[int]:
-        """Its tokens, those that only the device knows included."""
+        """Its tokens, including unread ones."""
         return [*sequence.tokens, *self.unread[sequence.id]]
 
     def compute(self, step: Step) -> Given:
-        """What the model does: write every key and value, then look at all that a row may see, and draw."""
+        """Simulate the model: write every key and value, then check everything that a row may see, and draw tokens."""
         written: dict[Slot, object] = {}
         drawn: list[list[int] | None] = []
         for work in step.works:
@@ -294,7 +294,7 @@ class World:
         return Given(step, drawn, written)
 
     def run_states(self, step: Step) -> None:
-        """Every run goes on from a state that took in all tokens before it, and those only."""
+        """Check that every run starts from a state of exactly the tokens before it."""
         for work in step.works:
             position = work.start
             for begin, end, read, write in work.runs:
@@ -311,12 +311,12 @@ class World:
         return sequence.tenant, sequence.adapter, (*self.inputs(sequence), *work.drafts)[: position + 1]
 
     def draw(self, work: Work) -> list[int]:
-        """The next token, and one more for each right draft."""
+        """The next token, and one more for each accepted draft."""
         drawn: list[int] = []
         for draft in [*work.drafts, None] if work.samples else []:
             known = [*self.inputs(work.sequence), *drawn]
             if work.sequence.sampling.grammar is not None and followed(known[len(work.sequence.prompt) :]).complete:
-                drawn.append(EOS)  # drawn for nothing
+                drawn.append(EOS)  # discarded
                 break
             drawn.append(next_token(work.sequence, known))
             if drawn[-1] != draft:
@@ -325,7 +325,7 @@ class World:
 
     def take_in(self, given: Given) -> None:
         for slot, content in given.written.items():
-            assert self.kv[slot] == content, "others were given a block of a step in flight"
+            assert self.kv[slot] == content, "blocks of a step in flight were reassigned"
         for work, drawn in zip(given.step.works, given.drawn, strict=True):
             sequence = work.sequence
             del self.unread[sequence.id][: work.samples if drawn is None else len(drawn)]
@@ -342,7 +342,7 @@ class World:
             self.outputs[sequence.id] += kept
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> Step | None:
-        """Decide a step and give it to the device, then collect one; `meanwhile` happens between."""
+        """Schedule and submit a step, then collect one; `meanwhile` runs in between."""
         step = self.schedule()
         given = None if step is None else self.compute(step)
         meanwhile()
@@ -363,7 +363,7 @@ class World:
         assert not +self.residency.references
 
     def alone(self, sequence: Sequence) -> tuple[list[int], str]:
-        """The tokens and the finish reason of a sequence that has the world for itself."""
+        """The tokens and the finish reason of a sequence that runs alone."""
         sampling, tokens = sequence.sampling, list(sequence.prompt)
         most = min(sampling.max_tokens, self.model_len - len(sequence.prompt))
         for count in range(1, most + 1):

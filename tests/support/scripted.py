@@ -1,4 +1,4 @@
-"""An engine that says what it is told, and the application around it: real tokenizer, real store, no model."""
+"""An engine with scripted answers, and the application around it: real tokenizer, real store, no model."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -33,7 +33,7 @@ __all__ = ["BASE", "BASE_DIGEST", "EOS", "TEXT", "ScriptedEngine", "Served", "ho
 
 @dataclass
 class ScriptedEngine(IdleEngine):
-    """Answers every sequence with `reply(request)`, one token per step, and remembers what was asked and what ended.
+    """Answers every sequence with `reply(request)`, one token per step, and records requests and ended sequences.
 
     `gate`, when set, is awaited before every step. `fail` replaces a step of every sequence: an exception is raised,
     an Output sent. `logprob(token)` makes the log-probabilities.
@@ -46,7 +46,7 @@ class ScriptedEngine(IdleEngine):
     cached_tokens: int = 0
     scores: Callable[[Generate], list[float]] = lambda request: [1.0, 3.0, 2.0]
     drafted: tuple[int, int] = (0, 0)  # tokens drafted in every step, and accepted
-    device_seconds: float = 0.0  # of every step
+    device_seconds: float = 0.0  # per step
     requests: list[Generate] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     aborted: list[str] = field(default_factory=list)
@@ -106,7 +106,7 @@ class ScriptedEngine(IdleEngine):
 
 
 def logprob(token: int, alternatives: int) -> TokenLogprob:
-    """A logprob that tells its token: -token / 1000; the alternatives are the next ids."""
+    """A logprob that identifies its token: -token / 1000; the alternatives are the next ids."""
     top = [(token + i, -(token + i) / 1000) for i in range(alternatives)]
     return TokenLogprob(token=token, logprob=-token / 1000, rank=1, top=top)
 
@@ -134,14 +134,14 @@ class Served:
     client: httpx.AsyncClient
 
     async def add_adapter(self, directory: Path, name: str, seed: int = 0) -> str:
-        """Put a random adapter in; returns its digest."""
+        """Add a random adapter; return its digest."""
         publisher = self.services.registry.publisher
         version, _ = await publisher.import_directory(TENANT, name, write_adapter(directory / name, seed))
         return version.digest
 
 
 class Held(asyncio.Event):
-    """What waits for it goes on when it is set; `reached` is set when something does wait."""
+    """An event that releases its waiters when set; `reached` is set when the first one waits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Held(asyncio.Event):
 
 
 def hold_at(served: Served, step: int) -> Held:
-    """The engine waits before this step of a sequence, until that is set."""
+    """Make the engine wait before this step of a sequence, until the event is set."""
     going = Held()
 
     async def gate(request: Generate, at: int) -> None:
@@ -169,7 +169,7 @@ def hold_at(served: Served, step: int) -> Held:
 
 
 def hold_after(served: Served, count: int) -> Held:
-    """The engine answers so many sequences, and more only when that is set."""
+    """Let the engine answer this many sequences, and more only after the event is set."""
     going = Held()
 
     async def gate(request: Generate, step: int) -> None:
@@ -192,7 +192,7 @@ async def serving(
     """An application in this event loop that answers everything with `text` and the end of sequence.
 
     Args:
-        context: tokens that a sequence may have; None: as `base_info` says.
+        context: maximal tokens of a sequence; None: the default of `base_info`.
     """
     scripted = engine(reply=lambda request: [*encode(text), EOS])
     if context is not None:
@@ -210,5 +210,5 @@ async def serving(
 
 
 def unavailable() -> EngineUnavailable:
-    """What waiting requests get when the engine dies."""
+    """The error that waiting requests get when the engine dies."""
     return EngineUnavailable("The engine stopped while this request was running.")

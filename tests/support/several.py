@@ -1,4 +1,4 @@
-"""Several servers on one object store in this process, over engines that only pretend to train."""
+"""Several servers on one object store in this process, with engines that only simulate training."""
 
 import asyncio
 import hashlib
@@ -28,12 +28,12 @@ from tests.support.threads import threads_at_rest
 from tests.support.tiny import tiny_text
 
 EXAMPLES = b"\n".join(json.dumps({"prompt": f"say {n}", "completion": f"it is {n}"}).encode() for n in range(8))
-LEASE = 60.0  # nobody waits for it, and no machine is so slow: see `take_over`
+LEASE = 60.0  # never waited for, see `take_over`; too long for any slow machine to exceed
 STEPS = 8
 
 
 async def take_over(sharing: Sharing | None, id_: str) -> None:
-    """Let a server that has no room have it, and believe that it has seen nothing of a record's holder for long."""
+    """Give a server without free capacity a place, and make a record's lease look expired to it."""
     assert sharing is not None
     leases, sharing.records._most = sharing.records.leases, 1
     async with asyncio.timeout(180):
@@ -44,18 +44,18 @@ async def take_over(sharing: Sharing | None, id_: str) -> None:
 
 
 async def asleep(sharing: Sharing | None) -> None:
-    """A server follows and renews nothing any more, and has nothing of the kind on its way."""
+    """Stop a server's renewals and take-overs, including those in progress."""
     assert sharing is not None
     await sharing.stop()
     await threads_at_rest()
 
 
 class PretendingEngine(IdleEngine):
-    """Trains in words only: what comes out is a chain of hashes over the data and all steps.
+    """Simulates training: the result is a chain of hashes over the data and all steps.
 
     Attributes:
         until: the step before which it waits.
-        steps: those that it has done, of all jobs.
+        steps: completed steps of all jobs.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class PretendingEngine(IdleEngine):
 
 
 class Sharer(Site):
-    """One life of a server over `root`, whose object store is at `url`."""
+    """One run of a server over `root`, whose object store is at `url`."""
 
     def __init__(self, root: Path, url: str, **settings: Any) -> None:
         root.mkdir(exist_ok=True)
@@ -138,13 +138,13 @@ class Sharer(Site):
         return AdapterStore(root / "store", remote, remote=remote)
 
     async def die(self) -> None:
-        """As by `kill -9`: nothing is given back."""
+        """Stop as by `kill -9`: no lease is released."""
         await self.sharing.stop()
         for job in list(self.tuning.manager.tasks):
             await self.tuning.manager.abandon(job)
         await threads_at_rest()
 
-    # --- what tests do over and over -------------------------------------------------------------------
+    # --- common operations ---------------------------------------------------------------------------------
 
     async def ask(self, method: str, path: str, **options: Any) -> Any:
         response = await self.http.request(method, path, **options)
@@ -169,7 +169,7 @@ class Sharer(Site):
         return found
 
     async def until(self, job_id: str, status: str, *, step: int = 0) -> dict[str, Any]:
-        """The job once it has this status and has come so far."""
+        """Wait until the job has this status and at least this step; return it."""
         async with asyncio.timeout(180):
             while True:
                 job = await self.job(job_id)
@@ -196,7 +196,7 @@ class Sharer(Site):
 
 @asynccontextmanager
 async def sharer(root: Path, url: str, **settings: Any) -> AsyncIterator[Sharer]:
-    """A server that goes on with whatever lies in `root` and in the store."""
+    """A server that continues from the contents of `root` and the store."""
     site = Sharer(root, url, **settings)
     await site.tuning.start()
     try:

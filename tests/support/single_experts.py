@@ -1,5 +1,6 @@
-"""Adapters of single experts' linears, and a mixture of which PEFT can adapt these: a module for each, as transformers
-had before version 5."""
+"""Adapters of single experts' linears, and a mixture with a module for each of these, as in transformers before
+version 5, so that PEFT can adapt them.
+"""
 
 import json
 from pathlib import Path
@@ -20,8 +21,8 @@ def single_experts_adapter(
     """An adapter of rank 3 on q_proj and on all linears of eight experts of two layers, 64 by 96.
 
     Args:
-        module: what its file calls the module that holds the experts.
-        parts: and the linears for gate, up and down.
+        module: the name in the file of the module that holds the experts.
+        parts: the names of the linears for gate, up and down.
     """
     directory = tiny_adapter(path, model, r=3, target_modules=["q_proj"], **config)
     document = json.loads((directory / "adapter_config.json").read_text())
@@ -65,11 +66,11 @@ class _Experts(nn.ModuleList):
 
 
 def on_single_experts(model: Path, adapter: Path, module: str, parts: list[str]) -> peft.PeftModel:
-    """PEFT with that adapter, trainable, on the model with a module for each expert's linear."""
+    """PEFT with this adapter, trainable, on the model with a module for each expert's linear."""
     base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     for layer in base.model.layers:
         layer.mlp.experts = _Experts(layer.mlp.experts, parts)
-    # Or PEFT takes the experts for those of transformers 5. To mypy it is a class's constant.
+    # Otherwise PEFT assumes the experts of transformers 5. For mypy the attribute is a class constant.
     setattr(base.config, "model_type", "llama")  # noqa: B010
     adapted = peft.get_peft_model(base, peft.LoraConfig.from_pretrained(str(adapter)))
     assert isinstance(adapted, peft.PeftModel)

@@ -30,11 +30,11 @@ FINAL = ("succeeded", "failed", "cancelled")
 
 
 class TrainingEngine(IdleEngine):
-    """An engine that only trains, a piece whenever the event loop comes by.
+    """An engine that only trains, one piece per iteration of the event loop.
 
     Attributes:
-        pieces: how many it has run.
-        memory: given, what every job is told to be available.
+        pieces: the number of pieces run.
+        memory: if set, the memory reported as available to every job.
         held: while set, jobs are started but nothing runs.
     """
 
@@ -43,17 +43,17 @@ class TrainingEngine(IdleEngine):
         self._base = engine.base
         self._trainer = Trainer(engine.base)
         self._generation = 0
-        self._replies: defaultdict[str, list[JobReply]] = defaultdict(list)  # not yet taken, by run
-        self._runs: dict[str, str] = {}  # a job's latest
+        self._replies: defaultdict[str, list[JobReply]] = defaultdict(list)  # unread, by run
+        self._runs: dict[str, str] = {}  # the latest run of each job
         self._count = itertools.count()
         self.pieces = 0
         self.memory: int | None = None
         self.held = False
 
     def kill(self) -> None:
-        """Die with everything in memory, and be up again."""
+        """Lose everything in memory and restart."""
         self._trainer.close()
-        self._trainer._writer.shutdown()  # a thread outlives no process
+        self._trainer._writer.shutdown()  # a thread does not survive its process
         self._trainer = Trainer(self._base)
         self._replies.clear()
         self._generation += 1
@@ -95,7 +95,7 @@ class TrainingEngine(IdleEngine):
 
 
 class TuningSite:
-    """One life of the API process over a directory."""
+    """One run of the API process over a directory."""
 
     def __init__(self, root: Path, engine: TrainingEngine, **settings: Any) -> None:
         self.engine = engine
@@ -116,17 +116,17 @@ class TuningSite:
         self.text.close()
         self._names.close()
 
-    # --- what tests do over and over -------------------------------------------------------------------
+    # --- common operations ---------------------------------------------------------------------------------
 
     async def upload(self, examples: list[Any] | None = None) -> str:
-        """The id of a new training file."""
+        """Upload a new training file; return its id."""
         lines = EXAMPLES if examples is None else examples
         response = await self.client.post("/v1/files", files=as_file(lines), data={"purpose": "fine-tune"})
         assert response.status_code == 200, response.text
         return str(response.json()["id"])
 
     async def create(self, **body: Any) -> dict[str, Any]:
-        """A new job over the example data."""
+        """Create a job over the example data."""
         fields = {"model": "tiny", "training_file": body.pop("training_file", None) or await self.upload()}
         if "method" not in body:
             fields["hyperparameters"] = {"batch_size": 3}  # few steps
@@ -143,7 +143,7 @@ class TuningSite:
         return await self.client.post(f"/v1/fine_tuning/jobs/{job_id}/{verb}")
 
     async def until(self, job_id: str, *statuses: str) -> dict[str, Any]:
-        """The job once it has one of these statuses (by default: an end)."""
+        """Wait until the job has one of these statuses (by default: any final one); return it."""
         wanted = statuses or FINAL
         async with asyncio.timeout(180):
             while (job := await self.job(job_id))["status"] not in wanted:
@@ -157,9 +157,9 @@ class TuningSite:
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    """Return once it is true."""
+    """Wait until `condition` is true."""
     async with asyncio.timeout(180):
-        while not condition():  # noqa: ASYNC110  # nothing tells
+        while not condition():  # noqa: ASYNC110  # there is no notification
             await asyncio.sleep(0.001)
 
 
@@ -177,7 +177,7 @@ def as_file(lines: list[Any]) -> dict[str, tuple[str, bytes]]:
 
 @asynccontextmanager
 async def tuning_site(root: Path, engine: TrainingEngine, **settings: Any) -> AsyncIterator[TuningSite]:
-    """A site whose jobs go on from whatever lies in `root`."""
+    """A site whose jobs continue from the contents of `root`."""
     root.mkdir(exist_ok=True)
     site = TuningSite(root, engine, **settings)
     await site.tuning.start()
@@ -188,7 +188,7 @@ async def tuning_site(root: Path, engine: TrainingEngine, **settings: Any) -> As
 
 
 def refused(response: httpx.Response, param: str | None, status: int = 400) -> str:
-    """The message of a refusal that names its culprit."""
+    """Check a refusal; return its message."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}

@@ -1,4 +1,4 @@
-"""Chat templates of many families, shortened to how each writes tools, calls, results and thoughts."""
+"""Chat templates of many families, shortened to their formats of tools, calls, results and thoughts."""
 
 TOOL_TEMPLATES = {
     "qwen2.5": """{%- if tools %}{{- '<|im_start|>system\n# Tools\n<tools>' }}{%- for tool in tools %}{{- "\n" }}\

@@ -1,4 +1,4 @@
-"""Tenants of an application in a test, and one object of every kind for each."""
+"""Tenants of an application, and one object of every kind for each."""
 
 import asyncio
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ Headers = dict[str, str]
 
 
 async def key(served: Served, tenant: str = "", roles: Sequence[Role] = ROLES, **more: Any) -> Headers:
-    """The headers of a new key's requests; the first one asked for is an operator's."""
+    """Create a key; return the headers for its requests. The first key of an application is an operator's."""
     tenants = served.services.tenants
     if not tenants.closed:
         await asyncio.to_thread(tenants.create_key, "", ["admin"])
@@ -45,7 +45,7 @@ class Owned:
 
 
 async def furnish(served: Served, directory: Path, tenant: str, adapter: str, headers: Headers) -> Owned:
-    """One object of every kind. Two tenants' adapters differ."""
+    """Create one object of every kind. Two tenants' adapters differ."""
     services, tuning = served.services, served.services.tuning
     seed = sum(adapter.encode())
     root = directory / f"of-{tenant}-{adapter}"
@@ -91,7 +91,7 @@ async def furnish(served: Served, directory: Path, tenant: str, adapter: str, he
 
 
 def answer(response: httpx.Response, *names: str) -> tuple[int, str, list[tuple[str, str]]]:
-    """What a client could tell from an answer, with names that it asked for taken out."""
+    """The visible parts of a response, with the requested names removed."""
     text = response.text
     for name in sorted(names, key=len, reverse=True):
         text = text.replace(name, "NAME")

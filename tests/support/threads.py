@@ -1,4 +1,4 @@
-"""Calls that begin at the same time, clients that work all the while, and the end of those that were begun."""
+"""Concurrent calls, client threads that work in the background, and waiting for threads to finish."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ import httpx
 
 
 def together(*works: Callable[[], object]) -> list[Any]:
-    """What each did, or the fault that it met, all at once."""
+    """Run the calls concurrently; return the result or exception of each."""
     results: list[Any] = [None] * len(works)
     barrier = threading.Barrier(len(works))
 
@@ -30,9 +30,9 @@ def together(*works: Callable[[], object]) -> list[Any]:
 
 
 class ClientThreads:
-    """Threads that work as a context lasts: from its end on, `stop` is set. They share an HTTP client.
+    """Threads that work while the context lasts; at its end `stop` is set. They share an HTTP client.
 
-    No connection is used twice: the server behind it may have died.
+    No connection is reused, since the server may have died.
     """
 
     def __init__(self, stop: threading.Event, works: Sequence[Callable[[], None]], timeout: float) -> None:
@@ -52,7 +52,7 @@ class ClientThreads:
 
 
 async def threads_at_rest() -> None:
-    """Return when all is over that this event loop has given to threads: they go on when their task is cancelled."""
+    """Wait until all work that this event loop gave to threads is finished; it continues when its task is cancelled."""
     loop = asyncio.get_running_loop()
     before: ThreadPoolExecutor | None = loop._default_executor  # type: ignore[attr-defined]
     loop.set_default_executor(ThreadPoolExecutor())

@@ -79,7 +79,7 @@ def job(
 
 
 def run(trainer: Trainer, *starts: StartJob) -> list[JobReply | MemoryPlan | Done]:
-    """Start jobs and run until none is left; everything they said."""
+    """Start jobs and run until none is left; return all replies."""
     for start in starts:
         trainer.start(start)
     replies: list[JobReply | MemoryPlan | Done] = []
@@ -91,7 +91,7 @@ def run(trainer: Trainer, *starts: StartJob) -> list[JobReply | MemoryPlan | Don
 
 
 def run_until(trainer: Trainer, kind: str) -> None:
-    """Run pieces until one of this kind is next."""
+    """Run pieces until the next one is of this kind."""
     while True:
         trainer.run_piece()
         if trainer.piece is not None and trainer.piece.kind == kind:

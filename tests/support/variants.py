@@ -1,4 +1,4 @@
-"""Every variant of LoRA that is served, as PEFT is told to make it: one table for all tests that run them."""
+"""Every served variant of LoRA, as arguments for PEFT: one table for all tests that run them."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from tests.support.tiny import tiny_adapter, tiny_model
 
 BASES: dict[str, dict[str, Any]] = {
     "tied": {},
-    # Biases in attention, norms on queries and keys, a head of its own.
+    # Biases in attention, norms on queries and keys, an untied head.
     "untied": {
         "config_class": transformers.Qwen3Config,
         "model_class": transformers.Qwen3ForCausalLM,

@@ -1,8 +1,8 @@
-"""`make sweep`: every type that transformers registers; the table is docs/reference/models.md.
+"""`make sweep`: judges every type that transformers registers; the table is docs/reference/models.md.
 
-    python -m tests.sweep [TYPE ...]      types instead of all: their verdicts are shown, the table stays
+    python -m tests.sweep [TYPE ...]      types instead of all: their verdicts are printed, the table stays
 
-Exits with 1 when any is wrong or unclear, and then leaves the table as it was.
+Exits with 1 if any is wrong or unclear, and then leaves the table unchanged.
 """
 
 import os
@@ -21,7 +21,7 @@ names the reason."""
 
 
 def table(verdicts: dict[str, tuple[str, str]], versions: str) -> str:
-    """docs/reference/models.md."""
+    """The text of docs/reference/models.md."""
     served = [f"| `{name}` | {reason} |" for name, (word, reason) in sorted(verdicts.items()) if word == "served"]
     refused = [
         f"| `{name}` | {reason.replace('|', '/')} |"
@@ -53,8 +53,8 @@ def table(verdicts: dict[str, tuple[str, str]], versions: str) -> str:
 
 
 def main() -> int:
-    """Judge the types named on the command line, or all and write the table."""
-    from tests.sweep.families import CAUSAL, VARIANTS, WRAPPERS  # torch comes with it: children have their own limits
+    """Judge the types named on the command line, or judge all and write the table."""
+    from tests.sweep.families import CAUSAL, VARIANTS, WRAPPERS  # imports torch; children set their own limits
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     named = sys.argv[1:]

@@ -1,7 +1,7 @@
-"""Tiny random models of every type that transformers registers, with settings like those of real ones but for size.
+"""Tiny random models of every type that transformers registers, with settings like those of real ones except for size.
 
-A config is the class's own default with its sizes made small, in nested configs too: what makes a family special
-(windows, norms, scalings, tied matrices, experts) stays as its makers set it.
+A config is the class's own default with small sizes, also in nested configs: the specifics of a family
+(windows, norms, scalings, tied matrices, experts) keep their defaults.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ WRAPPERS = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 VOCAB = 512
 LAYERS = 2
-# Attribute of a config -> tiny value, where the class sets the attribute at all.
+# Attribute of a config -> tiny value, applied if the class has the attribute.
 SIZES: dict[str, int] = (
     dict.fromkeys(
         ["hidden_size", "d_model", "n_embd", "emb_dim", "embed_dim", "dim_model", "dim", "embedding_size"], 64
@@ -63,7 +63,7 @@ SIZES: dict[str, int] = (
         "patch_size": 8,
     }
 )
-DERIVED = {"head_dim": 16, "num_key_value_heads": 4}  # where the class has None
+DERIVED = {"head_dim": 16, "num_key_value_heads": 4}  # applied if the class has None
 LISTS_BY_LAYER = (
     "layer_types",
     "mlp_layer_types",
@@ -71,7 +71,7 @@ LISTS_BY_LAYER = (
     "layers_block_type",
     "activation_sparsity_pattern",
 )
-# What a type needs beside small sizes, where its parts must fit together or its default leaves something out.
+# Further settings of a type, where its parts must fit together or its default lacks a feature.
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 NEMOTRON = {
     "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
@@ -80,7 +80,7 @@ NEMOTRON = {
     "ssm_state_size": 16,
     "n_groups": 2,
 }
-GEMMA4 = {  # of its sizes at once: K = V in full layers, fewer and larger heads there, layers that read others' keys
+GEMMA4 = {  # all features at once: K = V in full layers, fewer and larger heads there, layers that read others' keys
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_kv_shared_layers": 2,
@@ -150,7 +150,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "zamba2": {"attention_head_dim": 32, "attention_hidden_size": 128},
 }
 
-# Further settings in which makers publish a type, by the type's name and theirs.
+# Further published settings of a type, by the names of the type and the variant.
 VARIANTS: dict[str, dict[str, Any]] = {
     "falcon_h1, normed": {"mamba_rms_norm": True, "mamba_n_groups": 2, "ssm_multipliers": [0.4, 1.5, 0.7, 1.2, 0.5]},
     "granitemoehybrid, dense": {"num_local_experts": 0, "layer_types": ["attention"] * LAYERS},  # Granite 4 micro
@@ -169,9 +169,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str) -> Any:
-    """The config of a tiny model of this type, or variant. Raises whatever the class raises when it cannot have one."""
+    """The config of a tiny model of this type or variant. Raises the errors of the class if it cannot have one."""
     model_type, variant = model_type.partition(",")[0], VARIANTS.get(model_type, {})
-    if model_type == "gemma4_assistant":  # its own default is none that it accepts
+    if model_type == "gemma4_assistant":  # its own default is not accepted by it
         text = tiny_config("gemma4_text").to_dict() | {
             "hidden_size_per_layer_input": 0,
             "vocab_size_per_layer_input": 0,
@@ -218,23 +218,23 @@ def _shrunk(default: dict[str, Any]) -> dict[str, Any]:
         elif name.endswith("_token_id") and isinstance(value, list):
             settings[name] = [min(token, 2 + i) for i, token in enumerate(value)]
         elif name == "is_decoder":
-            settings[name] = True  # of families that are encoders otherwise
+            settings[name] = True  # for families that are encoders by default
         else:
             settings[name] = value
     return settings
 
 
 def auto_class(model_type: str) -> Any:
-    """transformers' own way to load a type: as a wrapper of text and images where it is one, or as a causal model."""
+    """The transformers class that loads a type: for wrappers of text and images, or for causal models."""
     return transformers.AutoModelForImageTextToText if model_type in WRAPPERS else transformers.AutoModelForCausalLM
 
 
 def tiny_family(model_type: str, path: Path, seed: int = 0) -> None:
-    """Write a tiny random model of this type to `path`. Raises what transformers raises when there is none."""
+    """Write a tiny random model of this type to `path`. Raises the errors of transformers if there is none."""
     config = tiny_config(model_type)
     torch.manual_seed(seed)
     model = auto_class(model_type).from_config(config).float()
-    with torch.no_grad():  # the default initialisation is so small that every logit is alike
+    with torch.no_grad():  # with the small default initialisation all logits are alike
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 or (parameter.dim() == 3 and "experts." in name):
                 parameter.normal_(0.0, 1.0 if "embed" in name or "wte" in name else 1.5 * parameter.shape[-1] ** -0.5)

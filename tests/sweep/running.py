@@ -1,4 +1,4 @@
-"""Every type in a process of its own, with a time limit and bounded memory, forked from one that has the libraries."""
+"""Runs every type in its own process, with a time limit and bounded memory, forked from one with loaded libraries."""
 
 import json
 import multiprocessing
@@ -16,7 +16,7 @@ MEMORY = 6 << 30  # bytes of one child's data
 
 
 def child(model_type: str, directory: str) -> None:
-    """Judge one type and leave the verdict in a file; whatever a library prints goes to a log beside it."""
+    """Judge one type and write the verdict to a file; output of libraries goes to a log beside it."""
     path = Path(directory)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     log = os.open(path / "log", os.O_WRONLY | os.O_CREAT)
@@ -33,7 +33,7 @@ def child(model_type: str, directory: str) -> None:
 
 
 def sweep(types: list[str], workers: int) -> dict[str, tuple[str, str]]:
-    """The verdicts, by type, in the order of `types`; each is said as it comes."""
+    """The verdicts by type, in the order of `types`; each is printed when it is known."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.sweep.verdict"])
 

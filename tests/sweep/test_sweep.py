@@ -1,4 +1,4 @@
-"""A slice of the sweep: types that are served as transformers and PEFT would, and types refused in one line by name."""
+"""A slice of the sweep: types served like transformers and PEFT, and types refused in one line by name."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ TYPES = [
     *("llama", "qwen3", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "granite_swa", "phi3", "cohere2"),
     *("hunyuan_v1_dense", "nemotron", "mistral3", "qwen3_moe", "qwen3_5_text", "lfm2", "falcon_h1"),
 ]
-# Wrappers, each with names or positions of its own, and variants of a type.
+# Wrappers with different names or positions, and variants of a type.
 MORE = [
     "granitemoehybrid",
     "nemotron_h",
@@ -24,7 +24,7 @@ MORE = [
     "granitemoehybrid, dense",
     "phi3, longrope",
 ]
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about families
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of transformers and PEFT about families
 
 
 @pytest.mark.parametrize("family", [*TYPES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)])

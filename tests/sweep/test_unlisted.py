@@ -1,6 +1,6 @@
-"""With the lists of names lifted, families that keep state where the engine has none are refused all the same.
+"""Without the lists of names, families that keep state unknown to the engine are still refused.
 
-By the self-check; or at load, where a family has no attention heads, no list of layers or no linears to speak of.
+By the self-check; or at load, if a family has no attention heads, no list of layers or hardly any linears.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from server.model.base import UnservableModel
 from tests.support.offline import load_engine
 from tests.sweep.families import tiny_family
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about families that nobody serves
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of transformers about unserved families
 
 FAST = ["minimax", "diffllama", "gpt_neox_japanese", "xglm", "openai-gpt", "xlm"]
 REST = [

@@ -1,7 +1,7 @@
 """One type of the sweep: served and equal to eager transformers with PEFT, or refused in one line by name.
 
-`judge` is given a type and a directory and answers with a `Verdict`. What it compares, for the base as it is and
-quantised to nf4: two requests of one batch, one through an adapter on every linear, in chunks and ten decoded tokens;
+`judge` takes a type and a directory and returns a `Verdict`. It compares, for the plain base and the base
+quantised to nf4: two requests of one batch, one with an adapter on every linear, in chunks and ten decoded tokens;
 and the losses of two training steps.
 """
 
@@ -42,14 +42,14 @@ LEARNING_RATE = 1e-3
 
 
 class RefusedJob(Exception):
-    """Training was refused by name; answers are right."""
+    """Training was refused by name; outputs are right."""
 
 
 class Verdict(NamedTuple):
-    """What became of one type."""
+    """The outcome for one type."""
 
     word: Word
-    reason: str  # one line: the largest difference, or why not
+    reason: str  # one line: the largest difference, or the reason
 
 
 def judge(model_type: str, directory: Path) -> Verdict:
@@ -59,7 +59,7 @@ def judge(model_type: str, directory: Path) -> Verdict:
     except UnservableModel as refusal:
         return _refused(refusal)
     except Exception as fault:
-        # Too small a config for its class: whether its own default is refused is known all the same.
+        # The config is too small for its class; its own default may still show whether the type is refused.
         try:
             check_servable(CONFIG_MAPPING[model_type.partition(",")[0]]())
         except UnservableModel as refusal:
@@ -90,7 +90,7 @@ def judge(model_type: str, directory: Path) -> Verdict:
 
 def _refused(refusal: UnservableModel) -> Verdict:
     reason = str(refusal)
-    clear = "\n" not in reason and "no file named" not in reason  # for want of weights, nothing has been shown
+    clear = "\n" not in reason and "no file named" not in reason  # missing weights prove nothing
     return Verdict("refused" if clear else "unclear", reason)
 
 
@@ -120,7 +120,7 @@ def _compare(model: Path, quantization: str, directory: Path) -> Mapping[str, fl
     experts = [linear.name for linear in engine.base.experts]
     adapted = _adapted(_stock(model, quantization), names, directory / "adapter", experts)
     answers = _answers(engine, adapted, offline.publish(engine, directory / "adapter"))
-    # What lies outside the decoder's layers is adapted, but not trained; experts are not trained on.
+    # Linears outside the decoder's layers are adapted but not trained; experts are not trained.
     inner = [linear.name for linear in engine.base.linears if linear.index in LayeredModel(engine.base).layer_of]
     if experts or inner != names:
         adapted = _adapted(_stock(model, quantization), inner, directory / "inner")
@@ -135,7 +135,7 @@ def _compare(model: Path, quantization: str, directory: Path) -> Mapping[str, fl
 
 
 def _stock(model: Path, quantization: str) -> Any:
-    """The model by transformers and bitsandbytes alone."""
+    """The model loaded by transformers and bitsandbytes alone."""
     settings: dict[str, Any] = {}
     if quantization != "none":
         settings["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -150,7 +150,7 @@ def _stock(model: Path, quantization: str) -> Any:
     )
     for module in stock.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            cast("Any", module).support_avx512bf16_for_cpu = False  # it would repack the weight
+            cast("Any", module).support_avx512bf16_for_cpu = False  # otherwise it repacks the weight
         if hasattr(module, "is_transposed") and quantization != "none":
             round_experts(module, quantization)
     return stock.requires_grad_(False).eval()
@@ -158,7 +158,7 @@ def _stock(model: Path, quantization: str) -> Any:
 
 @torch.no_grad()
 def round_experts(module: Any, quantization: str) -> None:
-    """Quantise each expert's weights `[out, in]` and decode them again: transformers leaves them as they are."""
+    """Quantise each expert's weights `[out, in]` and decode them again: transformers leaves them unquantised."""
     for weights in (parameter for parameter in module.parameters() if parameter.dim() == 3):
         for expert in range(len(weights)):
             dense = weights[expert].T if module.is_transposed else weights[expert]
@@ -168,12 +168,12 @@ def round_experts(module: Any, quantization: str) -> None:
 
 
 def _adapted(stock: Any, names: list[str], directory: Path, experts: Sequence[str] = ()) -> Any:
-    """A model like `stock` with a random adapter on every linear and on `experts`, as PEFT has it and saves it."""
+    """A model like `stock` with a random adapter on every linear and on `experts`, made and saved by PEFT."""
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=names, target_parameters=list(experts) or None)
     with (
-        # It would add experts that are called like other linears,
+        # It would add experts named like other linears,
         mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"),
-        # and refuse what CUDA kernels of Mamba-2 pass by.
+        # and refuse the Mamba-2 linears that CUDA kernels bypass.
         mock.patch.object(tuners_utils, "_check_lora_target_modules_mamba"),
     ):
         wrapped = peft.get_peft_model(stock, config)
@@ -208,7 +208,7 @@ def _answers(engine: Engine, adapted: Any, adapter: AdapterRef) -> float:
 
 
 def _losses(engine: Engine, adapted: Any, directory: Path, initial: Path, names: list[str]) -> float:
-    """Largest difference of the losses of two steps of AdamW, beginning with the saved adapter."""
+    """Largest difference of the losses of two steps of AdamW, starting from the saved adapter."""
     data = dataset(4, seed=3)
     trainer = Trainer(engine.base)
     try:

@@ -1,4 +1,4 @@
-"""Tiers: who is resident, who is evicted, and what a load that fails or lags does."""
+"""The adapter cache: residency, eviction order, pins, and loads that fail or take long."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ UNITS = 16
 
 
 def load(digest: str, path: str) -> HostAdapter:
-    """`path` is the rank; "bad" does not load."""
+    """`path` is the rank; loading "bad" fails."""
     if path == "bad":
         raise OSError("the file is gone")
     rank = int(path)
@@ -44,7 +44,7 @@ class Fixture:
         self.cache = AdapterCache(self.pool, load, host_bytes)
 
     def settle(self, wanted: Key) -> str:
-        """Ask until the answer is no longer "loading"."""
+        """Acquire until the answer is no longer "loading"."""
         answer = self.cache.acquire(wanted)
         for _ in range(10):
             if answer != "loading":
@@ -91,10 +91,10 @@ def test_the_least_recently_used_leaves_first(tiers: Fixture) -> None:
     assert tiers.cache.evictions == ["b"]
 
 
-def test_what_is_in_use_stays(tiers: Fixture) -> None:
+def test_adapters_in_use_are_not_evicted(tiers: Fixture) -> None:
     assert tiers.settle(key("a")) == "ready"
     assert tiers.settle(key("big")) == "full"
-    assert tiers.cache.evictions == [], "nothing is evicted for someone who would not fit anyway"
+    assert tiers.cache.evictions == [], "nothing is evicted for an adapter that would not fit anyway"
     tiers.cache.release(key("a"))
     assert tiers.settle(key("big")) == "ready"
 
@@ -146,7 +146,7 @@ def test_rows_are_not_moved_while_others_are_filled(monkeypatch: pytest.MonkeyPa
         assert fixture.settle(key(name)) == "ready"
     for name in "ac":
         tiers.release(key(name))
-    # `e` needs 6 units; with `a` and `c` gone they are there, but not in one piece: `b` stands between.
+    # `e` needs 6 units. Without `a` and `c` 6 are free, but not contiguous: `b` lies between.
     gate, fill = threading.Event(), RowPool.fill
 
     def slowly(self: RowPool, adapter: HostAdapter) -> None:
@@ -170,7 +170,7 @@ def test_rows_are_not_moved_while_others_are_filled(monkeypatch: pytest.MonkeyPa
     tiers.close()
 
 
-def test_what_was_just_filled_stays_until_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loaded_adapter_is_not_evicted_before_its_waiting_request_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "AT_ONCE_BYTES", 0)
     fixture = Fixture()
     for name in "ab":
@@ -194,7 +194,7 @@ def put_on_device(tiers: Fixture, *names: str) -> None:
 
 
 def on_device(tiers: Fixture) -> set[str]:
-    """Of the adapters that these tests know."""
+    """The test adapters that are resident."""
     found = {name: tiers.cache.find(name) for name in (*"abcde", "big")}
     return {name for name, entry in found.items() if entry is not None and entry.tier == "device"}
 
@@ -217,13 +217,13 @@ def test_a_pinned_adapter_comes_by_itself_and_stays(tiers: Fixture) -> None:
     assert on_device(tiers) == {"big"}
 
 
-def test_a_pin_gives_way_only_to_what_could_not_run_beside_it_and_comes_back(tiers: Fixture) -> None:
+def test_a_pinned_adapter_is_evicted_only_for_one_that_cannot_fit_beside_it(tiers: Fixture) -> None:
     tiers.cache.pin({"a": "4"})
     come_to_rest(tiers)
     assert tiers.settle(key("b")) == "ready"
     assert tiers.settle(key("c")) == "full", "it fits beside the pin, so it waits for those in use"
     tiers.cache.release(key("b"))
-    assert tiers.settle(key("big")) == "ready", "it never fits beside the pin"
+    assert tiers.settle(key("big")) == "ready", "it can never fit beside the pin"
     come_to_rest(tiers)
     assert on_device(tiers) == {"big"}
     tiers.cache.release(key("big"))
@@ -239,9 +239,9 @@ def test_pins_that_do_not_fit_together_do_not_push_each_other_out(tiers: Fixture
     assert tiers.cache.evictions == []
 
 
-def test_a_tenants_own_adapters_leave_when_it_has_its_rows(tiers: Fixture) -> None:
-    """Where everybody else's least recently used one would have."""
-    acme = ("acme", 8)  # rows of one of these
+def test_a_tenant_at_its_row_limit_evicts_its_own_adapters(tiers: Fixture) -> None:
+    """Even if another tenant's adapter is the least recently used."""
+    acme = ("acme", 8)  # rows of one of these adapters
     for name in ("a", "c"):
         tiers.cache.register(name, "4", acme)
     put_on_device(tiers, "b", "a", "c")
@@ -249,12 +249,12 @@ def test_a_tenants_own_adapters_leave_when_it_has_its_rows(tiers: Fixture) -> No
     tiers.cache.register("a", "4", acme)
     assert tiers.settle(key("c")) == "ready"
     put_on_device(tiers, "a")
-    assert on_device(tiers) == {"a", "c"}, "what is in use stays, whoever's it is"
+    assert on_device(tiers) == {"a", "c"}, "adapters in use stay, whoever owns them"
     tiers.cache.release(key("c"))
     tiers.cache.register("a", "4")
     tiers.cache.register("c", "4")
     put_on_device(tiers, "a", "c")
-    assert on_device(tiers) == {"a", "c"}, "without a limit both may be there"
+    assert on_device(tiers) == {"a", "c"}, "without a limit both may be resident"
 
 
 def test_a_pinned_adapter_that_cannot_be_read_is_not_read_for_ever(tiers: Fixture) -> None:
@@ -267,7 +267,7 @@ def test_a_pinned_adapter_that_cannot_be_read_is_not_read_for_ever(tiers: Fixtur
 
 
 class TiersMachine(RuleBasedStateMachine):
-    """Any order of acquire, release and forget: references hold, and the rows add up."""
+    """Acquire, release and forget in any order: references stay valid, and the rows add up."""
 
     ranks: ClassVar = {"a": 1, "b": 3, "c": 4, "d": 8}
 
@@ -322,7 +322,7 @@ UNITS_PER_KIND = st.dictionaries(st.sampled_from(KINDS), st.integers(1, 8))
 def test_victims_are_the_first_that_make_room(
     need: dict[str, int], free: dict[str, int], held: list[dict[str, int]]
 ) -> None:
-    """Against all that could be evicted: enough, no more than the first that suffice, and none without use."""
+    """The victims suffice, each is needed when its turn comes, and no candidate passed over would have sufficed."""
 
     def room(gone: Iterable[str]) -> dict[str, int]:
         return {kind: free.get(kind, 0) + sum(units[one].get(kind, 0) for one in gone) for kind in KINDS}
@@ -345,17 +345,17 @@ def test_victims_are_the_first_that_make_room(
     assert [one for one in units if one in victims] == victims, "in order"
     for place, victim in enumerate(victims):
         lacking = {kind for kind, wanted in need.items() if room(victims[:place])[kind] < wanted}
-        assert lacking & units[victim].keys(), "its rows are of use when its turn comes"
+        assert lacking & units[victim].keys(), "its rows are needed when its turn comes"
         passed = [one for one in units if int(one) < int(victim) and one not in victims]
-        assert not any(enough([*victims[:place], one]) for one in passed), "no earlier one would have done"
-    assert len(asked) <= (int(victims[-1]) + 1 if victims else 0), "those behind the last victim are not looked at"
+        assert not any(enough([*victims[:place], one]) for one in passed), "no earlier candidate would have sufficed"
+    assert len(asked) <= (int(victims[-1]) + 1 if victims else 0), "candidates after the last victim are not examined"
 
 
 TiersMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
 TestTiers = TiersMachine.TestCase
 
 
-def test_rows_that_cannot_be_filled_are_given_back_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_freed_and_the_error_is_reported_when_filling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "AT_ONCE_BYTES", 0)
     fixture = Fixture()
     fixture.cache.register("a", "4")

@@ -1,4 +1,4 @@
-"""Large zeroed tensors: where they begin, and what they cost."""
+"""Large zeroed tensors: alignment and memory use."""
 
 import mmap
 

@@ -93,7 +93,7 @@ def test_a_kind_that_is_not_touched_costs_nothing() -> None:
     assert pool.units_of("sha256:1") == {"q_proj": 14}
 
 
-def test_what_does_not_fit_changes_nothing() -> None:
+def test_an_adapter_that_does_not_fit_changes_nothing() -> None:
     pool = make_pool(units=12)
     pool.insert(adapter(1, {"layers.0.q_proj": 4}))
     before = [tensor.clone() for tensor in (*pool.a, *pool.b)]
@@ -110,10 +110,10 @@ def test_a_reservation_that_fails_halfway_gives_everything_back() -> None:
     pool.remove("sha256:1")
     pool.remove("sha256:3")
     free = dict(pool.free)
-    wide = adapter(4, {"layers.0.q_proj": 2, "layers.0.down_proj": 3})  # 6 of 8 units are free, 4 on either side
+    wide = adapter(4, {"layers.0.q_proj": 2, "layers.0.down_proj": 3})  # 6 of the 8 free units, which lie in gaps of 4
     assert not pool.reserve(wide, compact=False)
     assert "sha256:4" not in pool
-    assert pool.free == free, "rows of q_proj had been taken"
+    assert pool.free == free, "the rows taken of q_proj are freed"
     assert pool.reserve(wide)
 
 
@@ -140,11 +140,11 @@ def test_compaction_moves_rows_and_keeps_answers_and_addresses() -> None:
     pool.remove("sha256:2")
     pool.remove("sha256:1")
     wide = dict.fromkeys(LINEARS, 8)
-    assert pool.insert(adapter(4, wide)), "16 units are free at 0 and none beyond 24: number 3 has to move"
+    assert pool.insert(adapter(4, wide)), "16 units are free at 0 and none after 24: number 3 has to move"
     pool.remove("sha256:4")
     assert pool.insert(adapter(5, {"layers.0.q_proj": 1, "layers.0.down_proj": 1}))
     pool.remove("sha256:3")
-    assert pool.insert(adapter(6, dict.fromkeys(LINEARS, 11))), "2 + 22 units fit only side by side"
+    assert pool.insert(adapter(6, dict.fromkeys(LINEARS, 11))), "2 + 22 units fit only as one piece"
     for seed, ranks in ((5, {"layers.0.q_proj": 1, "layers.0.down_proj": 1}), (6, dict.fromkeys(LINEARS, 11))):
         for name, size in LINEARS.items():
             x = torch.randn(3, size.in_features)
@@ -160,7 +160,7 @@ def test_compaction_when_only_a_move_makes_room() -> None:
         assert pool.insert(adapter(seed, one))
     pool.remove("sha256:0")
     pool.remove("sha256:2")
-    assert pool.insert(adapter(9, {"layers.0.q_proj": 4})), "two gaps of 4 units make one of 8"
+    assert pool.insert(adapter(9, {"layers.0.q_proj": 4})), "two gaps of 4 units become one of 8"
     for seed in (1, 3):
         x = torch.randn(2, 8)
         got = delta(pool, "layers.0.q_proj", [Use(0, 2, f"sha256:{seed}", 1.0)], x)
@@ -179,10 +179,10 @@ def test_tables_are_made_anew_when_uses_or_rows_are_others() -> None:
     assert pool.insert(small)
     tables = pool.deltas(uses)
     assert pool.deltas([*uses]) is tables
-    uses[0] = uses[0]._replace(weight=0.5)  # the list that was given may change
+    uses[0] = uses[0]._replace(weight=0.5)  # the caller may change its list
     assert pool.deltas(uses) is not tables
     pool.remove(small.digest)
-    assert pool.insert(large)  # where the small one was
+    assert pool.insert(large)  # in the place of the small one
     assert pool.insert(small)
     torch.testing.assert_close(
         delta(pool, "layers.0.q_proj", uses, x),
@@ -190,7 +190,7 @@ def test_tables_are_made_anew_when_uses_or_rows_are_others() -> None:
     )
     before = delta(pool, "layers.0.q_proj", uses, x)
     pool.remove(large.digest)
-    pool._compact("q_proj")  # it moves to the front
+    pool._compact("q_proj")  # the large one moves to the front
     assert torch.equal(delta(pool, "layers.0.q_proj", uses, x), before)
 
 
@@ -225,7 +225,7 @@ def test_rows_are_filled_beside_a_busy_device_and_behind_their_former_owner() ->
         for seed in range(1, 8):
             for _ in range(20):
                 busy = busy @ busy / 64
-            before = None if seed == 1 else pool.factors(f"sha256:{seed - 1}", "layers.0.q_proj")  # read by the device
+            before = None if seed == 1 else pool.factors(f"sha256:{seed - 1}", "layers.0.q_proj")  # the device reads it
             if seed > 1:
                 pool.remove(f"sha256:{seed - 1}")
             given = host_adapter(f"sha256:{seed}", modules(seed, ranks), torch.float32, pin=True)

@@ -1,4 +1,4 @@
-"""The row allocator against a reference model: a list of cells and who owns each."""
+"""The row allocator against a reference model: a list of cells with the owner of each."""
 
 import pytest
 from hypothesis import given
@@ -24,7 +24,7 @@ class RowsMachine(RuleBasedStateMachine):
         first = self.rows.allocate(units)
         gaps = "".join("." if cell is None else "#" for cell in self.cells)
         if first is None:
-            assert "." * width not in gaps, "a wide enough gap was there"
+            assert "." * width not in gaps, "a wide enough gap existed"
             return
         assert first % GRANULE == 0
         assert gaps[first : first + width] == "." * width
@@ -44,7 +44,7 @@ class RowsMachine(RuleBasedStateMachine):
         for source, target, units in self.rows.compact():
             moved = self.cells[source : source + units]
             assert len(set(moved)) == 1
-            assert moved[0] is not None, "only owned rows are moved, each window whole"
+            assert moved[0] is not None, "only owned rows are moved, and each window as a whole"
             self.cells[source : source + units] = [None] * units
             assert self.cells[target : target + units] == [None] * units, "nothing is overwritten"
             self.cells[target : target + units] = moved

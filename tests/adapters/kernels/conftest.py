@@ -1,4 +1,4 @@
-"""Every kernel test runs on each implementation that this machine can run: plain torch, and C++ per instruction set."""
+"""Fixtures that run every kernel test on each available implementation: plain torch, and C++ per instruction set."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,13 +22,13 @@ def load_native(instruction_set: str) -> native.Kernels:
 
 @pytest.fixture(scope="session", params=["reference", *_instruction_sets()])
 def kernels(request: pytest.FixtureRequest) -> Any:
-    """An implementation: `reference`, or `native.Kernels`. The two offer the same functions."""
+    """An implementation: `reference`, or `native.Kernels`. Both have the same functions."""
     return reference if request.param == "reference" else load_native(request.param)
 
 
 @pytest.fixture(scope="session", params=_instruction_sets())
 def compiled(request: pytest.FixtureRequest) -> native.Kernels:
-    """The C++ kernels alone."""
+    """The C++ kernels."""
     return load_native(request.param)
 
 
@@ -44,4 +44,4 @@ def either(request: pytest.FixtureRequest, compiled: native.Kernels) -> Iterator
 
 @pytest.fixture(scope="module", autouse=True)
 def several_threads(two_threads: None) -> None:
-    """Which thread does a task must not matter."""
+    """Results must not depend on which thread does a task."""

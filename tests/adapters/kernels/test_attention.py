@@ -1,4 +1,4 @@
-"""Paged attention: against SDPA with a mask, whole against chunked, and never a look at stale slots."""
+"""Paged attention: equal to SDPA with a mask, independent of chunking, and never reading stale slots."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from adapters.kernels import reference
 
-KINDS = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]  # of caches that round
+KINDS = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]  # dtypes of caches that round
 
 
 def in_rows(kernels: Any, cache: Tensor, keys: bool) -> Tensor:
-    """A cache as `reference` lays it out: the C++ kernels keep keys by columns, and scales behind each block."""
+    """The cache in the layout of `reference`: the C++ kernels keep keys by columns, and scales after each block."""
     if kernels is reference:
         return cache
     size, dim = cache.shape[2], reference.head_size(cache)
@@ -46,20 +46,20 @@ class Requests:
         shape = (width * len(lengths) + 3, kv_heads, block_size, dim)
         stale = reference.cache_rows(torch.full(shape, torch.nan), kept)
         if kept == torch.int8:
-            stale.fill_(-1)  # bytes that are NaN wherever a scale lies
+            stale.fill_(-1)  # bytes that are NaN when read as a scale
         self.k_cache, self.v_cache = stale, stale.clone()
         for row, n in enumerate(lengths):
             at = torch.arange(n)
             slots = self.tables[row].long()[at // block_size] * block_size + at % block_size
             kernels.write_kv(self.k[row], self.v[row], self.k_cache, self.v_cache, slots)
-        if kept != torch.float32:  # what is attended to
+        if kept != torch.float32:  # the rounded values are the ones attended to
             self.k, self.v = (
                 [reference.cache_numbers(reference.cache_rows(states, kept)) for states in kind]
                 for kind in (self.k, self.v)
             )
 
     def attend(self, spans: list[tuple[int, int, int]], window: int = 0, padding: int = 0, **more: Any) -> list[Tensor]:
-        """Queries first..last of given requests in one call, with rows of no request before, between and behind."""
+        """Attend with queries first..last of the given requests in one call, with padding around and between them."""
         pieces, seqs, at = [torch.full_like(self.q[0][:1], 7.0)] * padding, [], padding
         for request, first, last in spans:
             seqs.append((at, at + last - first, last))
@@ -115,7 +115,9 @@ def test_against_sdpa(kernels: Any, heads: int, kv_heads: int, dim: int, block_s
 
 @given(data=st.data(), window=st.sampled_from([0, 5, 64, 90]), block_size=st.sampled_from([16, 64]))
 @settings(max_examples=25, deadline=None)
-def test_chunks_and_neighbours_change_nothing(kernels: Any, data: st.DataObject, window: int, block_size: int) -> None:
+def test_results_do_not_depend_on_chunks_or_other_requests(
+    kernels: Any, data: st.DataObject, window: int, block_size: int
+) -> None:
     requests = Requests(kernels, [140, 77], 6, 2, 32, block_size)
     whole = [requests.attend([(r, 0, n)], window)[0] for r, n in enumerate(requests.lengths)]
     cut = data.draw(st.integers(1, 139))
@@ -129,7 +131,7 @@ def test_chunks_and_neighbours_change_nothing(kernels: Any, data: st.DataObject,
 @pytest.mark.parametrize("window", [0, 300, 700])
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.int8])
 def test_pieces_of_many_keys_are_joined_alike(kernels: Any, window: int, kept: torch.dtype) -> None:
-    """Threads share out the pieces (512 keys) of a request alone, but not of one among many or in long chunks."""
+    """Threads share the pieces (512 keys) of a single request, but not those of one among many or in long chunks."""
     requests = Requests(kernels, [1500, 513, 512], 6, 2, 24, 16, kept)
     whole = [requests.attend([(r, 0, n)], window)[0] for r, n in enumerate(requests.lengths)]
     for request, out in enumerate(whole):
@@ -143,7 +145,7 @@ def test_pieces_of_many_keys_are_joined_alike(kernels: Any, window: int, kept: t
 
 def test_a_row_that_is_not_a_number_anywhere_stays_so(kernels: Any) -> None:
     requests = Requests(kernels, [1100], 2, 1, 16, 16)
-    requests.k_cache[int(requests.tables[0, 0])] = torch.nan  # of the first piece; the last one is clean
+    requests.k_cache[int(requests.tables[0, 0])] = torch.nan  # in the first piece; the last one is clean
     assert requests.attend([(0, 1099, 1100)])[0].isnan().all()
     assert requests.attend([(0, 0, 1100)])[0].isnan().all()
 
@@ -153,14 +155,14 @@ def test_a_row_that_is_not_a_number_anywhere_stays_so(kernels: Any) -> None:
 @pytest.mark.parametrize("window", [0, 70])
 def test_softcap_and_sinks(kernels: Any, softcap: float, sunk: bool, window: int) -> None:
     requests = Requests(kernels, [150, 1, 64], 6, 2, 24, 16)
-    # One head's sink takes nearly all, another's nothing, and one is beyond what exp can hold.
+    # One head's sink takes nearly all weight, another's nothing, and one exceeds the range of exp.
     sinks = torch.tensor([-200.0, -1.0, 0.5, 3.0, 12.0, 200.0]) if sunk else None
     more: dict[str, Any] = {"softcap": softcap, "sinks": sinks}
     outs = requests.attend([(r, 0, n) for r, n in enumerate(requests.lengths)], window, padding=1, **more)
     for request, out in enumerate(outs):
         torch.testing.assert_close(out.double(), requests.expected(request, window, **more), rtol=1e-5, atol=1e-5)
     first, second, _ = requests.attend([(0, 0, 71), (0, 71, 150), (2, 63, 64)], window, **more)
-    assert torch.equal(torch.cat([first, second]), outs[0]), "chunks and neighbours change nothing"
+    assert torch.equal(torch.cat([first, second]), outs[0]), "chunks and other requests change nothing"
 
 
 @pytest.mark.parametrize("kept", KINDS)
@@ -171,12 +173,12 @@ def test_caches_of_fewer_bits(kernels: Any, kept: torch.dtype, dim: int, block_s
     for request, out in enumerate(outs):
         torch.testing.assert_close(out.double(), requests.expected(request, 90), rtol=1e-5, atol=1e-5)
     first, second, _ = requests.attend([(0, 0, 71), (0, 71, 150), (2, 63, 64)], 90)
-    assert torch.equal(torch.cat([first, second]), outs[0]), "chunks and neighbours change nothing"
+    assert torch.equal(torch.cat([first, second]), outs[0]), "chunks and other requests change nothing"
 
 
 @pytest.mark.parametrize("kept", KINDS)
 def test_numbers_are_rounded_alike_everywhere(kernels: Any, kept: torch.dtype) -> None:
-    """Halves between neighbours, subnormal numbers, ones too large, infinity and NaN among them."""
+    """Including halves between neighbours, subnormal numbers, too large numbers, infinity and NaN."""
     states = torch.cat([torch.randn(4096), torch.randn(4096) * 1e-3, torch.randn(4096) * 300, torch.randn(4096) * 1e-7])
     states[:20] = torch.tensor(
         [0.0, -0.0, 448, 464, -1e6, 65519, 65520, 1.0625, 1.1875, 2**-9, 2**-10, 3 * 2**-10, *[0] * 8]
@@ -192,7 +194,7 @@ def test_numbers_are_rounded_alike_everywhere(kernels: Any, kept: torch.dtype) -
         assert torch.equal(found[:-1], expected[:-1])
         assert torch.equal(found[-1].isfinite(), expected[-1].isfinite())
         if kept == torch.float8_e4m3fn:
-            assert found[-1, :2].abs().eq(448).all(), "what is too large is cut off"
+            assert found[-1, :2].abs().eq(448).all(), "too large numbers are clipped"
 
 
 def test_a_poisoned_request_stays_alone(kernels: Any) -> None:

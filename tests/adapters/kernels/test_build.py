@@ -1,4 +1,4 @@
-"""The library is compiled once, safely, and its absence costs speed only."""
+"""Compiling the native library: once, safely, and optional: without it the server is only slower."""
 
 import logging
 import subprocess
@@ -16,7 +16,7 @@ from adapters.kernels import QuantizedWeight, build, native
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Small sources, an empty cache and nothing prebuilt: compiling takes a moment and touches nobody's files."""
+    """Small sources, an empty cache and nothing prebuilt, so that compiling is quick and touches no real files."""
     sources = tmp_path / "sources"
     sources.mkdir()
     (sources / "one.cpp").write_text('extern "C" __attribute__((visibility("default"))) int one() { return 1; }\n')
@@ -28,13 +28,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def forgetful() -> Iterator[None]:
-    """`native.load` tries again, now and after the test."""
+    """Reset `native.load`, now and after the test, so that it tries again."""
     native._load.cache_clear()
     yield
     native._load.cache_clear()
 
 
-def test_of_several_that_want_a_library_one_compiles_it(elsewhere: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_concurrent_loads_compile_a_library_once(elsewhere: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), ThreadPoolExecutor(4) as executor:
         paths = set(executor.map(build.built, ["portable"] * 4))
     assert len(paths) == 1
@@ -90,7 +90,7 @@ def test_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_come_from_torch_and_the_process_ends() -> None:
-    """Sleeping workers must not hold a process back, nor does a caller on another thread wait for ever."""
+    """Sleeping workers do not keep the process alive, and a caller on another thread does not hang."""
     script = """
 import threading, torch
 from adapters import kernels

@@ -1,4 +1,4 @@
-"""Draws and log-probabilities in C++, against the same by sorting in float64."""
+"""Draws and log-probabilities in C++, compared with sorting in float64."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from torch import Tensor
 from adapters.kernels import Truncation, native
 
 VOCABULARIES = [1, 3, 127, 128, 129, 1000, 20_000]
-NEAR = 1e-5  # shares of the whole by which float32 may be off
+NEAR = 1e-5  # tolerance of cumulative probabilities in float32
 
 
 def scores_of(vocabulary: int, rows: int, kind: str, seed: int = 0) -> Tensor:
@@ -29,7 +29,7 @@ def scores_of(vocabulary: int, rows: int, kind: str, seed: int = 0) -> Tensor:
 
 
 def kept(scores: Tensor, truncation: Truncation) -> tuple[Tensor, bool]:
-    """Shares of the tokens, float64, and whether float32 may keep others."""
+    """Probabilities of the kept tokens, float64, and whether float32 may keep different ones."""
     weights = ((scores.double() - scores.max()) / truncation.temperature).exp()
     floor, doubtful = truncation.min_p, False
     ranked = weights.sort(descending=True).values
@@ -48,7 +48,7 @@ def kept(scores: Tensor, truncation: Truncation) -> tuple[Tensor, bool]:
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("kind", ["normal", "peaked", "equal", "flat", "masked"])
-def test_a_token_is_where_sorting_says(compiled: native.Kernels, vocabulary: int, kind: str) -> None:
+def test_drawn_tokens_equal_a_draw_by_sorting(compiled: native.Kernels, vocabulary: int, kind: str) -> None:
     chosen = random.Random(f"{vocabulary} {kind}")
     judged = 0
     for trial in range(20):
@@ -72,7 +72,7 @@ def test_a_token_is_where_sorting_says(compiled: native.Kernels, vocabulary: int
     assert judged > (1 if kind == "flat" else 8)
 
 
-def test_a_row_does_not_notice_its_neighbours(compiled: native.Kernels) -> None:
+def test_a_rows_result_does_not_depend_on_other_rows(compiled: native.Kernels) -> None:
     scores = torch.cat([scores_of(5000, 4, kind, 7) for kind in ("normal", "peaked", "flat")])
     truncations = [Truncation(0.5 + 0.1 * row, 0.001 * row, 3 * row, 1 - 0.05 * row) for row in range(12)]
     uniforms = [row / 12 for row in range(12)]
@@ -85,7 +85,9 @@ def test_a_row_does_not_notice_its_neighbours(compiled: native.Kernels) -> None:
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_a_row_that_is_not_finite_spoils_nobody(compiled: native.Kernels, fault: float, everywhere: bool) -> None:
+def test_a_row_that_is_not_finite_does_not_affect_others(
+    compiled: native.Kernels, fault: float, everywhere: bool
+) -> None:
     scores = scores_of(3000, 3, "normal")
     scores[1, slice(None) if everywhere else slice(7, 3000, 5)] = fault
     truncation = Truncation(1.0, 0.0, 40, 0.9)

@@ -1,4 +1,4 @@
-"""Norm, rotation and activation against transformers' own."""
+"""Norm, rotation and activation compared with transformers."""
 
 from typing import Any
 

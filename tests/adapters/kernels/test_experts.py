@@ -1,4 +1,4 @@
-"""Experts' linears: small, near float64 whatever the routing, each row its own, differentiable."""
+"""Linears of experts: compact, close to float64 under any routing, independent per row, differentiable."""
 
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ def test_against_float64(kind: str, shape: tuple[int, int], compiled: bool) -> N
 
 @pytest.mark.parametrize("kind", [*KINDS, *ROUNDED])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_row_keeps_its_bits_in_any_company(kind: str, compiled: bool) -> None:
+def test_a_rows_result_does_not_depend_on_other_rows(kind: str, compiled: bool) -> None:
     product = (kernels if compiled else reference).grouped_linear
     weights = make(kind)
     x = torch.randn(int(COUNTS.sum()), SHAPE[1])

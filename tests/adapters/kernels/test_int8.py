@@ -1,4 +1,4 @@
-"""The int8 tier of a 4-bit linear: the integers of its definition, a row's bits its own, an error of a percent."""
+"""The int8 tier of a 4-bit linear: the defined integers, rows independent of each other, an error of one percent."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ BLOCKSIZES = st.sampled_from([64, 128, 256, 512])
 
 
 def make_input(rows: int, in_features: int) -> Tensor:
-    """Blocks of very different sizes, some of them zero or next to it."""
+    """Blocks of very different magnitudes, some zero or nearly zero."""
     size = torch.randint(-8, 4, (rows, in_features // 64, 1)).float().exp2()
     size[torch.rand(rows, in_features // 64) < 0.1] = 0.0
     size[torch.rand(rows, in_features // 64) < 0.1] = 1e-38
@@ -23,7 +23,7 @@ def make_input(rows: int, in_features: int) -> Tensor:
 
 
 def assert_same(kernels: native.Kernels, actual: Tensor, expected: Tensor) -> None:
-    if kernels.instruction_set == "portable":  # has no fused multiply-add
+    if kernels.instruction_set == "portable":  # it has no fused multiply-add
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
     else:
         assert torch.equal(actual, expected)
@@ -57,7 +57,7 @@ def test_the_library_lays_out_the_same_copy(
 
 @given(out=st.integers(1, 70), wide=st.integers(1, 9), rows=st.integers(1, 40), data=st.data())
 @settings(max_examples=30)
-def test_a_row_is_alone_what_it_is_in_company(
+def test_a_rows_result_does_not_depend_on_other_rows(
     either: native.Kernels, out: int, wide: int, rows: int, data: st.DataObject
 ) -> None:
     weight = make_weight("nf4", out, 64 * wide).with_int8_inputs()
@@ -86,7 +86,7 @@ def test_the_error_is_a_percent_and_outliers_stay_in_their_block(compiled: nativ
     assert not torch.equal(compiled.linear_forward(x, weight), compiled.linear_forward(x, exact))
 
 
-def test_what_is_not_finite_spoils_its_own_row(either: native.Kernels) -> None:
+def test_a_row_that_is_not_finite_does_not_affect_others(either: native.Kernels) -> None:
     weight = make_weight("nf4", 32, 128).with_int8_inputs()
     x = torch.randn(9, 128)
     clean = either.linear_forward(x, weight)

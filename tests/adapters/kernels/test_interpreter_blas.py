@@ -1,4 +1,4 @@
-"""Interpreted products do not depend on the environment's BLAS: a row's bits are fixed under any setting."""
+"""Interpreted products do not depend on the environment's BLAS: a row's bits are the same under any setting."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
     ],
 )
 def test_rows_keep_their_bits_under_any_blas_setting(environment: dict[str, str]) -> None:
-    test = "tests/adapters/kernels/test_triton.py::test_rows_keep_their_bits_in_company_when_tiles_are_fixed"
+    test = "tests/adapters/kernels/test_triton.py::test_rows_do_not_depend_on_the_batch_when_tiles_are_fixed"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -1,4 +1,4 @@
-"""The likeliest of a row's numbers, against a plain search."""
+"""The argmax kernel, compared with a plain search."""
 
 import math
 from typing import Any

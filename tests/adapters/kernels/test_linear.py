@@ -1,4 +1,4 @@
-"""Linears over frozen weights: against float64, against bitsandbytes' own decoding, and row by row."""
+"""Linears over frozen weights: compared with float64 and with bitsandbytes' decoding, and independent per row."""
 
 import itertools
 import threading
@@ -83,7 +83,7 @@ def test_decodes_the_very_numbers_of_bitsandbytes(
     data=st.data(),
 )
 @settings(max_examples=40, deadline=None)
-def test_a_row_is_alone_what_it_is_in_company(
+def test_a_rows_result_does_not_depend_on_other_rows(
     compiled: native.Kernels, kind: str, out_features: int, blocks: int, rows: int, data: st.DataObject
 ) -> None:
     weight = make_weight(kind, out_features, 64 * blocks)
@@ -105,7 +105,7 @@ def test_the_row_multiple_makes_the_twin_invariant() -> None:
 
 
 def test_a_padded_product_can_be_changed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As training adds an adapter's part to it."""
+    """Training adds an adapter's update to it."""
     monkeypatch.setattr(reference, "row_multiple", lambda *_: 64)
     x, weight = torch.randn(5, 64, requires_grad=True), make_weight("nf4", 32, 64)
     y = reference.base_linear(x, weight)
@@ -192,10 +192,10 @@ def test_threads_that_first_use_a_weight_at_once(compiled: native.Kernels, monke
     monkeypatch.setattr(native, "_weight_struct", make)
     with ThreadPoolExecutor(2) as threads:
         [first, second] = threads.map(compiled.weight, [make_weight("nf4", 40, 128)] * 2)
-    assert first is second, "or one thread's scales are gone while it reads them"
+    assert first is second, "otherwise one thread's scales are freed while it reads them"
 
 
-def test_refuses_what_it_cannot_read() -> None:
+def test_unsupported_layers_are_refused() -> None:
     with pytest.raises(TypeError, match="Conv1d"):
         QuantizedWeight.from_linear(nn.Conv1d(2, 2, 1))
     with pytest.raises(ValueError, match="not quantised"):

@@ -14,7 +14,7 @@ Segment = tuple[int, int, int, int, float]  # start, end, rank, dtype, scale
 
 
 class Pool:
-    """Segments' matrices laid into units; every unit that belongs to nobody is NaN in each of the three dtypes."""
+    """The matrices of segments laid out in units; every unused unit is NaN in each of the three dtypes."""
 
     def __init__(self, segments: list[Segment], in_features: int, out_features: int) -> None:
         units = sum(rank * 2 + 2 for _, _, rank, _, _ in segments) + 2
@@ -51,7 +51,7 @@ class Pool:
 def problems(
     draw: st.DrawFn, ranks: tuple[int, ...] = (0, 1, 3, 8, 17), most: int = 5
 ) -> tuple[int, int, int, list[Segment]]:
-    """Tokens, in, out, and at most so many segments."""
+    """Tokens, in, out, and up to the given number of segments."""
     tokens, in_features, out_features = (draw(st.integers(1, limit)) for limit in (80, 100, 100))
     segments = []
     for _ in range(draw(st.integers(0, most))):
@@ -75,7 +75,7 @@ def test_against_float64(kernels: Any, problem: tuple[int, int, int, list[Segmen
     rows=st.integers(2, 40), rank=st.sampled_from([1, 4, 16, 19]), dtype=st.sampled_from(list(DTYPES)), data=st.data()
 )
 @settings(max_examples=30, deadline=None)
-def test_a_row_is_alone_what_it_is_in_company(
+def test_a_rows_result_does_not_depend_on_other_rows(
     compiled: native.Kernels, rows: int, rank: int, dtype: int, data: st.DataObject
 ) -> None:
     pool = Pool([(0, rows, rank, dtype, 1.5)], 72, 90)

@@ -1,4 +1,4 @@
-"""Weights on huge pages: the same numbers, begun on a page, and small ones left where they are."""
+"""Weights on huge pages: the same numbers, aligned to a page; small weights are not moved."""
 
 import pytest
 import torch

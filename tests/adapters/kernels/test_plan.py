@@ -1,4 +1,4 @@
-"""A planned step: equal to transformers' own forward over the same kernels, and a request alone to one in company."""
+"""A planned step: equal to transformers' forward over the same kernels, and independent of other requests."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -93,7 +93,7 @@ class Model:
         return kernels.DecoderPlan.build(self.decoder, self.a, self.b, self.k, self.v, self.windows)
 
     def step(self, spans: Sequence[tuple[int, int, int, int]]) -> dict[str, Tensor]:
-        """spans: (request, first position, end position, adapter or -1), each request owning 8 blocks."""
+        """spans: (request, first position, end position, adapter or -1); each request owns 8 blocks."""
         positions, slots, seqs, tables, segments, at = [], [], [], [], [], 0
         for request, first, end, adapter in spans:
             blocks = torch.arange(request * 8, request * 8 + 8).flip(0)
@@ -106,7 +106,7 @@ class Model:
             segments.append((at, at + end - first, unit, RANK if adapter >= 0 else 0, dtype))
             at += end - first
         table = torch.tensor([segments] * len(self.linears), dtype=torch.int32)
-        table[2, :, 3] = 0  # one linear that no adapter touches
+        table[2, :, 3] = 0  # one linear without any adapter
         return {
             "positions": torch.cat(positions),
             "slots": torch.cat(slots),
@@ -128,7 +128,7 @@ class Model:
             self.slot.deltas = None
 
     def one_by_one(self, hidden: Tensor, step: dict[str, Tensor]) -> Tensor:
-        """The same step by the kernels' own functions."""
+        """The same step by single kernel calls."""
         self._step = step
         cos, sin = (part[0] for part in self.decoder.rotary_emb(hidden[None], step["positions"][None]))
 
@@ -188,7 +188,7 @@ def test_equals_transformers_nearly_and_the_kernels_exactly(model: Model) -> Non
     hidden = torch.randn(62, 128)
     expected = model.reference(hidden.clone(), step)
     torch.testing.assert_close(plan.run(hidden.clone(), **step), expected, rtol=1e-4, atol=1e-4)
-    if not experts.linears(model.decoder):  # torch's softmax of a router has other bits
+    if not experts.linears(model.decoder):  # torch's softmax of a router gives other bits
         assert torch.equal(plan.run(hidden.clone(), **step), model.one_by_one(hidden, step))
     step = model.step([(2, 20, 21, -1), (0, 37, 38, 0), (1, 5, 20, 2)])
     hidden = torch.randn(17, 128)
@@ -196,7 +196,7 @@ def test_equals_transformers_nearly_and_the_kernels_exactly(model: Model) -> Non
     torch.testing.assert_close(plan.run(hidden.clone(), **step), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_alone_chunked_or_in_company_is_bit_equal(model: Model) -> None:
+def test_results_are_bit_equal_alone_chunked_or_batched(model: Model) -> None:
     plan = model.plan()
     assert plan is not None
     hidden = {0: torch.randn(45, 128), 1: torch.randn(30, 128), 2: torch.randn(26, 128)}
@@ -228,7 +228,7 @@ def test_without_adapters(model: Model) -> None:
     assert torch.equal(plan.run(hidden.clone(), **step), expected)
 
 
-def test_leaves_alone_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_models_have_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model("llama", monkeypatch)
     model.decoder.layers[1].input_layernorm.weight.data = torch.ones(128, dtype=torch.bfloat16)
     assert model.plan() is None

@@ -1,4 +1,4 @@
-"""Convolutions and linear attention with a state: C++ beside torch, and the same bits however tokens are cut."""
+"""Convolutions and linear attention with a state: C++ equal to torch, and bit-identical for any division into runs."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +19,7 @@ Layer = Callable[[Tensor, Tensor], Tensor]  # states, runs -> outputs
 
 
 def convolution(channels: int, dtype: torch.dtype, *, silu: bool, biased: bool) -> tuple[Layer, Tensor]:
-    """A layer over fixed tokens, and states whose first is empty."""
+    """A layer over fixed tokens, and states of which the first is empty."""
     torch.manual_seed(channels)
     x, taps = torch.randn(TOKENS, channels).to(dtype), torch.randn(4, channels).to(dtype)
     bias = torch.randn(channels).to(dtype) if biased else None
@@ -33,7 +33,7 @@ def attention(heads: int, values: int, dtype: torch.dtype, *, delta: bool) -> tu
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape).to(dtype)
 
-    q, k, v = numbers(TOKENS, 24 + 24 + heads * values).split([24, 24, heads * values], -1)  # as mixers have them
+    q, k, v = numbers(TOKENS, 24 + 24 + heads * values).split([24, 24, heads * values], -1)  # as in mixers
     q, k, v = q.view(TOKENS, 2, 12), k.view(TOKENS, 2, 12), v.view(TOKENS, heads, values)
     a, b, rates = numbers(TOKENS, heads), numbers(TOKENS, heads), (numbers(heads), numbers(heads))
     settings = {"gain": 1.5} if delta else {"limits": (0.1, 2.0)}
@@ -46,7 +46,7 @@ def attention(heads: int, values: int, dtype: torch.dtype, *, delta: bool) -> tu
 
 
 def _states(*shape: int) -> Tensor:
-    states = torch.full((5, *shape), torch.nan)  # nothing may be read that was not written
+    states = torch.full((5, *shape), torch.nan)  # no slot may be read before it was written
     states[0] = 0
     return states
 
@@ -72,7 +72,7 @@ def test_no_bit_depends_on_how_tokens_are_cut_into_runs(
     assert torch.equal(cut[1], states[1])
     assert torch.equal(cut[1], cut[4])
     assert torch.equal(cut[2], cut[3])
-    assert torch.equal(cut[0], empty[0]), "the state before a first token stays"
+    assert torch.equal(cut[0], empty[0]), "the state before the first token is unchanged"
     assert expected.isfinite().all()
 
 

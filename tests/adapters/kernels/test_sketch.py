@@ -1,4 +1,4 @@
-"""The likeliest output by way of a sketch: the one that is likeliest among all, found without looking at most."""
+"""Argmax by means of a sketch: equal to the argmax over all outputs, without reading most of the weight."""
 
 import math
 
@@ -28,7 +28,7 @@ def among_all(kernels: native.Kernels, x: Tensor, weight: QuantizedWeight) -> li
 
 
 def uneven(rows: int, in_features: int) -> Tensor:
-    """Inputs of which a few are far greater than the others, as hidden states are."""
+    """Inputs with a few values far greater than the others, as in hidden states."""
     x = torch.randn(rows, in_features)
     return torch.where(torch.rand(rows, in_features) < 0.02, 30 * x, x) * torch.randint(-9, 9, (rows, 1)).float().exp2()
 
@@ -44,7 +44,7 @@ def test_it_is_the_likeliest_of_all(either: native.Kernels, dtype: torch.dtype, 
 @given(rows=st.integers(1, 9), data=st.data())
 @settings(max_examples=40)
 def test_outputs_that_hardly_differ(either: native.Kernels, rows: int, data: st.DataObject) -> None:
-    """Rows of a weight that are the same, or off by one bit of one number: sums that are equal, or next to it."""
+    """Rows of a weight that are equal or differ by one bit of one number, so that sums are equal or adjacent."""
     weight = torch.randn(1, 128).bfloat16().repeat(200, 1)
     for _ in range(data.draw(st.integers(0, 20))):
         o, i = data.draw(st.integers(0, 199)), data.draw(st.integers(0, 127))
@@ -64,7 +64,7 @@ def test_of_equals_the_first(either: native.Kernels) -> None:
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1e-20, 1e15, 1e30, 3e38])
 @pytest.mark.parametrize("weighing", [1e-40, 1.0, 1e5, 1e30])
 def test_numbers_of_any_size(either: native.Kernels, size: float, weighing: float) -> None:
-    """Where sums overflow, none of its tokens is to be drawn, whether its greatest sum is finite or not."""
+    """Where sums overflow, no token is returned, whether the greatest sum is finite or not."""
     weight = torch.rand(100, 128) * 2 - 1
     weight = weight / weight.abs().amax() * weighing
     x = torch.rand(2, 128) * 2 - 1
@@ -120,8 +120,8 @@ def test_its_errors_are_those_of_the_rounding() -> None:
     assert sketch.greatest_norm > data.double().norm(dim=1).max()
 
 
-def test_what_has_none(kernels: object) -> None:
-    """Plain torch, an unsketched weight, a bias: the same token, by way of all outputs."""
+def test_without_a_sketch_all_outputs_are_computed(kernels: object) -> None:
+    """Plain torch, an unsketched weight, a bias: the same token, from all outputs."""
     weight, x, bias = torch.randn(200, 64).bfloat16(), torch.randn(3, 64), torch.randn(200)
     for offset in (None, bias):
         expected = reference.likeliest(reference.linear_forward(x, dense(weight), offset))

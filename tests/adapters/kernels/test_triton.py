@@ -1,4 +1,4 @@
-"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter on small shapes.
+"""The Triton kernels: on a GPU if there is one, else in Triton's interpreter on small shapes.
 
 Errors are relative, in the Frobenius norm, against float64: 2e-6 with fp32 activations, and the dtype's own rounding of
 factors and results with bf16 (1.6e-2: the interpreter truncates, 2^-7 at each of two roundings) and fp16 (1.5e-3).
@@ -29,7 +29,7 @@ dtypes = st.sampled_from(list(ERRORS))
 
 
 def budget(examples: int) -> settings:
-    """No shrinking: it takes the interpreter minutes."""
+    """Without shrinking, which would take the interpreter minutes."""
     return settings(
         max_examples=examples,
         deadline=None,
@@ -45,7 +45,7 @@ def kernels(triton_kernels: None) -> Any:
 
 @pytest.fixture(autouse=True)
 def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors lie there, and are worked on in tiles as on a GPU."""
+    """Create tensors on the device, and work in tiles as on a GPU."""
     monkeypatch.setattr(triton, "_tiles_of_gpu", True)
     with torch.device(DEVICE):
         yield
@@ -129,7 +129,7 @@ def test_split_sums_leave_the_counters_at_zero(kernels: Any) -> None:
 
 
 def permute_bytes(first: int, second: int, selector: int) -> int:
-    """`prmt.b32` of PTX, for selectors that ask for no sign."""
+    """`prmt.b32` of PTX, for selectors without sign bits."""
     choice = first.to_bytes(4, "little") + second.to_bytes(4, "little")
     return int.from_bytes(bytes(choice[selector >> 4 * i & 7] for i in range(4)), "little")
 
@@ -198,7 +198,7 @@ def test_experts_that_are_no_whole_chunks_go_another_way(kernels: Any, kind: str
 
 
 def test_how_experts_are_launched_depends_on_no_routing(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts are never read on the host, which would wait for the device."""
+    """Counts are never read on the host, since that would wait for the device."""
     weights, counts = make_experts(3, 24, 64), torch.tensor([2, 0, 1])
     x = torch.randn(3, 64)
     expected = reference.grouped_forward(x, weights, counts)
@@ -212,11 +212,11 @@ def test_how_experts_are_launched_depends_on_no_routing(kernels: Any, monkeypatc
 # --- states -------------------------------------------------------------------------------------
 
 
-SMALL = ("convolution", "Mamba-2")  # the others' many tiles would take the interpreter too long
+SMALL = ("convolution", "Mamba-2")  # the many tiles of the others would take the interpreter too long
 
 
 def several(runs: list[list[int]]) -> Tensor:
-    """Runs of two sequences: those given, and one more token in a slot of its own."""
+    """Runs of two sequences: the given ones, and one token in a slot of its own."""
     return torch.tensor([*runs, [TOKENS - 1, TOKENS, 5, 5]], dtype=torch.int32)
 
 
@@ -233,7 +233,7 @@ def test_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert near(whole[[1, 5]], exact[[1, 5]].double())
     assert torch.equal(layer(cut, several([[*run[:1], min(run[1], TOKENS - 1), *run[2:]] for run in CUT[:-1]])), ours)
     assert torch.equal(cut[[4, 5]], whole[[1, 5]])
-    assert torch.equal(cut[0], exact[0]), "the state before a first token stays"
+    assert torch.equal(cut[0], exact[0]), "the state before the first token is unchanged"
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -261,7 +261,7 @@ def check_lora(kernels: Any, problem: tuple[int, int, int, Any], dtype: torch.dt
     with pytest.MonkeyPatch.context() as patch:
         if 4 < tokens <= 64:  # one program for each token would take the interpreter too long
             patch.setattr(lora, "_tiles", lambda tokens: lora.Tiles(tokens=16, ranks=16, ins=128, outs=64))
-        # On a GPU bf16 activations meet fp32 rows as tf32 numbers, which still is finer than the activations' dtype.
+        # On a GPU bf16 activations meet fp32 rows as tf32 numbers, which is still finer than the activations' dtype.
         assert near(pool.add(kernels, y, x), pool.expected(y, x))
 
 
@@ -293,7 +293,7 @@ def test_lora_in_pieces_of_the_table(kernels: Any, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("scratch", [64 << 20, 1])
 def test_lora_of_linears_that_share_their_input(kernels: Any, scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of different widths, and ranks in one linear that are not those of another."""
+    """With different widths, and ranks that differ between the linears."""
     from adapters.kernels.triton import lora
 
     monkeypatch.setattr(lora, "SCRATCH", scratch)
@@ -322,7 +322,7 @@ def test_lora_without_segments_changes_nothing(kernels: Any) -> None:
 
 
 class TypedRequests(Requests):
-    """Requests whose queries and cache are of a dtype."""
+    """Requests whose queries and cache have a given dtype."""
 
     def __init__(self, kernels: Any, dtype: torch.dtype, *shape: Any) -> None:
         super().__init__(kernels, *shape)
@@ -387,9 +387,9 @@ def test_attention_over_caches_of_fewer_bits(kernels: Any, kept: torch.dtype) ->
 
 
 def test_attention_of_padding_alone_reads_nothing_before_its_requests(kernels: Any) -> None:
-    """A graph is recorded with a step in which every request is padding: all start beyond the last token."""
+    """A graph is recorded with a step of padding only: every request starts beyond the last token."""
     tokens = 16
-    before = torch.tensor([[0, tokens, 48]] * 3, dtype=torch.int32)  # whatever lies there must not count as requests
+    before = torch.tensor([[0, tokens, 48]] * 3, dtype=torch.int32)  # stale content here must not count as requests
     seqs = torch.cat([before, torch.tensor([[tokens, tokens, 0]] * tokens, dtype=torch.int32)])[3:]
     cache = torch.randn(4, 2, 16, 16)
     out = kernels.paged_attention(
@@ -404,7 +404,7 @@ def test_attention_with_scores_far_apart(kernels: Any) -> None:
     assert error(requests.attend([(0, 100, 130)])[0], requests.expected(0)[100:]) < 1e-4
 
 
-# --- what stands between ------------------------------------------------------------------------
+# --- elementwise --------------------------------------------------------------------------------
 
 
 @given(rows=st.integers(1, 5), width=st.integers(8, 200), dtype=dtypes)
@@ -441,7 +441,7 @@ def test_rope(kernels: Any, tokens: int, heads: int, kv_heads: int, dtype: torch
 # --- invariance ---------------------------------------------------------------------------------
 
 
-def test_rows_keep_their_bits_in_company_when_tiles_are_fixed(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_depend_on_the_batch_when_tiles_are_fixed(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "_fixed", True)
     weight = make_weight(40, 512)
     x, y = torch.randn(70, 512), torch.randn(70, 40)
@@ -453,7 +453,7 @@ def test_rows_keep_their_bits_in_company_when_tiles_are_fixed(kernels: Any, monk
         assert torch.equal(pool.add(kernels, y[first:last], x[first:last]), adapted[first:last])
 
 
-def test_rows_of_experts_keep_their_bits_in_company_when_tiles_are_fixed(
+def test_rows_of_experts_do_not_depend_on_the_batch_when_tiles_are_fixed(
     kernels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton, "_fixed", True)
@@ -467,7 +467,7 @@ def test_rows_of_experts_keep_their_bits_in_company_when_tiles_are_fixed(
 def test_library_products_keep_their_bits_when_tiles_are_fixed(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "_fixed", True)
     dense = QuantizedWeight("dense", torch.randn(40, 96).bfloat16(), (40, 96))
-    odd = make_weight(24, 96)  # no whole chunks
+    odd = make_weight(24, 96)  # not whole chunks
     for weight, dtype in ((dense, torch.bfloat16), (odd, torch.float32)):
         x, bias = torch.randn(130, 96).to(dtype), torch.randn(weight.shape[0]).to(dtype)
         together = kernels.linear_forward(x, weight, bias)
@@ -476,10 +476,8 @@ def test_library_products_keep_their_bits_when_tiles_are_fixed(kernels: Any, mon
             assert torch.equal(kernels.linear_forward(x[first:last], weight, bias), together[first:last])
 
 
-def test_overlapping_segments_are_rounded_once_whatever_their_company(
-    kernels: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A table that scratch cannot hold at once is taken in pieces: not to be seen in anybody's bits."""
+def test_overlapping_segments_are_rounded_once_in_any_batch(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table too large for scratch memory is processed in pieces; no result's bits depend on it."""
     from adapters.kernels.triton import lora
 
     monkeypatch.setattr(triton, "_fixed", True)

@@ -1,4 +1,4 @@
-"""The Triton kernels for an H100: compiled to machine code, without the GPU."""
+"""The Triton kernels compiled to machine code for an H100, without the GPU."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SHARED = 227 << 10  # bytes that a program may have on an H100
+SHARED = 227 << 10  # shared memory of one program on an H100, in bytes
 KERNELS = {
     *("_linear", "_grouped", "_shrink", "_expand", "_attend", "_combine", "_write", "_rms_norm", "_silu_mul", "_rope"),
     *("_convolve", "_recur"),

@@ -1,4 +1,4 @@
-"""A merged checkpoint, as transformers loads it, against PEFT's own merge."""
+"""A merged checkpoint, loaded by transformers, compared with PEFT's own merge."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.support.tiny import tiny_adapter, tiny_model
 
 
 def factors_of(adapter: Path) -> dict[str, Factors]:
-    """As PEFT wrote them."""
+    """The factors that PEFT saved."""
     from safetensors.torch import load_file
 
     config = json.loads((adapter / "adapter_config.json").read_text())

@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def made(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Adapters of rank 6 that touch the same modules and others, with scalings of their own."""
+    """Adapters of rank 6 on partly the same modules, each with its own scalings."""
     root = tmp_path_factory.mktemp("mix")
     shapes: list[dict[str, Any]] = [
         {"target_modules": ["q_proj", "v_proj", "down_proj"], "lora_alpha": 9},
@@ -70,7 +70,7 @@ def sources(made: list[Path], linears: dict[str, Any]) -> list[dict[str, Factors
 
 
 def by_peft(model: Path, adapters: list[Path], method: str, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Module -> delta weight, as PEFT mixes."""
+    """Module -> delta weight, mixed by PEFT."""
     base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     wrapped: Any = peft.PeftModel.from_pretrained(base, adapters[0], adapter_name="0")
     for i, adapter in enumerate(adapters[1:], start=1):
@@ -103,7 +103,7 @@ def test_every_method_equals_pefts(
     generator, bernoulli = torch.Generator().manual_seed(5), torch.bernoulli
     monkeypatch.setattr("peft.utils.merge_utils.torch.bernoulli", lambda share: bernoulli(share, generator=generator))
     expected = by_peft(model_dir, made, method, options)
-    assert list(mixed) == list(expected)  # the order in which random numbers are drawn, too
+    assert list(mixed) == list(expected)  # the order matters: random numbers are drawn in it
     for name, delta in expected.items():
         a, b = mixed[name]
         torch.testing.assert_close(b @ a, delta, atol=2e-6, rtol=1e-4)
@@ -143,7 +143,7 @@ def test_random_pruning_can_be_made_again(sources: list[dict[str, Factors]]) -> 
     assert not torch.equal(made(1), made(2))
 
 
-def test_what_is_written_is_what_was_mixed(
+def test_a_written_mixture_reads_back_equal(
     sources: list[dict[str, Factors]], linears: dict[str, Any], tmp_path: Path
 ) -> None:
     mixed = mix(sources, Recipe("cat", WEIGHTS))  # ranks 18 and 12
@@ -158,7 +158,7 @@ def test_what_is_written_is_what_was_mixed(
 @pytest.mark.parametrize(
     ("config", "named"), [({"use_dora": True}, "dora"), ({"alora_invocation_tokens": [5, 6]}, "alora")]
 )
-def test_what_is_more_than_factors_is_refused(
+def test_mixing_variants_is_refused(
     config: dict[str, Any], named: str, linears: dict[str, Any], model_dir: Path, tmp_path: Path
 ) -> None:
     adapter = tiny_adapter(tmp_path, model_dir, target_modules=["q_proj"], **config)

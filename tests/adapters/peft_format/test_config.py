@@ -1,4 +1,4 @@
-"""The config reader against PEFT's own classes, and against everything that a config should not be able to do."""
+"""The config reader compared with PEFT's own classes, and tested with hostile configs."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def parse(**fields: Any) -> AdapterConfig:
 
 
 def refusal(raw: bytes) -> AdapterError:
-    """The error that refuses this config, wherever it is found out."""
+    """The error that refuses this config, at whichever stage."""
 
     def read() -> None:
         config = parse_config(raw)
@@ -87,7 +87,7 @@ def test_other_types_are_refused_with_a_reason() -> None:
         assert fault.code == "unsupported_adapter_feature"
 
 
-def test_what_is_more_than_plain_lora_can_be_told() -> None:
+def test_variants_are_distinguished_from_plain_lora() -> None:
     parse(exclude_modules=["k_proj"]).check_plain()
     for fields in ({"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["norm"]}, {"lora_bias": True}):
         with pytest.raises(AdapterError) as caught:
@@ -114,7 +114,7 @@ regexes = st.sampled_from(
         r"q_proj",
         r".*",
         r".*\.1\d?\..*",
-        r"^(?!.*(?:visual|mlp)).*(?:q_proj|up_proj).*",  # as trainers of image-and-text models write them
+        r"^(?!.*(?:visual|mlp)).*(?:q_proj|up_proj).*",  # typical of trainers of image-and-text models
         r"^(model(?=\.).*\.(k_proj|down_proj))$",
         r"^(model)(?!.*(lm_head|output|emb|up_proj)).*",
     ]
@@ -170,7 +170,7 @@ def test_selection_ranks_and_scalings_equal_pefts(
     try:
         found = config.resolve(MODULES)
     except AdapterError as fault:
-        # PEFT refuses an empty selection too; a layer that does not exist it ignores.
+        # PEFT refuses an empty selection too, but ignores a layer that does not exist.
         assert not expected or fault.param == "layers_to_transform"  # noqa: PT017
         return
     assert found == expected
@@ -184,7 +184,7 @@ def each(name: str, *values: Any) -> list[tuple[str, Any]]:
     return [(name, value) for value in values]
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 HOSTILE: list[tuple[str, Any]] = [
     ("peft_type", "LOHA"),
@@ -301,7 +301,7 @@ def test_an_activated_adapter_of_before_pefts_is_not_taken_for_plain_lora(name: 
 
 
 def test_those_of_a_newer_peft_are_refused() -> None:
-    """They may change what is served without a tensor of their own, as use_rslora did."""
+    """They could change the outputs without adding a tensor, as use_rslora did."""
     for version in ("0.22.0", "1.0", "0.22.0.dev0@abc"):
         fault = refusal(json.dumps(BASE | {"use_new_scaling": True, "peft_version": version}).encode())
         assert fault.param == "use_new_scaling"

@@ -1,4 +1,4 @@
-"""Weights in dtypes that are not served are converted as torch would; pickled ones are refused with good advice."""
+"""Weights in dtypes that are not served are converted as in torch; pickled ones are refused with usable advice."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Adapters saved by PEFT itself are read right; files that lie are refused, by the name of what is wrong."""
+"""Adapters saved by PEFT are read correctly; inconsistent files are refused with the name of the culprit."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ Q0 = "model.layers.0.self_attn.q_proj"
 A0 = f"base_model.model.{Q0}.lora_A.weight"
 
 
-# Two layers of a base with two kinds of linears: enough for everything but PEFT's own adapters.
+# Two layers of a base with two kinds of linears: enough for all tests without PEFT's own adapters.
 LINEARS = {
     f"model.layers.{i}.self_attn.{kind}": LinearSize(kind, 64, out)
     for i in range(2)
@@ -42,7 +42,7 @@ LINEARS = {
 
 
 def make(directory: Path, *, dtype: torch.dtype = torch.float32, **config: Any) -> dict[str, torch.Tensor]:
-    """A sound rank-4 adapter for `LINEARS`; answers its tensors so that a test can spoil them."""
+    """Write a sound rank-4 adapter for `LINEARS` and return its tensors, so that a test can spoil them."""
     directory.mkdir(parents=True, exist_ok=True)
     fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | config
     (directory / CONFIG).write_text(json.dumps(fields))
@@ -98,7 +98,7 @@ def linears(model_dir: Path) -> dict[str, LinearSize]:
     ],
     ids=["fp32", "rslora-bf16", "subset-fp16", "regex", "all-linear", "layers", "patterns"],
 )
-def test_what_peft_saves_is_what_we_read(
+def test_adapters_saved_by_peft_are_read_correctly(
     tmp_path: Path, model_dir: Path, linears: dict[str, LinearSize], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     tiny_adapter(tmp_path, model_dir, dtype=dtype, **options)
@@ -156,7 +156,7 @@ def test_the_digest_is_the_mathematics(tmp_path: Path) -> None:
     tensors = make(tmp_path / "a")
     digest = inspect(tmp_path / "a", LINEARS, CLASS).digest
 
-    # Saved anew: other metadata, another order in the file, other words for the same mathematics.
+    # Saved again: other metadata, another order in the file, another spelling of the same mathematics.
     make(tmp_path / "b", target_modules="all-linear", lora_dropout=0.3, rank_pattern={"q_proj": 4}, revision="x")
     save_file(dict(reversed(tensors.items())), tmp_path / "b" / WEIGHTS, metadata={"written": "yesterday"})
     assert inspect(tmp_path / "b", LINEARS, CLASS).digest == digest
@@ -276,7 +276,7 @@ def test_large_tensors_are_looked_at_to_the_end(tmp_path: Path) -> None:
         inspect(tmp_path, linears, CLASS)
 
 
-# --- headers that lie ----------------------------------------------------------------------------
+# --- invalid headers -----------------------------------------------------------------------------
 
 
 def entry(begin: int, end: int, *, dtype: Any = "F32", shape: Any = (1, 2)) -> dict[str, Any]:
@@ -388,7 +388,7 @@ def test_pickles_are_neither_run_nor_mistaken(tmp_path: Path, zipped: bool) -> N
         (b"\xff" * 64, "not a safetensors file"),
     ],
 )
-def test_what_comes_in_place_of_weights_is_named(tmp_path: Path, content: bytes, named: str) -> None:
+def test_other_content_in_place_of_weights_is_named(tmp_path: Path, content: bytes, named: str) -> None:
     make(tmp_path)
     (tmp_path / WEIGHTS).write_bytes(content)
     fault = refusal(tmp_path)

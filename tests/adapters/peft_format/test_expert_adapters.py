@@ -1,4 +1,4 @@
-"""Adapters of experts: all tensors have a home, in both layouts, and a config says what PEFT could have trained."""
+"""Adapters of experts: every tensor is matched, in both layouts; only configs that PEFT can train are accepted."""
 
 import json
 from collections.abc import Mapping
@@ -84,7 +84,7 @@ def test_memory_is_counted_only_where_experts_are_adapted(tmp_path: Path) -> Non
     fused = check(adapter(tmp_path / "fused", FUSED, target_modules=[], target_parameters=BOTH)).variants.device_bytes
     assert fused == 4 * 6 * (8 + 24 + 12 + 8)
     single = check(adapter(tmp_path / "single", SINGLE, target_modules=SINGLE_MODULES)).variants.device_bytes
-    assert single == 4 * 6 * (2 * (8 + 24) + 12 + 8)  # gate and up each have zeros for the other's outputs
+    assert single == 4 * 6 * (2 * (8 + 24) + 12 + 8)  # gate and up each hold zeros for the other's outputs
 
 
 def test_experts_of_a_text_model_within_a_wrapper_are_found(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a variant's config asks of file and base: found where the base has it, refused by the field's name where not."""
+"""Variants' demands on file and base: matched if the base has the modules, else refused with the name of the field."""
 
 import json
 import shutil
@@ -22,12 +22,12 @@ from tests.support.variants import VARIANTS, Variant, make_base
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CLASSES = {"tied": "LlamaForCausalLM", "untied": "Qwen3ForCausalLM", "fused": "Phi3ForCausalLM"}
-# PEFT's advice about merging and tied embeddings, given whenever such an adapter is made.
+# PEFT's advice about merging and tied embeddings, given for every such adapter.
 pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning:peft")
 
 
 class Shelf:
-    """Bases, and adapters for them that PEFT saved once."""
+    """Bases, and adapters for them, each saved once by PEFT."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -46,7 +46,7 @@ class Shelf:
         return self.models[name]
 
     def copy(self, variant: str, target: Path) -> Path:
-        """The adapter, to be spoilt."""
+        """Copy the adapter, to be spoilt."""
         made = VARIANTS[variant]
         kept = self.root / variant.replace(" ", "_")
         if not kept.exists():
@@ -83,7 +83,7 @@ def test_every_tensor_that_peft_saves_has_a_home_and_a_spec_survives_being_kept(
     tensors = load_variants(directory, spec)
     saved = load_file(directory / WEIGHTS)
     rows = {tensor for module in spec.modules.values() for tensor in (module.a, module.b)}
-    # What PEFT copies of the base beside adapted embeddings is the rest.
+    # The other tensors are copies of the base that PEFT saves beside adapted embeddings.
     assert {key for key in saved if not key.endswith("base_layer.weight")} == rows | tensors.keys()
     if name in ("plain", "excluded", "fused"):
         assert (spec.variants.names, spec.variants.device_bytes) == ([], 0)
@@ -92,7 +92,7 @@ def test_every_tensor_that_peft_saves_has_a_home_and_a_spec_survives_being_kept(
 
 
 def test_biases_that_older_peft_did_not_save_are_the_bases(shelf: Shelf, tmp_path: Path) -> None:
-    """It looked for those of `lora_only` where they had been before it wrapped linears."""
+    """Older PEFT looked for biases of `lora_only` under their names from before it wrapped linears."""
 
     def drop(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if name.endswith(".bias")]:
@@ -111,18 +111,18 @@ def test_biases_that_older_peft_did_not_save_are_the_bases(shelf: Shelf, tmp_pat
     ["plain", "embedding", "saved embedding", "saved head", "tokens", "saved both, untied", "tokens, untied"],
 )
 def test_embedding_and_head_may_be_saved_as_well(name: str, shelf: Shelf, tmp_path: Path) -> None:
-    """By `save_embedding_layers`: the base's, and once more what the adapter has in their place."""
+    """`save_embedding_layers` adds the base's matrices, and once more those that the adapter replaces."""
     spoken_for = shelf.inspect(VARIANTS[name].base, shelf.copy(name, tmp_path / "adapter"))
     base = transformers.AutoModelForCausalLM.from_pretrained(shelf.base(VARIANTS[name].base), dtype=torch.float32)
     loaded: Any = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     loaded.save_pretrained(tmp_path / "whole", save_embedding_layers=True)
     added = load_file(tmp_path / "whole" / WEIGHTS).keys() - load_file(tmp_path / "adapter" / WEIGHTS).keys()
-    assert bool(added) == (name != "embedding")  # PEFT saves that one's by itself
+    assert bool(added) == (name != "embedding")  # PEFT saves that one anyway
     spec = shelf.inspect(VARIANTS[name].base, tmp_path / "whole")
     assert (spec.modules, spec.variants) == (spoken_for.modules, spoken_for.variants)
 
 
-def test_digests_of_plain_adapters_do_not_depend_on_what_others_can_do(shelf: Shelf, tmp_path: Path) -> None:
+def test_digests_of_plain_adapters_do_not_depend_on_support_for_variants(shelf: Shelf, tmp_path: Path) -> None:
     directory = shelf.copy("plain", tmp_path / "adapter")
     with_outline = shelf.inspect("tied", directory)
     assert inspect(directory, shelf.linears["tied"], CLASSES["tied"]).digest == with_outline.digest
@@ -197,7 +197,7 @@ def put(name: str, *shape: int, fill: float = 0.5) -> Callable[[dict[str, torch.
         ("embedding", {"alora_invocation_tokens": [5]}, same, "target_modules", "activated"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(
+def test_mismatches_with_the_base_are_refused_by_name(
     variant: str,
     config: dict[str, Any],
     change: Callable[[dict[str, torch.Tensor]], Any],

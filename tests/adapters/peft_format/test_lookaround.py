@@ -1,4 +1,4 @@
-"""Patterns with look-around beside Python's `re`, and patterns that would take for ever."""
+"""Patterns with look-around compared with Python's `re`, and patterns of exponential cost."""
 
 import re
 import time
@@ -33,7 +33,7 @@ def test_it_matches_what_re_matches(pattern: str, text: str) -> None:
     assert regex.fullmatch(text) is (re.fullmatch(pattern, text) is not None)
 
 
-# Of RE2's syntax and Python's where these differ, and what neither may crash on.
+# Syntax that differs between RE2 and Python, and input that must crash neither.
 signs = st.sampled_from(
     [
         *("q", "_", ".", r"\.", r"\d", "[a-z_]", "[[:alpha:]]", "[^[:digit:]]", "(?:q|l)", "*", "+?", "?", "{,2}"),
@@ -60,7 +60,7 @@ signs = st.sampled_from(
 )
 
 
-@pytest.mark.filterwarnings("ignore:Possible nested set")  # Python's, of the same syntax
+@pytest.mark.filterwarnings("ignore:Possible nested set")  # Python's warning about the same syntax
 @settings(max_examples=1500)
 @given(pattern=st.lists(signs, min_size=1, max_size=5).map("".join))
 def test_a_pattern_means_what_it_means_to_python_or_is_refused(pattern: str) -> None:
@@ -99,7 +99,7 @@ def test_syntax_that_re2_lacks_or_reads_otherwise(pattern: str) -> None:
         ("(?u)(?a)q", "incompatible"),
     ],
 )
-def test_what_it_lacks_is_refused(pattern: str, reason: str) -> None:
+def test_unsupported_syntax_is_refused(pattern: str, reason: str) -> None:
     with pytest.raises(AdapterError, match=re.escape(reason)) as caught:
         compile_regex("target_modules", pattern)
     assert caught.value.param == "target_modules"

@@ -1,4 +1,4 @@
-"""Rows that were laid out when the adapter came are those that are laid out when it is loaded."""
+"""Rows packed at upload equal the rows packed at load."""
 
 import dataclasses
 from pathlib import Path
@@ -31,7 +31,7 @@ def accepted(directory: Path) -> AdapterSpec:
 
 
 def cast(directory: Path, *dtypes: torch.dtype) -> None:
-    """The file again, its tensors in these dtypes by turns."""
+    """Save the file again with its tensors in these dtypes in turn."""
     tensors = load_file(directory / WEIGHTS_NAME)
     turns = {name: tensor.to(dtypes[i % len(dtypes)]) for i, (name, tensor) in enumerate(sorted(tensors.items()))}
     save_file(turns, directory / WEIGHTS_NAME)

@@ -1,4 +1,4 @@
-"""What is taken from an uploaded tokenizer, and what is refused."""
+"""Tokens and templates accepted from an uploaded tokenizer, and refusals."""
 
 import json
 from pathlib import Path
@@ -53,14 +53,14 @@ def test_only_what_the_base_lacks_is_taken(tmp_path: Path) -> None:
         ([{"id": 10, "content": "<x>"}, {"id": 11, "content": "<x>"}], "twice"),
     ],
 )
-def test_what_is_no_extension_of_the_base_is_refused(tokens: Any, words: str, tmp_path: Path) -> None:
+def test_tokens_that_do_not_extend_the_base_are_refused(tokens: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=words) as caught:
         read(tmp_path / "t", tokens)
     assert caught.value.param == "tokenizer"
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"[" * 100_000, b'{"x":' + b"[" * 100_000, b"\xff", b"{}"])
-def test_what_is_no_tokenizer_is_refused(raw: bytes, tmp_path: Path) -> None:
+def test_invalid_tokenizer_files_are_refused(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(raw)
     with pytest.raises(AdapterError) as caught:
         read_added_tokens(tmp_path / "t")

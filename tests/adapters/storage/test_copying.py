@@ -1,4 +1,4 @@
-"""Files copied by names that others chose: nothing outside of one directory is read, whatever happens meanwhile."""
+"""Copying files by names from outside: nothing beyond one directory is read, even if links change in the meantime."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ NAMES = ("a", "b")
 
 @pytest.fixture
 def world(tmp_path: Path) -> tuple[Path, Path]:
-    """A root with a directory of two files, and an empty target; a secret beside the root."""
+    """A root with a directory of two files, an empty target, and a secret beside the root."""
     (tmp_path / "root" / "dir").mkdir(parents=True)
     (tmp_path / "target").mkdir()
     (tmp_path / "secret").write_text("secret")
@@ -40,7 +40,7 @@ def test_plain_files_and_links_inside(world: tuple[Path, Path]) -> None:
     assert copied(world, "link") == {"a": "a", "b": "blob"}
 
 
-def test_what_is_missing_is_left_out(world: tuple[Path, Path]) -> None:
+def test_missing_files_are_skipped(world: tuple[Path, Path]) -> None:
     (world[0] / "dir" / "b").unlink()
     assert copied(world) == {"a": "a"}
 
@@ -53,7 +53,7 @@ def test_links_to_elsewhere(target: str, world: tuple[Path, Path]) -> None:
         copied(world)
 
 
-def test_what_is_no_plain_file(world: tuple[Path, Path]) -> None:
+def test_a_special_file_is_refused(world: tuple[Path, Path]) -> None:
     (world[0] / "dir" / "b").unlink()
     os.mkfifo(world[0] / "dir" / "b")
     with pytest.raises(AdapterError, match="not a regular file"):
@@ -93,7 +93,7 @@ def test_a_file_that_changes_while_it_is_copied(world: tuple[Path, Path], monkey
 
 
 def test_another_users_file_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root, as which tests may run, can read everything."""
+    """Root, as which tests may run, can read every file."""
     (tmp_path / "file").write_text("x")
     (tmp_path / "copy").mkdir()
     really = os.open

@@ -1,4 +1,4 @@
-"""One SQLite layer: what is committed stays, readers wait for nobody, old layouts are read and newer ones refused."""
+"""The SQLite layer: commits are durable, readers never wait, old layouts are migrated and newer ones refused."""
 
 import sqlite3
 import threading
@@ -52,7 +52,7 @@ def test_readers_see_the_last_commit_while_another_thread_writes(tmp_path: Path)
             reader.start()
             reader.join(10)
             assert seen == [["a"]]
-            assert ids(database) == ["a", "b"], "the writer reads what it wrote"
+            assert ids(database) == ["a", "b"], "the writer reads its own changes"
         assert ids(database) == ["a", "b"]
 
 
@@ -85,7 +85,7 @@ def test_every_commit_is_synced(tmp_path: Path) -> None:
 
 
 def test_the_journal_does_not_keep_the_room_that_it_once_took(tmp_path: Path) -> None:
-    """Of a small disk it would be missing, for jobs that wait until there is space."""
+    """On a small disk the space would be missing for jobs that wait for free space."""
     with closing(Database(tmp_path / "db", [TABLE])) as database:
         journal = tmp_path / "db-wal"
         add(database, "x" * (3 << 20))

@@ -1,4 +1,4 @@
-"""Leases on records: one holder at a time, who is followed when it is not heard of, and cannot write afterwards."""
+"""Leases on records: one holder at a time; a silent holder is replaced and cannot write afterwards."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +17,7 @@ from tests.support.threads import together
 
 
 class Server:
-    """One server's view of the records."""
+    """A server's view of the records."""
 
     def __init__(self, store_url: str, seconds: float = 60.0) -> None:
         self.records = Records(Bucket(store_url), "jobs")
@@ -59,7 +59,7 @@ def test_one_holder_at_a_time_and_another_once_it_gives_back(store_url: str) -> 
         one.write(4)
 
 
-def test_of_several_who_claim_at_once_one_gets_it(store_url: str) -> None:
+def test_one_of_several_concurrent_claims_succeeds(store_url: str) -> None:
     servers = [Server(store_url) for _ in range(6)]
     servers[0].records.change("a", setting(0))
     for server in servers:
@@ -71,7 +71,7 @@ def test_of_several_who_claim_at_once_one_gets_it(store_url: str) -> None:
 
 
 class Clock:
-    """Time as the leases see it."""
+    """The time seen by the leases."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -87,8 +87,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_a_holder_that_is_not_heard_of_is_followed_and_writes_nothing_more(store_url: str, clock: Clock) -> None:
-    """Nobody's wall clock matters, nor who else changes the record."""
+def test_a_silent_holder_loses_its_lease_and_cannot_write(store_url: str, clock: Clock) -> None:
+    """Wall clocks do not matter, nor do changes of the record by others."""
     one, two = Server(store_url, seconds=10), Server(store_url)
     one.records.change("a", setting(0))
     one.follow()
@@ -100,7 +100,7 @@ def test_a_holder_that_is_not_heard_of_is_followed_and_writes_nothing_more(store
         two.follow()
         assert not two.leases.is_free("a")
     clock.now += 6
-    two.records.change("a", setting(9))  # by no holder
+    two.records.change("a", setting(9))  # by a server without the lease
     two.follow()
     assert not two.leases.is_free("a")
     clock.now += 6
@@ -108,7 +108,7 @@ def test_a_holder_that_is_not_heard_of_is_followed_and_writes_nothing_more(store
     assert two.leases.is_free("a")
     assert one.leases.seconds_left("a") < 0
     assert two.leases.claim("a")["value"] == 9
-    assert one.leases.holds("a")  # as it believes
+    assert one.leases.holds("a")  # in its own view
     with pytest.raises(LeaseLost):
         one.write(10)
     assert not one.leases.holds("a")

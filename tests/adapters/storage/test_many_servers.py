@@ -1,4 +1,4 @@
-"""Several servers' stores over one bucket: names that they change at once, and files that they remove."""
+"""Several servers' stores over one bucket: concurrent changes of names, and removal of files."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ from tests.support.threads import together
 
 
 class Servers:
-    """Stores over one bucket, each with a disk of its own."""
+    """Stores over one bucket, each with its own disk."""
 
     def __init__(self, root: Path, url: str) -> None:
         self.url = url
@@ -39,13 +39,13 @@ class Servers:
         return [self.open(**options) for _ in range(count)]
 
     def age(self) -> None:
-        """Let all files of versions be two hours old."""
+        """Make all files of versions two hours old."""
         then = time.time() - 7200
         for path in (self._root / "bucket" / "versions").rglob("*"):
             os.utime(path, (then, then))
 
     def versions(self) -> set[str]:
-        """Contents of which there are files in the bucket."""
+        """Contents with files in the bucket."""
         digests = {entry.path.split("/")[1] for entry in Bucket(self.url).list("versions")}
         return {bytes.fromhex(digest).rstrip(b"\0").decode() for digest in digests}
 
@@ -56,7 +56,7 @@ def servers(tmp_path: Path) -> Servers:
 
 
 def meanings(store: AdapterStore, tenant: str = "t") -> dict[str, Any]:
-    """What every name means, in words."""
+    """The targets of all names, as text."""
     found = {}
     for version in store.list(tenant):
         pointer = store.pointer(tenant, version.name)
@@ -98,8 +98,8 @@ def test_what_one_changes_the_others_see(servers: Servers) -> None:
     assert two.shared_with("v") == []
 
 
-def test_a_change_is_made_of_what_the_name_means_now(servers: Servers) -> None:
-    """Not of what this server last saw."""
+def test_a_change_applies_to_the_current_pointer(servers: Servers) -> None:
+    """Not to the one that this server saw last."""
     one, two = servers.several(2)
     put(one, "x", "1")
     two.import_changes()
@@ -122,7 +122,7 @@ def test_an_etag_holds_across_servers(servers: Servers, change: str) -> None:
     with pytest.raises(EtagMismatch) as moved:
         getattr(two, change)("t", "x", *arguments, expected=[seen])
     assert moved.value.etag == first.digest
-    assert two.pointer("t", "x").etag == first.digest  # and this server knows it from then on
+    assert two.pointer("t", "x").etag == first.digest  # this server knows it from now on
     getattr(two, change)("t", "x", *arguments, expected=[first.digest])
 
 
@@ -169,7 +169,7 @@ def test_a_name_is_looked_for_by_itself(servers: Servers) -> None:
 
 @contextmanager
 def polling(stores: list[AdapterStore]) -> Iterator[None]:
-    """Meanwhile each takes over what others changed, as often as servers do."""
+    """While the context lasts, each store reads the changes of others as often as servers do."""
     ended = threading.Event()
 
     def poll(store: AdapterStore) -> None:
@@ -188,9 +188,9 @@ def polling(stores: list[AdapterStore]) -> Iterator[None]:
 
 
 async def changed_by_several(servers: Servers, count: int, changes: int, names: int, uploads: float = 0.5) -> float:
-    """So many servers change a few names at random; each version that is published is there in the end.
+    """Change a few names at random on several servers; every published version exists at the end.
 
-    Returns the seconds after the last change in which all came to agree.
+    Returns the seconds from the last change until all servers agree.
     """
     stores = servers.several(count, retain=1000)
     for name in range(names):
@@ -230,7 +230,7 @@ async def changed_by_several(servers: Servers, count: int, changes: int, names: 
     for made in results:
         for name, digest in made:
             assert digest in meanings(stores[0])[name][0]
-    for store in stores[:2]:  # and what is named has its files
+    for store in stores[:2]:  # named versions have their files
         for version in store.list("t"):
             with store.lease(version):
                 await store.wait_until_ready(version)
@@ -277,7 +277,7 @@ async def test_ten_thousand_changes_of_names(servers: Servers, count: int) -> No
     assert agreed < 2
 
 
-def test_while_the_store_fails_what_is_known_is_served(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_names_are_served_while_the_store_fails(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = servers.several(2)
     put(one, "x", "1")
     two.import_changes()
@@ -301,7 +301,7 @@ def test_while_the_store_fails_what_is_known_is_served(servers: Servers, monkeyp
 def test_an_upload_whose_naming_got_no_answer_keeps_its_files(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name may be there, for others to see."""
+    """The name may have been written and be visible to others."""
     one, two = servers.several(2)
     put_if, read = Bucket.put_if, Bucket.read
 
@@ -329,7 +329,7 @@ async def test_files_that_another_server_named_meanwhile_stay(servers: Servers) 
     two.import_changes()
     one.delete("t", "x")
     put(two, "y", "1")
-    assert await one.remove_orphans(0) == 0  # which does not know of y
+    assert await one.remove_orphans(0) == 0  # it does not know of y
     assert servers.versions() == {"1"}
 
 
@@ -338,7 +338,7 @@ async def test_files_that_another_server_named_meanwhile_stay(servers: Servers) 
 def test_files_named_while_they_are_being_removed_are_there_in_the_end(
     servers: Servers, monkeypatch: pytest.MonkeyPatch, moment: str, known: bool
 ) -> None:
-    """At whatever step of a removal an upload of the same version comes."""
+    """An upload of the same version arrives at any step of a removal."""
     one, two = servers.several(2)
     version, _ = put(one, "x", "1")
     if known:
@@ -352,7 +352,7 @@ def test_files_named_while_they_are_being_removed_are_there_in_the_end(
         if threading.get_ident() == remover:
             uploads.append(threading.Thread(target=put, args=(two, f"y{len(uploads)}", "1")))
             uploads[-1].start()
-            uploads[-1].join(0.3)  # it waits for the removal, perhaps
+            uploads[-1].join(0.3)  # it may wait for the removal
         return method(self, *args)
 
     monkeypatch.setattr(Bucket, moment, meanwhile)
@@ -381,7 +381,7 @@ async def test_a_removal_that_was_cut_short_is_taken_up(servers: Servers, monkey
     with pytest.raises(RemoteUnavailable, match="being removed"):
         put(one, "y", "1")
     servers.age()
-    assert await one.remove_orphans(3600) == 0  # somebody else is at it
+    assert await one.remove_orphans(3600) == 0  # another server is doing it
     monkeypatch.setattr("adapters.storage.remote._CONDEMNED_SECONDS", 0.0)
     put(one, "y", "1")
     one.delete("t", "y")
@@ -414,5 +414,5 @@ async def test_a_version_whose_files_are_gone_is_damaged(servers: Servers) -> No
     bucket.delete([entry.path for entry in bucket.list("versions")])
     with two.lease(two.get("t", "x")), pytest.raises(DamagedAdapter):
         await two.wait_until_ready(version)
-    put(one, "y", "1")  # which believes that they are there
+    put(one, "y", "1")  # it assumes that the files exist
     assert servers.versions() == {"1"}

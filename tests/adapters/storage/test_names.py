@@ -1,4 +1,4 @@
-"""Which names adapters may have."""
+"""Allowed names of adapters."""
 
 from collections.abc import Iterator
 from pathlib import Path

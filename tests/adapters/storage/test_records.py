@@ -1,4 +1,4 @@
-"""Records in a bucket that several change at once: no change is lost, none is made twice, and all see the same."""
+"""Records in a bucket under concurrent changes: none is lost, none is made twice, and all servers see the same."""
 
 import random
 import threading
@@ -26,7 +26,7 @@ def adding(number: int) -> Callable[[Content | None], Content]:
 
 
 def known(records: Records, kept: dict[str, Any]) -> dict[str, Any]:
-    """What a server that keeps `kept` in memory knows once it has read the news."""
+    """The knowledge of a server that keeps `kept` in memory, after reading the changes."""
     for record in records.fetch_changes():
         if records.remember(record):
             if record.content is None:
@@ -42,7 +42,7 @@ def test_a_record_is_made_changed_and_removed(store_url: str) -> None:
     assert first.change("a/b", adding(1)).content == {"all": [1]}
     assert known(second, mine) == {"a/b": {"all": [1]}}
     second.change("a/b", adding(2))
-    assert list(second.fetch_changes()) == []  # its own
+    assert list(second.fetch_changes()) == []  # its own change
     assert known(first, {}) == {"a/b": {"all": [1, 2]}}
     first.change("a/b", lambda content: None)
     assert known(second, mine) == {}
@@ -50,7 +50,7 @@ def test_a_record_is_made_changed_and_removed(store_url: str) -> None:
     assert known(second, mine) == {"a/b": {"all": [3]}}
 
 
-def test_what_changes_nothing_is_not_written(store_url: str) -> None:
+def test_a_change_without_effect_is_not_written(store_url: str) -> None:
     records = opened(store_url)
     records.change("a", adding(1))
     before = records.fetch("a")
@@ -73,7 +73,7 @@ def test_a_change_that_raises_changes_nothing(store_url: str) -> None:
 
 
 def changed_by_several(store_url: str, servers: int, changes: int, keys: int) -> None:
-    """So many servers append, each its own numbers, to a few records, and remove and remake others."""
+    """Append on several servers, each its own numbers, to a few records, and remove and recreate others."""
     barrier, faults = threading.Barrier(servers), []
 
     def work(server: int) -> None:
@@ -97,7 +97,7 @@ def changed_by_several(store_url: str, servers: int, changes: int, keys: int) ->
         number for key, content in known(opened(store_url), {}).items() if key != "flicker" for number in content["all"]
     ]
     assert sorted(made) == list(range(servers * changes))
-    for server in range(servers):  # each record has a server's changes in the order in which it made them
+    for server in range(servers):  # each record holds a server's changes in the order in which it made them
         for content in (content for key, content in known(opened(store_url), {}).items() if key != "flicker"):
             own = [number for number in content["all"] if number // changes == server]
             assert own == sorted(own)
@@ -129,7 +129,7 @@ def test_an_answer_that_was_lost_for_good_is_looked_up(tmp_path: Path, monkeypat
 
 
 def test_a_second_try_that_meets_its_own_change_is_no_conflict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when others have changed the record since."""
+    """Also if others have changed the record since."""
     records, other = opened(f"file://{tmp_path}"), opened(f"file://{tmp_path}")
     put_if, tries = Bucket.put_if, []
 
@@ -147,7 +147,7 @@ def test_a_second_try_that_meets_its_own_change_is_no_conflict(tmp_path: Path, m
 
 
 def test_a_write_that_is_refused_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what others changed meanwhile."""
+    """On top of the changes made by others in the meantime."""
     records, other = opened(f"file://{tmp_path}"), opened(f"file://{tmp_path}")
     put_if = Bucket.put_if
     refused: list[object] = []
@@ -179,7 +179,7 @@ def test_a_change_that_was_not_made_says_so(tmp_path: Path, monkeypatch: pytest.
     assert records.change("a", adding(2)).content == {"all": [2]}
 
 
-def test_others_who_always_come_first_are_not_waited_for_endlessly(
+def test_a_change_that_always_loses_the_race_fails_in_bounded_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def conflict(*args: Any) -> None:
@@ -199,7 +199,7 @@ def test_lists_that_are_late_undo_nothing(store_url: str, s3: S3Server) -> None:
     first.change("doomed", adding(1))
     mine = known(second, {})
     s3.suffer(("late", "LIST", "", 1))
-    list(second.fetch_changes())  # the list that stays
+    list(second.fetch_changes())  # the list that becomes stale
     first.change("new", adding(2))
     first.change("old", adding(2))
     first.change("doomed", lambda content: None)
@@ -213,7 +213,7 @@ def test_lists_that_are_late_undo_nothing(store_url: str, s3: S3Server) -> None:
     assert known(second, mine) == {"old": {"all": [1, 2]}, "new": {"all": [2]}}
 
 
-def test_whoever_asks_while_a_record_is_looked_for_gets_it_too(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_misses_of_a_record_share_one_read(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(store_url).change("a", adding(1))
     second, looks = opened(store_url), []
     look, all_ask = second.fetch, threading.Barrier(4)
@@ -251,7 +251,7 @@ def test_a_look_that_failed_is_tried_again_by_the_next(store_url: str, monkeypat
     assert found.content == {"all": [1]}
 
 
-def test_what_was_read_before_a_change_is_no_news_after_it(store_url: str) -> None:
+def test_a_read_older_than_a_change_is_ignored(store_url: str) -> None:
     first, second = opened(store_url), opened(store_url)
     first.change("a", adding(1))
     (read,) = second.fetch_changes()
@@ -274,8 +274,8 @@ def test_an_object_that_is_no_record_leaves_what_was_known(store_url: str, caplo
         assert list(records.fetch_changes()) == []
         assert list(records.fetch_changes()) == []
         assert len(records.damaged) == 1
-    assert caplog.text.count("damaged") <= 1  # told once
-    assert records.change("a", adding(2)).content == {"all": [2]}  # a change mends it
+    assert caplog.text.count("damaged") <= 1  # reported once
+    assert records.change("a", adding(2)).content == {"all": [2]}  # a change repairs it
     assert known(opened(store_url), {}) == {"a": {"all": [2]}}
 
 
@@ -294,7 +294,7 @@ def test_tombstones_go_once_they_are_old(store_url: str) -> None:
     assert known(second, mine) == {"a": {"all": [2]}, "b": {"all": [1]}}
 
 
-def test_nobody_makes_a_record_whose_tombstone_is_being_removed(
+def test_a_record_is_not_created_while_its_tombstone_is_removed(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = opened(store_url), opened(store_url)
@@ -335,7 +335,7 @@ def test_a_tombstone_that_was_to_go_and_stayed_is_used_again(store_url: str, mon
     assert records.change("a", adding(2)).content == {"all": [2]}
 
 
-def test_a_record_removed_behind_everybodys_back_is_gone(store_url: str) -> None:
+def test_a_record_whose_object_was_deleted_is_gone(store_url: str) -> None:
     records, bucket = opened(store_url), Bucket(store_url)
     records.change("a", adding(1))
     mine = known(opened(store_url), {})
@@ -345,7 +345,7 @@ def test_a_record_removed_behind_everybodys_back_is_gone(store_url: str) -> None
 
 
 def test_quick_changes_of_one_size_have_etags_of_their_own(tmp_path: Path) -> None:
-    """A directory's inodes are used again, within one tick of the kernel's clock."""
+    """A directory's inodes are reused, within one tick of the kernel's clock."""
     bucket = Bucket(f"file://{tmp_path}")
     etags = [bucket.put_if("x", b"0", None)]
     for _ in range(100):

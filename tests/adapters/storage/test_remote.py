@@ -1,4 +1,4 @@
-"""Adapters kept in a bucket: what a new server finds there, what the disk holds of it, what its failures do."""
+"""Adapters in a bucket: found by a new server, cached on a bounded disk, and robust against the bucket's failures."""
 
 import asyncio
 import http.server
@@ -23,7 +23,7 @@ BASE = base_info()
 
 
 class Depot:
-    """Stores over one prefix of the bucket, each with a disk of its own."""
+    """Stores over one prefix of the bucket, each with its own disk."""
 
     def __init__(self, server: S3Server, root: Path) -> None:
         self.server = server
@@ -47,12 +47,12 @@ class Depot:
             return store.publish("t", name, staging, spec, **options)[0]
 
     def objects(self) -> dict[str, bytes]:
-        """All but tombstones of names."""
+        """All objects but tombstones of names."""
         found = self.server.objects(self.prefix)
         return {path: content for path, content in found.items() if b'"_removed": true' not in content}
 
     def versions(self) -> set[str]:
-        """Digests of which there are files."""
+        """Digests with files in the bucket."""
         return {f"sha256:{path.split('/')[1]}" for path in self.objects() if path.startswith("versions/")}
 
     def key(self, version: Version, file: str = WEIGHTS_NAME) -> str:
@@ -76,7 +76,7 @@ def here(store: AdapterStore, *versions: Version) -> list[bool]:
 
 
 def store_at_rest(store: AdapterStore) -> None:
-    """Once everything that was to be removed is removed."""
+    """Wait until all due removals are done."""
     files = store._files
     with files._count_lock:
         assert files._count_lock.wait_for(lambda: files._excess <= 0 and not files._removing, 60)
@@ -108,7 +108,7 @@ async def test_a_new_server_on_an_empty_disk_serves_what_the_bucket_has(depot: D
 
 
 def replaced_paths(pointer: Any, store: AdapterStore, name: str) -> Any:
-    """The same, as a store with another disk says it."""
+    """The same pointer with the paths of a store on another disk."""
     paths = {version.digest: version.path for version in store.versions("t", name)}
     versions = tuple(Version(**{**vars(one), "path": paths[one.digest]}) for one in pointer.versions)
     return type(pointer)(versions, pointer.split, pointer.pinned)
@@ -125,7 +125,7 @@ async def test_other_files_of_a_version_come_along(depot: Depot) -> None:
     await read(other, "x")
     assert (other.get("t", "x").path / "notes.txt").read_text() == "more"
     other.delete("t", "x")
-    assert await store.remove_orphans(0) == 0  # it does not know yet
+    assert await store.remove_orphans(0) == 0  # it does not know the version yet
     assert await other.remove_orphans(0) == 1
     assert depot.objects() == {}
 
@@ -138,7 +138,7 @@ async def test_files_are_kept_once_and_go_once_their_last_name_has_gone(depot: D
     assert await store.remove_orphans(0) == 0
     assert len([key for key in depot.objects() if key.startswith("versions/")]) == 3
     other = depot.open()
-    other.delete("t", "y")  # without ever having had its files
+    other.delete("t", "y")  # it never had the files
     assert await other.remove_orphans(0) == 1
     assert depot.objects() == {}
     with pytest.raises(UnknownAdapter), other.lease(version):
@@ -167,7 +167,7 @@ async def test_the_disk_is_bounded_and_what_is_in_use_stays(depot: Depot, tmp_pa
     assert await read(small, "c") == weights(2, tmp_path)
     await asyncio.to_thread(store_at_rest, small)
     assert here(small, *(small.get("t", name) for name in "abc")) == [False, True, True]
-    depot.put(small, "d", 4)  # an upload is a use
+    depot.put(small, "d", 4)  # an upload counts as use
     assert here(small, *(small.get("t", name) for name in "abcd")) == [False, False, True, True]
 
     again = depot.open("small", disk_bytes=int(2.5 * size))
@@ -214,7 +214,7 @@ async def test_a_damaged_object(depot: Depot, file: str, damage: Any) -> None:
 
 
 async def refused_as_damaged(depot: Depot) -> None:
-    """`x` cannot be had, leaves nothing behind and harms nobody; uploaded again, it is whole."""
+    """Check that fetching `x` fails, leaves nothing behind, affects no other name, and works after a new upload."""
     store = depot.open()
     with pytest.raises(DamagedAdapter):
         await read(store, "x")
@@ -252,7 +252,7 @@ async def test_several_wait_for_one_fetch_and_may_leave(depot: Depot, monkeypatc
 
     monkeypatch.setattr(RemoteStore, "get", slowly)
     waiting = [asyncio.create_task(read(store, "x")) for _ in range(4)]
-    while not started:  # noqa: ASYNC110 - a thread's doing
+    while not started:  # noqa: ASYNC110 - set by a thread
         await asyncio.sleep(0.01)
     waiting[0].cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -279,7 +279,7 @@ async def test_a_name_deleted_while_it_is_fetched_leaves_nothing(depot: Depot, m
     await asyncio.to_thread(started.wait, 60)
     await asyncio.to_thread(store.delete, "t", "x")
     released.set()
-    assert await waiting  # who asked before gets it
+    assert await waiting  # the earlier caller still gets it
     while version.path.exists():  # noqa: ASYNC110 - removed by a thread
         await asyncio.sleep(0.01)
     await asyncio.to_thread(store_at_rest, store)
@@ -287,7 +287,9 @@ async def test_a_name_deleted_while_it_is_fetched_leaves_nothing(depot: Depot, m
     assert await store.remove_orphans(0) == 1
 
 
-async def test_while_the_server_is_down_what_is_here_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_local_versions_are_served_while_the_store_is_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = S3Server()
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
@@ -366,7 +368,7 @@ async def test_a_directory_will_do(tmp_path: Path) -> None:
     assert not other.has(version)
 
 
-async def test_what_no_name_has_is_removed_once_it_is_old(depot: Depot) -> None:
+async def test_unreferenced_files_are_removed_once_they_are_old(depot: Depot) -> None:
     store = depot.open()
     kept, lost, leased = (depot.put(store, name, seed) for seed, name in enumerate(("kept", "lost", "leased")))
     other = depot.open()
@@ -376,7 +378,7 @@ async def test_what_no_name_has_is_removed_once_it_is_old(depot: Depot) -> None:
     assert await other.remove_orphans(3600) == 0
     assert lost.digest in depot.versions()
     with store.lease(leased):
-        assert await store.remove_orphans(0) == 0  # to this one they still are somebody's
+        assert await store.remove_orphans(0) == 0  # in its view they are still referenced
     assert await other.remove_orphans(0) == 2
     assert depot.versions() == {kept.digest}
     assert await read(other, "kept")

@@ -1,4 +1,4 @@
-"""What the store promises: published versions stay, and no file in use goes away."""
+"""Guarantees of the store: published versions stay, and no file in use is removed."""
 
 import threading
 import time
@@ -27,7 +27,7 @@ def box(tmp_path: Path) -> Iterator[Box]:
     box.names.close()
 
 
-# --- publishing, asking, deleting ----------------------------------------------------------------
+# --- publishing, reading, deleting ---------------------------------------------------------------
 
 
 def test_a_published_adapter_is_there_now_and_after_a_restart(box: Box) -> None:
@@ -114,7 +114,7 @@ def test_a_version_is_found_by_its_digests_beginning(box: Box) -> None:
             box.store.get("t", "x", prefix)
 
 
-# --- what a name means ------------------------------------------------------------------------------
+# --- pointers ---------------------------------------------------------------------------------------
 
 
 def digest_of(content: str) -> str:
@@ -131,7 +131,7 @@ def test_promotion_and_rollback_survive_a_restart(box: Box) -> None:
 
 
 def test_a_staged_version_waits_and_is_no_place_to_go_back_to(box: Box) -> None:
-    assert put(box.store, "x", "one", promote=False)[0].staged is False  # a new name means its first content
+    assert put(box.store, "x", "one", promote=False)[0].staged is False  # a new name points at its first content
     assert put(box.store, "x", "two", promote=False)[1]
     assert not put(box.store, "x", "two", promote=False)[1]
     assert contents(box.store) == contents(box.again()) == ["one", "two"]
@@ -165,7 +165,7 @@ def test_a_split_survives_a_restart_and_keeps_its_versions(box: Box) -> None:
     assert contents(box.store) == ["two", "five", "one"]
     assert box.on_disk() == (0, ["five", "one", "two"])
     assert box.store.is_answering(digest_of("one"))
-    put(box.store, "x", "six")  # an upload means what it says
+    put(box.store, "x", "six")  # an upload replaces a split
     assert not box.store.is_answering(digest_of("one"))
     assert box.again().pointer("t", "x").shares == {digest_of("six"): 1.0}
 

@@ -1,4 +1,4 @@
-"""Full disks, killed processes, files that went: nothing acknowledged is lost, nothing half-written is seen."""
+"""Full disks, killed processes, missing files: nothing acknowledged is lost, no partial write is visible."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def digest_of(content: str) -> str:
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, number: int) -> None:
-    """Let the `call`-th file operation of a publication raise `OSError(number)`."""
+    """Make the `call`-th file operation of a publication raise `OSError(number)`."""
     count = 0
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +115,7 @@ def test_other_faults_pass_unchanged(box: Box, monkeypatch: pytest.MonkeyPatch) 
     assert box.on_disk() == (0, [])
 
 
-def test_what_a_dead_process_left_is_removed(box: Box) -> None:
+def test_files_of_a_dead_process_are_removed(box: Box) -> None:
     put(box.store, "x", "one")
     left = box.store.stage()
     (left.__enter__() / WEIGHTS_NAME).write_text("half")
@@ -164,7 +164,7 @@ def test_kill_at_any_moment_loses_nothing_acknowledged_and_shows_nothing_half_wr
             action, number = line.split()
             last = int(number)
             state[f"n{last % 5}"] = f"c{last}" if action == "put" else ""
-        # One change may have been under way: the next publication, or a deletion that was still to be acknowledged.
+        # One change may have been in progress: the next publication, or a deletion not yet acknowledged.
         allowed = {name: {content} for name, content in state.items()}
         allowed.setdefault(f"n{(last + 1) % 5}", {""}).add(f"c{last + 1}")
         if acknowledged and last % 7 == 0:
@@ -180,7 +180,7 @@ def test_kill_at_any_moment_loses_nothing_acknowledged_and_shows_nothing_half_wr
             assert (version.path / CONFIG_NAME).read_text() == "{}"
         retained = {content_of(version) for name in found for version in box.store.versions("t", name)}
         assert box.on_disk() == (0, sorted(retained))
-        assert not box.set_aside(), "what was never acknowledged is known as such"
+        assert not box.set_aside(), "files of unacknowledged uploads are recognised as such"
         box.names.close()
         state = {name: content_of(found[name]) if name in found else "" for name in allowed}
         first = last + 2

@@ -1,4 +1,4 @@
-"""The store against a model that is obviously right."""
+"""The store compared with a simple model."""
 
 import tempfile
 import threading
@@ -30,7 +30,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """The store equals a dictionary of lists, through restarts, with leases held."""
+    """The store equals a dictionary of lists, through restarts and with leases held."""
 
     names = st.sampled_from(["x", "y"])
     contents = st.sampled_from("abcdef")

@@ -1,4 +1,4 @@
-"""What a name means: shares, who gets which, and what is kept."""
+"""Pointers: shares of a split, their assignment to users, and retention."""
 
 from collections import Counter
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_a_split_gives_each_version_its_share_and_each_user_always_the_same() ->
 
 
 @given(st.lists(st.integers(1, 100), min_size=2, max_size=3), st.text())
-def test_whatever_the_shares_everybody_gets_a_version(numbers: list[int], user: str) -> None:
+def test_every_user_gets_a_version_under_any_shares(numbers: list[int], user: str) -> None:
     total = sum(numbers)
     shares = {digest: number / total for digest, number in zip((A, B, C), numbers, strict=False)}
     assert NAME.with_split(shares).choose(user).digest in shares

@@ -1,4 +1,4 @@
-"""The int8 tier as a whole: near the exact path, a request's bits its own, its error stated, refused elsewhere."""
+"""The int8 tier in the engine: close to the exact path, batch-invariant, error reported; refused for other bases."""
 
 import asyncio
 import random
@@ -69,7 +69,7 @@ def test_batched_equals_solo_bit_for_bit(model_dir: Path, cache_dir: Path, adapt
     requests = workload(publish(engine, adapter))
     assert run(engine, requests, every=2) == solo(engine, requests)
     report = engine.inspect("x")
-    assert report.free_blocks + report.cached_blocks == report.num_blocks, "measuring gave its blocks back"
+    assert report.free_blocks + report.cached_blocks == report.num_blocks, "the measurement freed its blocks"
 
 
 @pytest.mark.parametrize("planned", [True, False])
@@ -79,7 +79,7 @@ def test_near_the_exact_path_and_says_how_far(planned: bool, model_dir: Path, ca
     for reference in (None, publish(exact, adapter)):
         expected = scores(exact, reference)
         apart = (scores(rounded, reference) - expected).abs().mean()
-        assert 1e-4 < apart < 0.1 * expected.std(), "this model is random, and magnifies what is small"
+        assert 1e-4 < apart < 0.1 * expected.std(), "this model is random and amplifies small differences"
     drift = rounded.ready().int8_drift
     assert drift is not None
     assert drift.positions > 200
@@ -93,7 +93,7 @@ def test_near_the_exact_path_and_says_how_far(planned: bool, model_dir: Path, ca
     [
         ("mixtral", 0),
         ("qwen3_moe", 2),  # its experts have 32 inputs in their second linear
-        ("gpt_oss", 0),  # runs through its modules
+        ("gpt_oss", 0),  # uses the modules path
     ],
 )
 def test_experts_are_rounded_as_well(
@@ -120,7 +120,7 @@ def test_only_serving_is_rounded(model_dir: Path, cache_dir: Path) -> None:
     before = scores(engine)
     activations.round_to_int8(engine, model_dir)
     assert not torch.equal(scores(engine), before)
-    assert all(linear.weight.int8 is None for linear in engine.base.linears), "what is trained on is exact"
+    assert all(linear.weight.int8 is None for linear in engine.base.linears), "training uses exact weights"
     assert engine.base.digest() == engine.base_digest
     engine.runner.rebase(engine.base)
     assert torch.equal(scores(engine), before)
@@ -171,7 +171,7 @@ def test_refused_without_the_kernels(model_dir: Path, cache_dir: Path) -> None:
         activations.round_to_int8(engine, model_dir)
 
 
-def test_what_a_merge_leaves_alone_stays_rounded(model_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
+def test_linears_outside_a_merge_stay_int8(model_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
     engine = load_int8(model_dir, cache_dir)
     reference = publish(engine, tiny_adapter(tmp_path, model_dir, target_modules=["q_proj"]))
     merging = MergeBuilder(engine, Outline.read(model_dir))

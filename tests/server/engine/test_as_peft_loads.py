@@ -1,4 +1,4 @@
-"""Adapters as people have them, beside PEFT: other families' names, files of other trainers, towers for images."""
+"""Adapters found in practice, compared with PEFT: names of other families, files of other trainers, image towers."""
 
 import json
 import shutil
@@ -87,7 +87,7 @@ BASES: dict[str, dict[str, Any]] = {
 
 
 class World:
-    """Bases with an engine over each."""
+    """Bases, with an engine over each."""
 
     def __init__(self, root: Path, cache_dir: Path) -> None:
         self._root = root
@@ -102,11 +102,11 @@ class World:
         return load_engine(self.model(name), self._cache, quantization="none", adapter_bytes=32 << 20)
 
     def check(self, name: str, directory: Path) -> list[str]:
-        """The adapter beside PEFT; the warnings of its receipt."""
+        """Compare the adapter with PEFT; return the warnings of its receipt."""
         engine = self.engine(name)
         ours = our_logprobs(engine, directory, PROMPT)
         torch.testing.assert_close(ours, peft_logprobs(self.model(name), directory, "none", PROMPT), atol=1e-3, rtol=0)
-        assert (ours - our_logprobs(engine, None, PROMPT)).abs().max() > 0.01, "the adapter must matter"
+        assert (ours - our_logprobs(engine, None, PROMPT)).abs().max() > 0.01, "the adapter must have an effect"
         return list(json.loads((directory / "spec.json").read_text())["warnings"])
 
 
@@ -174,7 +174,7 @@ def test_gpt2_passes_the_self_check_and_its_files_may_lack_the_models_prefix(
 
 
 def test_a_transposed_base_is_not_merged_into(world: World, tmp_path: Path) -> None:
-    """c_proj is as wide as it is high: nothing but this would tell."""
+    """c_proj is square, so its shape does not reveal the transposition."""
     engine = world.engine("gpt2")
     reference = publish(engine, tiny_adapter(tmp_path, world.model("gpt2"), target_modules=["attn.c_proj"]))
     builder = MergeBuilder(engine, Outline.read(world.model("gpt2")))
@@ -209,7 +209,7 @@ def test_a_merged_checkpoint_of_other_names_and_shapes(
 # --- other trainers' files -----------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Unexpected keyword")  # PEFT's, of the same
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Unexpected keyword")  # PEFT's warnings, too
 def test_entries_without_effect_and_unknown_fields_are_warnings(world: World, tmp_path: Path) -> None:
     tiny_adapter(tmp_path, world.model("llama"), target_modules=["q_proj", "up_proj"])
     edit(
@@ -259,7 +259,7 @@ def resized(model: Path, tokens: int) -> Any:
 
 
 def save_resized(path: Path, model: Path, tokens: int, **config: Any) -> Path:
-    """A random adapter of the base with another number of tokens, saved by PEFT."""
+    """A random adapter of the base with a resized vocabulary, saved by PEFT."""
     base = resized(model, tokens)
     torch.manual_seed(0)
     with torch.no_grad():

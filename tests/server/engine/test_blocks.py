@@ -1,4 +1,4 @@
-"""Blocks against a reference model that is obviously right and slow."""
+"""The block pool compared with a simple, slow model."""
 
 from collections import Counter
 
@@ -14,9 +14,9 @@ NUM_BLOCKS = 7
 
 
 class BlockModel(RuleBasedStateMachine):
-    """Holders take chains, publish under names, and give them back in any order.
+    """Holders take chains, publish blocks under keys, and release them in any order.
 
-    The model keeps a count per block, a name per findable block, and for each the moment it was last given back.
+    The model keeps a count per block, a key per cached block, and the time of each cached block's last release.
     """
 
     chains = Bundle("chains")
@@ -26,7 +26,7 @@ class BlockModel(RuleBasedStateMachine):
         self.pool = BlockPool(NUM_BLOCKS, block_size=4)
         self.references: Counter[int] = Counter()
         self.names: dict[int, bytes] = {}
-        self.idle_since: dict[int, int] = {}  # findable blocks that nobody holds
+        self.idle_since: dict[int, int] = {}  # cached blocks without holders
         self.clock = 0
 
     def blocks_named(self, name: bytes) -> list[int]:
@@ -92,7 +92,7 @@ class BlockModel(RuleBasedStateMachine):
         used, cached = len(+self.references), len(self.idle_since)
         assert self.pool.counts == BlockCounts(NUM_BLOCKS - used - cached, cached, used)
         assert self.pool.available == NUM_BLOCKS - used
-        assert 0 not in self.references  # the cache keeps it for padding rows
+        assert 0 not in self.references  # reserved for padding rows
 
 
 TestBlockModel = BlockModel.TestCase
@@ -157,7 +157,7 @@ def test_blocks_for(tokens: int, blocks: int) -> None:
 
 
 def test_keys_tell_everything_apart() -> None:
-    """Each ingredient of a key changes it, and no two lists of ingredients run together."""
+    """Each ingredient of a key changes it, and different lists of ingredients give different keys."""
     roots = [root_key(*names) for names in [("", ""), ("a", ""), ("", "a"), ("ab", "c"), ("a", "bc")]]
     specs = [
         adapter_spec(adapters)

@@ -1,4 +1,4 @@
-"""Many more adapters than the device holds, asked for as people ask: some often, most seldom."""
+"""Many more adapters than the device holds, requested with a Zipf distribution."""
 
 from collections import Counter
 from pathlib import Path
@@ -21,7 +21,7 @@ RANK = 8
 
 
 def pool_bytes(engine: Engine, adapters: int) -> int:
-    """What so many fp32 adapters of rank 8 on every linear take."""
+    """Bytes of so many fp32 adapters of rank 8 on every linear."""
     unit = sum(2 * (linear.in_features + linear.out_features) for linear in engine.base.linears)
     return 2 * RANK * adapters * unit
 
@@ -46,13 +46,13 @@ def test_zipf_requests_over_many_adapters_through_room_for_few(
     draw = np.random.default_rng(3)
     popularity = 1 / np.arange(1, ADAPTERS + 1)
     chosen = draw.choice(ADAPTERS, REQUESTS, p=popularity / popularity.sum())
-    chosen[: ADAPTERS // 2] = draw.permutation(ADAPTERS)[: ADAPTERS // 2]  # and most of the seldom ones, too
+    chosen[: ADAPTERS // 2] = draw.permutation(ADAPTERS)[: ADAPTERS // 2]  # and most of the rarely requested ones
     prompts = torch.randint(3, 500, (REQUESTS, 12), generator=torch.Generator().manual_seed(4)).tolist()
 
     def asked(i: int) -> Generate:
         return request(str(i), prompts[i], refs[chosen[i]], max_tokens=TOKENS)
 
-    # Two arrive with every step, so that a queue builds up while the rows of others are in use.
+    # Two requests arrive with every step, so that a queue builds up while the rows of other adapters are in use.
     waits: Counter[str] = Counter()
     answers = {str(i): Answer() for i in range(REQUESTS)}
     coming = iter(range(REQUESTS))
@@ -63,12 +63,12 @@ def test_zipf_requests_over_many_adapters_through_room_for_few(
                 engine.add(asked(i))
                 arrived += 1
         outputs = engine.step()[0]
-        if outputs:  # not a step that only waits for the disk
+        if outputs:  # excludes steps that only wait for the disk
             waits.update(str(i) for i in range(arrived) if not answers[str(i)].tokens)
         for output in outputs:
             answers[output.id].take(output)
             served += output.finish_reason is not None or output.error is not None
-    # 30 to 50 steps are usual; a request that starves would wait for most of the others.
+    # 30 to 50 steps are usual; a starving request would wait for most of the others.
     assert max(waits.values()) < REQUESTS / 2
 
     for i in range(0, REQUESTS, 3):

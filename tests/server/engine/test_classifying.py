@@ -1,4 +1,4 @@
-"""Adapters that classify: scores as transformers and PEFT give them, and the same bits in any company."""
+"""Classifiers: scores equal those of transformers and PEFT, and are bit-identical in any batch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.support.tiny import tiny_adapter, tiny_model
 
 PROMPT = torch.randint(3, 290, (90,), generator=torch.Generator().manual_seed(4)).tolist()
 
-# PEFT's advice about tied embeddings; what transformers says of a head that no checkpoint has.
+# PEFT's advice about tied embeddings; transformers' warning about a head missing in the checkpoint.
 pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning:peft")
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -33,7 +33,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 def peft_scores(model: Path, adapter: Path, quantization: str, prompt: list[int]) -> torch.Tensor:
-    """What the classification head gives, by transformers, bitsandbytes and PEFT."""
+    """Scores of the classification head, by transformers, bitsandbytes and PEFT."""
     labels = load_file(adapter / "adapter_model.safetensors")["base_model.model.score.weight"].shape[0]
     base: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
         model,
@@ -44,7 +44,7 @@ def peft_scores(model: Path, adapter: Path, quantization: str, prompt: list[int]
     )
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # it would repack the weight
+            module.support_avx512bf16_for_cpu = False  # otherwise it repacks the weight
     classifier = peft.PeftModel.from_pretrained(base, adapter, torch_device="cpu")
     with torch.no_grad():
         scores: torch.Tensor = classifier(torch.tensor([prompt])).logits[0]
@@ -71,7 +71,7 @@ def test_scores_equal_peft(name: str, engine: Engine, model_dir: Path, tmp_path:
     adapter = tiny_adapter(tmp_path, model_dir, seed=len(name), **ADAPTERS[name])
     ours = our_scores(engine, adapter)
     torch.testing.assert_close(ours, peft_scores(model_dir, adapter, "nf4", PROMPT), atol=1e-3, rtol=0)
-    assert ours.abs().max() > 0.1, "or this test shows nothing"
+    assert ours.abs().max() > 0.1, "otherwise this test shows nothing"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -116,7 +116,7 @@ def test_a_bias_and_other_spellings_of_the_head(engine: Engine, model_dir: Path,
         torch.testing.assert_close(our_scores(engine, adapter), plain + bias)
 
 
-def test_company_chunks_preemption_and_the_cache_change_no_bit(
+def test_the_batch_chunks_preemption_and_the_cache_change_no_bit(
     engine: Engine, model_dir: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     made: dict[str, dict[str, Any]] = {"two": {"labels": 2}, "reward": {"labels": 1}, "dora": ADAPTERS["DoRA, rsLoRA"]}

@@ -1,6 +1,6 @@
-"""Adapters of drawn configs, saved by PEFT, beside PEFT: whatever is combined, the answer is PEFT's.
+"""Adapters with random configs, saved by PEFT: outputs equal PEFT's for every combination.
 
-Every config here is served; what is refused has its own tests. HYPOTHESIS_PROFILE=explore draws others.
+Every config here is served; refusals have their own tests. HYPOTHESIS_PROFILE=explore draws others.
 """
 
 import functools
@@ -17,11 +17,11 @@ from tests.support.tiny import tiny_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning:peft")
 
-# Heads before tokens in norms, scaled rows, one matrix for embedding and head; biases and a head of its own; a state.
+# Norms with heads before tokens, scaled embeddings, tied matrices; biases and an untied head; a state.
 FAMILIES = ["gemma3_text", "phi", "qwen3_5_text"]
 IDS = [70, 5]  # tokens of the prompt
 
-# What becomes of embedding and head: fields of the config, and names for `target_modules`.
+# Treatment of embedding and head: fields of the config, and names for `target_modules`.
 tables: st.SearchStrategy[tuple[dict[str, Any], list[str]]] = st.sampled_from(
     [
         ({}, []),
@@ -76,10 +76,10 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     chosen = draw(linears)
     if isinstance(chosen, list):
         chosen = [*chosen, *targets]
-    else:  # a list's, in PEFT
+    else:  # a list's indices, in PEFT
         config.pop("layers_to_transform", None)
     if "ensure_weight_tying" in config:
-        config.pop("dtype", None)  # a cast parts what is tied
+        config.pop("dtype", None)  # a cast would separate tied matrices
     if "use_dora" in config:
         config.pop("lora_bias", None)
     return config | {"target_modules": chosen}
@@ -96,7 +96,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-# A smaller case says no more, and looking for it takes minutes.
+# Shrinking would take minutes and add nothing.
 @settings(max_examples=12, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(config=configs())
 def test_a_drawn_adapter_equals_pefts(family: str, config: dict[str, Any], world: World, directories: Any) -> None:

@@ -1,4 +1,4 @@
-"""Engine limits and faults that no other test of the engine is about."""
+"""Limits and faults of the engine not covered by other tests."""
 
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ ROPES: dict[str, dict[str, Any]] = {
     ("rope", "longest"), [("linear", 512), ("yarn", 512), ("dynamic", 128), ("longrope", 96), ("longrope", 128)]
 )
 def test_the_context_is_what_rope_allows(rope: str, longest: int, cache_dir: Path, tmp_path: Path) -> None:
-    """Longrope has its short factors below its original length, its long ones when more is asked for."""
+    """Longrope uses its short factors below the original length, and its long ones above."""
     parameters = {"rope_type": rope, "rope_theta": 1e4} | ROPES[rope]
     model = tiny_model(tmp_path / "m", rope_parameters=parameters, max_position_embeddings=128)
     if longest != 96:

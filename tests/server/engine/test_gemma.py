@@ -1,4 +1,4 @@
-"""The built-in Gemma 3 270M as it is: windows, norms and a vocabulary of a real model, beside PEFT."""
+"""The built-in Gemma 3 270M: windows, norms and the vocabulary of a real model, compared with PEFT."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ TEXT = "The parakeets of the southern islands nest in hollow trees. Farmers ther
 
 @pytest.mark.parametrize("family", ["gemma3_text", "biogpt"])
 def test_a_tied_embedding_that_scales_its_rows_is_exact_in_bf16(family: str, cache_dir: Path, tmp_path: Path) -> None:
-    """Real checkpoints are bf16: the matrix is then held so, and the rows are scaled in fp32 all the same."""
+    """Real checkpoints are bf16: the matrix is then held in bf16, while rows are still scaled in fp32."""
     tiny_family(family, tmp_path / "m")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "m")
     config.tie_word_embeddings = True
@@ -30,7 +30,7 @@ def test_a_tied_embedding_that_scales_its_rows_is_exact_in_bf16(family: str, cac
     torch.testing.assert_close(our_logprobs(engine, None, prompt), theirs, atol=1e-3, rtol=0)
 
 
-@pytest.mark.slow  # fetches 238 MB and converts them, once; the tiny gemma3_text of tests/sweep is its sister
+@pytest.mark.slow  # fetches 238 MB and converts them, once; the tiny gemma3_text of tests/sweep covers the same
 @pytest.mark.timeout(1800)
 def test_gemma_3_270m_equals_peft(cache_dir: Path, tmp_path: Path) -> None:
     model = resolve("gemma-3-270m", default_cache_dir())

@@ -1,4 +1,4 @@
-"""Layers of several shapes: windows beside full attention, heads of several sizes, layers that read others' keys."""
+"""Layers of several geometries: windows beside full attention, several head sizes, layers that read others' keys."""
 
 import random
 from pathlib import Path
@@ -21,13 +21,13 @@ from tests.support.scheduler_world import FakeResidency
 from tests.support.tiny import tiny_adapter
 from tests.sweep.families import tiny_family
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about families
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of transformers about families
 MIXED = "gemma4_text"
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gemma 4 as it can be: K = V and one wide KV head in full layers, windows in others, two that read others'."""
+    """A Gemma 4 with all features: K = V and one wide KV head in full layers, windows in others, two shared layers."""
     directory = tmp_path_factory.mktemp(MIXED)
     tiny_family(MIXED, directory)
     return directory
@@ -65,7 +65,7 @@ def test_a_model_tells_its_layers(mixed: Path, cache_dir: Path) -> None:
     sliding, full = LayerKV(2, 16, 32, 0), LayerKV(1, 32, 0, 1)
     assert engine.base.layers == [sliding, full, sliding, full]
     assert engine.cache.windows == [0, 32]
-    assert engine.cache.k[2] is engine.cache.k[0], "a layer that reads another's keys has none of its own"
+    assert engine.cache.k[2] is engine.cache.k[0], "a layer that reads another's keys has no cache of its own"
     assert engine.cache.k[1].shape[1:] == (1, 16, 32)
 
 
@@ -109,7 +109,7 @@ def test_cache_hits_change_nothing(mixed: Path, adapter: Path, cache_dir: Path) 
     assert cold.cached_tokens == 0
     assert warm.cached_tokens == 144
     assert (warm.tokens, warm.logprobs) == (cold.tokens, cold.logprobs)
-    # The window before a place has to be there: without it the place is of no use, whatever full layers have.
+    # The window before the cached position is required: without it the position is unusable, whatever full layers have.
     sliding = engine.blocks.pools[1]
     sliding.reset_cache()
     again = run(engine, [request("a", longer, reference, max_tokens=8)])["a"]
@@ -119,7 +119,7 @@ def test_cache_hits_change_nothing(mixed: Path, adapter: Path, cache_dir: Path) 
 
 
 def played(layers: list[LayerKV], tokens: int, chunk: int) -> int:
-    """Bytes of KV blocks, at most, while one request's prompt is computed and some tokens after it."""
+    """Peak bytes of KV blocks while one request computes its prompt and some tokens after it."""
     windows = sorted(set(reaches(layers)))
     pools = [BlockPool(2 * tokens // 16, 16) for _ in windows]
     blocks = BlockGroups(pools, windows, chunk, KEY_GROUP)
@@ -151,7 +151,7 @@ def test_sliding_layers_give_memory_back() -> None:
 
 
 def test_memory_is_divided_between_groups(mixed: Path, cache_dir: Path) -> None:
-    """A full batch's windows fit; what is left goes to the layers that see everything."""
+    """The windows of a full batch fit; the rest goes to the full-attention layers."""
     engine = load_engine(mixed, cache_dir, kv_cache_bytes=8 << 20, max_batch_requests=4)
     sizes = block_bytes(engine.base.layers, 16, engine.base.dtype)
     full, sliding = (pool.num_blocks for pool in engine.blocks.pools)

@@ -1,4 +1,4 @@
-"""Answers under grammars: what comes out is valid, whatever else is asked; free neighbours never notice."""
+"""Grammars: outputs are valid with all other options, and unconstrained requests in the batch are unaffected."""
 
 import json
 import random
@@ -42,7 +42,7 @@ SCHEMAS: list[dict[str, Any]] = [
     {"allOf": [{"type": "object", "properties": {"k": {"enum": ["x", "y"]}}, "required": ["k"]}, {"maxProperties": 1}]},
 ]
 TAGS = {"triggers": ["<f="], "structures": [{"begin": "<f=one>", "schema": PERSON, "end": "</f>"}]}
-CALLS = Grammar("structural_tag", json.dumps(TAGS))  # as those of tools: free text, until one begins
+CALLS = Grammar("structural_tag", json.dumps(TAGS))  # like those of tools: free text until a call begins
 ASKED: list[dict[str, Any]] = [
     {},
     {"logprobs": 2},
@@ -112,7 +112,7 @@ def test_a_finished_answer_is_valid_and_free_neighbours_never_notice(
     alone = solo(engine, free)
     mixed = [one for pair in zip(constrained_ones, free, strict=False) for one in pair]
     answers = run(engine, calls + mixed + constrained_ones[len(free) :], every=1)
-    assert any("<f=" in tokenizer.decode(answers[call.id].tokens) for call in calls), "none was in force"
+    assert any("<f=" in tokenizer.decode(answers[call.id].tokens) for call in calls), "no constraint took effect"
     for i in range(rounds):
         check(answers[f"c{i}"], SCHEMAS[i % len(SCHEMAS)], tokenizer)
     finished = sum(answers[f"c{i}"].finish_reason == "stop" for i in range(rounds))
@@ -120,7 +120,7 @@ def test_a_finished_answer_is_valid_and_free_neighbours_never_notice(
     assert {name: answers[name] for name in alone} == alone
     for one, answer in solo(
         engine, constrained_ones[: len(SCHEMAS)]
-    ).items():  # and neither does a constrained one notice its neighbours
+    ).items():  # nor are constrained requests affected by others
         assert answer.tokens == answers[one].tokens
 
 
@@ -187,7 +187,7 @@ def test_forced_tokens_take_one_pass_and_no_draw(
     answer = run(engine, [constrained("a", of_schema(schema))])["a"]
     assert json.loads(tokenizer.decode(answer.tokens)).keys() == properties.keys()
     assert len(answer.tokens) > 30
-    # One pass for each choice between true and false, or of a token of "true" where tokens leave one.
+    # One pass for each choice between true and false, or for each token of "true" if tokens leave a choice.
     assert len(steps) <= 9
 
 
@@ -317,7 +317,7 @@ def test_compiled_grammars_are_kept_within_their_budget(shallow_dir: Path) -> No
 def test_adapters_with_tokens_of_their_own_may_say_them(
     shallow_dir: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = tokenizer.get_vocab_size()  # new tokens are numbered from there
+    first = tokenizer.get_vocab_size()  # new tokens are numbered from here
     text = AdapterText(tokens=(NewToken(first, "<polly>", special=True), NewToken(first + 1, "squawk")))
     monkeypatch.setattr(AdapterSpec, "read", lambda path: type("Spec", (), {"text": text}))
     kept = grammars.Grammars(shallow_dir, VOCAB, [2], budget=1 << 30, priority="normal")
@@ -339,7 +339,7 @@ def test_without_a_usable_tokenizer_grammars_are_refused(content: str | None, tm
 
 
 def test_drafts_are_walked_as_single_tokens_would_be(engine: Engine) -> None:
-    """The masks after drafts equal those of a constraint that was given these tokens one by one."""
+    """The masks after drafts equal those of a constraint that consumed these tokens one by one."""
     compiled = engine.grammars.compile(of_schema(PERSON), []).result()
     draw = random.Random(0)
     walked = compiled.constraint(Sampling())
@@ -373,7 +373,7 @@ THOUGHT = (
 @pytest.mark.parametrize("asked", [{}, {"speculative_tokens": 4}, {"logprobs": 1}, {"temperature": 0.0}])
 @pytest.mark.parametrize("most", [0, 1, 9, 30])
 def test_a_thought_ends_with_its_budget(most: int, asked: dict[str, Any], engine: Engine, tokenizer: Tokenizer) -> None:
-    """Whether the prompt has begun it or the answer does, and the grammar holds after it."""
+    """Whether the thought begins in the prompt or in the output; the grammar applies after it."""
     close = tokenizer.encode("\n</a>\n", add_special_tokens=False).ids
     begun = THOUGHT.replace("begin thought SPACE @answer | @answer", "thought SPACE @answer")
     for begin, lark in (("", begun), ("<a>", THOUGHT.replace(" | @answer", ""))):
@@ -387,7 +387,7 @@ def test_a_thought_ends_with_its_budget(most: int, asked: dict[str, Any], engine
         assert thought.startswith(begin)
         opened = len(tokenizer.encode(begin).ids)
         spent = len(tokenizer.encode(thought + end).ids)
-        assert spent <= max(most, opened + len(close)) + 3, "a character is finished first"
+        assert spent <= max(most, opened + len(close)) + 3, "a partial character is completed first"
         if answer.finish_reason == "stop":
             jsonschema_rs.validator_for(PERSON).validate(json.loads(rest.removesuffix("<|im_end|>")))
 
@@ -399,4 +399,4 @@ def test_a_budget_never_ends_what_is_no_thought(engine: Engine, tokenizer: Token
     limited = run(engine, [constrained("l", free, seed=5, max_tokens=40, thought=budget)])["l"]
     assert plain.tokens == limited.tokens
     alone = request("f", [5, 6, 7, 8, 7, 6], seed=5, temperature=1.5, max_tokens=40, ignore_eos=False, logprobs=None)
-    assert run(engine, [alone])["f"].tokens == plain.tokens, "a grammar of any text changes nothing"
+    assert run(engine, [alone])["f"].tokens == plain.tokens, "a grammar that allows any text changes nothing"

@@ -1,4 +1,4 @@
-"""Decode graphs: static buffers and buckets anywhere, recordings on a GPU."""
+"""Decode graphs: static buffers and buckets on any device, recordings on a GPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ LINEARS, BLOCKS = 3, 4
 
 
 def step(count: int, segments: int = 0, blocks: int = 2) -> DecodeStep:
-    """A step whose every number differs from padding's."""
+    """A step in which every number differs from the padding."""
     return DecodeStep(
         ids=torch.arange(count) + 5,
         positions=torch.arange(count) + 9,
@@ -28,7 +28,7 @@ def step(count: int, segments: int = 0, blocks: int = 2) -> DecodeStep:
 
 
 class Model:
-    """Answers each row with its id, and keeps what it was given."""
+    """Outputs each row's id, and records its inputs."""
 
     def __init__(self) -> None:
         self.recorded = 0
@@ -51,7 +51,7 @@ class Model:
 def test_a_step_is_padded_to_its_bucket(count: int, adapters: bool) -> None:
     model = Model()
     given = step(count, count if adapters else 0)
-    model.graphs.run(step(64, 64 if adapters else 0, BLOCKS))  # leaves its numbers where buffers are shared
+    model.graphs.run(step(64, 64 if adapters else 0, BLOCKS))  # leaves its numbers in shared buffers
     logits = model.graphs.run(given)
     assert logits is not None
     assert logits.tolist() == given.ids[:, None].tolist()
@@ -61,7 +61,7 @@ def test_a_step_is_padded_to_its_bucket(count: int, adapters: bool) -> None:
     assert model.graphs.bucket(given) == Bucket(size, adapters)
     assert seen.block_tables.shape == (size, BLOCKS)
     assert (seen.slots[count:] == 0).all(), "padding writes to the scratch block"
-    assert (seen.seqs[count:] == torch.tensor([size, size, 0])).all(), "padding asks nothing, and starts ascend"
+    assert (seen.seqs[count:] == torch.tensor([size, size, 0])).all(), "padding has no queries, and starts ascend"
     assert seen.segments == (size if adapters else 0)
     if seen.table is not None:
         assert given.table is not None
@@ -82,7 +82,7 @@ def test_several_adapters_on_a_request_take_a_larger_bucket() -> None:
     assert Model().graphs.bucket(step(2, 5)) == Bucket(8, True)
 
 
-def test_what_is_too_large_runs_without() -> None:
+def test_steps_beyond_the_largest_bucket_run_without_graphs() -> None:
     model = Model()
     assert model.graphs.run(step(MAX_BUCKET + 1)) is None
     assert model.graphs.run(step(2, blocks=BLOCKS + 1)) is None

@@ -1,4 +1,4 @@
-"""An engine of depth 1, which is given each step before the last one was collected: answers show nothing of it."""
+"""An engine of depth 1, which submits each step before collecting the last: outputs equal those of depth 0."""
 
 import random
 from collections import Counter
@@ -26,7 +26,7 @@ from tests.support.tiny import tiny_adapter
 
 
 class Watched:
-    """An engine of depth 1, and how often each request was given a token's work while that token was pending."""
+    """An engine of depth 1, with the number of steps per request submitted while one of its tokens was pending."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -45,7 +45,7 @@ def adapters(shallow_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     return [tiny_adapter(root / str(rank), shallow_dir, seed=rank, r=rank) for rank in (4, 16)]
 
 
-# On a GPU too a request's tokens must not depend on the one that has ended and still computes.
+# Also on a GPU, a request's tokens must not depend on an ended one that is still computing.
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def watched(shallow_dir: Path, cache_dir: Path) -> Watched:
 
 
 def workload(references: list[AdapterRef], **sampling: Any) -> list[Generate]:
-    """Requests that end one after the other: greedy, drawn, truncated; with adapters and without."""
+    """Requests that end one after the other: greedy, sampled, truncated; with and without adapters."""
     draw = random.Random(1)
     kinds: list[dict[str, Any]] = [
         {},
@@ -85,7 +85,7 @@ def test_answers_are_the_same(plain: Engine, watched: Watched, adapters: list[Pa
     references = [publish(plain, directory) for directory in adapters]
     expected = run(plain, workload(references), every=2)
     assert run(watched.engine, workload(references), every=2) == expected
-    # Every token but the first of each, whoever joins, ends or has its prompt cut meanwhile.
+    # All tokens but the first of each, even when requests join, end or have their prompts chunked in the meantime.
     assert watched.ahead == {single.id: single.sampling.max_tokens - 1 for single in workload(references)}
     report = watched.engine.inspect("x")
     assert report.free_blocks + report.cached_blocks == report.num_blocks
@@ -93,9 +93,9 @@ def test_answers_are_the_same(plain: Engine, watched: Watched, adapters: list[Pa
         assert report.free_rows[kind] + report.resident_rows[kind] == capacity
 
 
-def test_one_that_stops_has_run_once_too_often_and_nobody_sees_it(plain: Engine, watched: Watched) -> None:
+def test_the_extra_step_after_a_stop_does_not_change_outputs(plain: Engine, watched: Watched) -> None:
     endless = run(plain, workload([], max_tokens=30))
-    stopping = [  # with the third of the tokens that they would give
+    stopping = [  # stop at the third token
         replace(single, sampling=replace(single.sampling, stop_token_ids=[endless[single.id].tokens[2]]))
         for single in workload([], max_tokens=30)
     ]
@@ -105,7 +105,7 @@ def test_one_that_stops_has_run_once_too_often_and_nobody_sees_it(plain: Engine,
     assert answers == expected
     assert {answer.finish_reason for answer in answers.values()} == {"stop"}
     assert all(watched.ahead[name] == 3 for name in answers)  # two to get the third token, and one for nothing
-    # What it left in the cache is whole: the same prompts, continued from there, go on as they would have.
+    # The cache it leaves is intact: the same prompts, extended by these tokens, continue as without the stop.
     longer = [replace(single, prompt=[*single.prompt, *answers[single.id].tokens]) for single in workload([])]
     plain.blocks.reset_cache()
     fresh = run(plain, longer)
@@ -126,7 +126,7 @@ def test_one_that_stops_has_run_once_too_often_and_nobody_sees_it(plain: Engine,
         {"speculative_tokens": 3},
     ],
 )
-def test_one_clients_options_hold_up_nobody_else(plain: Engine, watched: Watched, sampling: dict[str, Any]) -> None:
+def test_options_of_one_request_do_not_delay_others(plain: Engine, watched: Watched, sampling: dict[str, Any]) -> None:
     asking = [
         replace(single, sampling=replace(single.sampling, **sampling)) if index % 2 else single
         for index, single in enumerate(workload([]))
@@ -138,7 +138,7 @@ def test_one_clients_options_hold_up_nobody_else(plain: Engine, watched: Watched
         assert watched.ahead[single.id] == (0 if waits and index % 2 else single.sampling.max_tokens - 1)
 
 
-def test_nor_does_a_training_job(watched: Watched, shallow_dir: Path, tmp_path: Path) -> None:
+def test_a_training_job_does_not_delay_requests(watched: Watched, shallow_dir: Path, tmp_path: Path) -> None:
     engine = watched.engine
     trainer = Trainer(engine.base)
     settings = {"batch_size": 1, "length": 16, "rank": 4, "micro_batch_tokens": 64, "memory": "recompute"}
@@ -159,8 +159,8 @@ def test_nor_does_a_training_job(watched: Watched, shallow_dir: Path, tmp_path: 
     assert watched.ahead == {"a": 11, "b": 11}
 
 
-def test_nor_do_merged_weights(shallow_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
-    """Neither while they are made nor while requests run on them."""
+def test_merged_weights_do_not_delay_requests(shallow_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
+    """Neither during the build nor while requests run on them."""
     answers = []
     for depth in (0, 1):
         watched = Watched(load_engine(shallow_dir, cache_dir, deterministic=True, depth=depth))
@@ -196,10 +196,10 @@ def test_aborted_under_way(plain: Engine, watched: Watched) -> None:
     while not engine.idle:
         for output in engine.step()[0]:
             answers[output.id].take(output)
-        if watched.ahead["r1"] and had is None:  # one is under way
+        if watched.ahead["r1"] and had is None:  # a step is in flight
             had = len(answers["r1"].tokens)
             engine.abort("r1")
-            engine.add(request("r1", [9, 8, 7], max_tokens=2, logprobs=None))  # the name is free at once
+            engine.add(request("r1", [9, 8, 7], max_tokens=2, logprobs=None))  # the id is free at once
     assert had is not None
     assert len(answers["r1"].tokens) == had + 2
     assert answers["r1"].finish_reason == "length"
@@ -214,7 +214,7 @@ def test_all_aborted_under_way(watched: Watched) -> None:
     engine.step()
     assert watched.ahead == {"a": 1}
     engine.abort("a")
-    assert engine.busy  # the device is
+    assert engine.busy  # the device is busy
     assert engine.step()[0] == []
     assert engine.idle
     assert not engine.blocks.counts.used
@@ -222,11 +222,11 @@ def test_all_aborted_under_way(watched: Watched) -> None:
 
 
 def test_logits_that_are_not_finite(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They end their sequence, whose next token was already on its way; the others go on."""
+    """They end their sequence, whose next token was already in flight; the others continue."""
     engine = watched.engine
     for name in ("a", "b"):
         engine.add(request(name, [5, 6, 7], max_tokens=8, logprobs=None))
-    engine.runner.weights.graphs = None  # a recording would not ask for hidden states again
+    engine.runner.weights.graphs = None  # a recording would not compute hidden states again
     hidden, calls = engine.runner.weights.hidden, 0
 
     def poisoned(*arguments: Any) -> torch.Tensor:
@@ -255,7 +255,7 @@ def test_newcomers_do_not_wait_for_others_to_end(watched: Watched) -> None:
     for _ in range(4):
         engine.step()
     engine.add(request("b", [5, 6, 7], max_tokens=1, logprobs=None))
-    engine.step()  # collects the one before it came
+    engine.step()  # collects the step submitted before the new request
     assert "b" in {output.id for output in engine.step()[0]}
 
 
@@ -274,7 +274,7 @@ def test_a_gpu_is_given_steps_without_waiting(
 ) -> None:
     watched = Watched(load_engine(shallow_dir, cache_dir, device="cuda"))
     references = [publish(watched.engine, directory) for directory in adapters]
-    run(watched.engine, workload(references, **sampling))  # everything is compiled
+    run(watched.engine, workload(references, **sampling))  # compiles everything
     submit = watched._submit
 
     def strict(step: Step, before: InFlightStep | None = None) -> InFlightStep:

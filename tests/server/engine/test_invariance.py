@@ -1,4 +1,4 @@
-"""A request's answer never depends on its neighbours, on how its prompt was cut, on preemption, or on the cache."""
+"""A request's output never depends on other requests, chunking, preemption, or the cache."""
 
 import random
 from pathlib import Path
@@ -27,7 +27,7 @@ def adapters(shallow_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 def workload(references: list[AdapterRef], max_tokens: int = 12, longest: int = 120) -> list[Generate]:
-    """16 requests over 8 adapters, of mixed lengths, half greedy and half drawn; less for the interpreter."""
+    """16 requests over 8 adapters, of mixed lengths, half greedy and half sampled; fewer for the interpreter."""
     draw = random.Random(0)
     count = 16
     if interpreter.whole_suite():
@@ -47,7 +47,7 @@ def workload(references: list[AdapterRef], max_tokens: int = 12, longest: int = 
 
 
 def settle(engine: Engine) -> None:
-    """When idle, everything is accounted for."""
+    """Check that an idle engine accounts for all blocks and rows."""
     report = engine.inspect("x")
     assert report.free_blocks + report.cached_blocks == report.num_blocks
     for kind, capacity in engine.pool.capacity.items():
@@ -98,7 +98,7 @@ def test_cache_hits_change_nothing(shallow_dir: Path, cache_dir: Path, adapters:
     assert warm.cached_tokens == 96
     assert (warm.tokens, warm.logprobs) == (cold.tokens, cold.logprobs)
     other = run(engine, [request("a", prompt, second, max_tokens=8)])["a"]
-    assert other.cached_tokens == 0, "another adapter's keys and values are not this one's"
+    assert other.cached_tokens == 0, "keys and values of another adapter are not reused"
     base = run(engine, [request("a", prompt, None, max_tokens=8)])["a"]
     assert base.cached_tokens == 0
     assert len({tuple(answer.tokens) for answer in (cold, other, base)}) == 3
@@ -108,7 +108,7 @@ def test_cache_hits_change_nothing(shallow_dir: Path, cache_dir: Path, adapters:
 def test_steps_carry_many_adapters(shallow_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
     engine = load_engine(shallow_dir, cache_dir, max_batch_tokens=256)
     references = [publish(engine, directory) for directory in adapters]
-    run(engine, [request(f"r{i}", [5], reference, max_tokens=1) for i, reference in enumerate(references)])  # all here
+    run(engine, [request(f"r{i}", [5], reference, max_tokens=1) for i, reference in enumerate(references)])  # load all
     for i, reference in enumerate(references):
         engine.add(request(f"r{i}", range(10, 30), reference, max_tokens=5))
     most = 0

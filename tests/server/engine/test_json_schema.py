@@ -1,4 +1,4 @@
-"""Every keyword of JSON Schema that grammars follow: a schema is refused by name, or what it yields is valid."""
+"""Every keyword of JSON Schema that grammars support: a schema is refused by name, or its outputs are valid."""
 
 import json
 from pathlib import Path
@@ -40,12 +40,12 @@ def tokenizer(shallow_dir: Path) -> Tokenizer:
 
 
 def checked(schema: dict[str, Any]) -> dict[str, Any]:
-    """The answer of the process that compiles on trial."""
+    """The answer of the trial compilation."""
     return _carry_out({"grammar": {"kind": "json", "text": json.dumps(schema), "size": 0, "thought": ""}, "seconds": 5})
 
 
 def asked(name: str, schema: dict[str, Any], seed: int, tokenizer: Tokenizer) -> Generate:
-    """At a high temperature, with a liking for ends: random weights have none."""
+    """A request with a high temperature and a bias for ending tokens, which random weights rarely draw."""
     bias = {tokenizer.token_to_id(end): 3.0 for end in ('"', "}", "]", "<|im_end|>")}
     sampling: dict[str, Any] = {"temperature": 1.5, "max_tokens": 100, "ignore_eos": False, "logprobs": None}
     return request(
@@ -56,7 +56,7 @@ def asked(name: str, schema: dict[str, Any], seed: int, tokenizer: Tokenizer) ->
 def invalid(
     engine: Engine, tokenizer: Tokenizer, schemas: dict[str, dict[str, Any]], seeds: range
 ) -> tuple[set[str], list[Any]]:
-    """Names of answers that came to their end, and those among them that are not valid."""
+    """Names of finished answers, and the schemas of failed and invalid ones with the error or text."""
     asking = [asked(f"{name}/{seed}", schemas[name], seed, tokenizer) for name in schemas for seed in seeds]
     finished, wrong = set(), []
     for name, answer in run(engine, asking).items():
@@ -78,7 +78,7 @@ def place_of(schema: Any, path: list[str]) -> Any:
 
 
 def compiled_ones(each: int) -> dict[str, dict[str, Any]]:
-    """Of so many schemas of every keyword those that compile; all others are refused by the path of the culprit."""
+    """Of this many schemas per keyword, those that compile; all others are refused with the path of the culprit."""
     found = {}
     for keyword in BY_KEYWORD:
         for number, schema in enumerate(drawn(keyword, each)):
@@ -115,7 +115,7 @@ def test_a_thousand_finished_answers_are_valid(engine: Engine, tokenizer: Tokeni
 
 
 @pytest.mark.parametrize("keyword", UNSUPPORTED)
-def test_what_cannot_be_followed_is_refused_by_name(keyword: str) -> None:
+def test_unsupported_keywords_are_refused_by_name(keyword: str) -> None:
     part = {keyword: VALUES.get(keyword, {})} | BESIDE.get(keyword, {})
     answer = checked({"type": "object", "properties": {"a": part}})
     assert answer["path"][:2] == ["properties", "a"]
@@ -142,7 +142,7 @@ SAYING_NOTHING: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("part", SAYING_NOTHING, ids=json.dumps)
-def test_what_says_nothing_is_passed_over(part: dict[str, Any]) -> None:
+def test_keywords_without_effect_are_ignored(part: dict[str, Any]) -> None:
     assert "size" in checked({"type": "object", "properties": {"a": part}, "required": ["a"]})
 
 
@@ -191,7 +191,7 @@ ENDLESS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_what_no_answer_can_begin_is_refused(name: str) -> None:
+def test_schemas_without_a_finite_answer_are_refused(name: str) -> None:
     schema, ref = ENDLESS[name]
     answer = checked(schema | ({"$ref": ref} if ref else {}))
     assert answer["path"]
@@ -199,7 +199,7 @@ def test_what_no_answer_can_begin_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HALF)
-def test_what_would_be_followed_by_half_is_refused(name: str) -> None:
+def test_partly_supported_schemas_are_refused(name: str) -> None:
     schema, path = HALF[name]
     answer = checked(schema)
     assert answer["path"][: len(path)] == path
@@ -229,7 +229,7 @@ ALLOWED: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"type": "number", "allOf": [{"exclusiveMinimum": 3}, {"maximum": 3.01}]}, ["3.01"], ["3"]),
     ({"type": "integer", "exclusiveMinimum": 0}, ["1"], ["0"]),
     ({"type": "number", "exclusiveMinimum": 0}, ["1", "0.001"], ["0", "-1"]),
-    # As schemas made of types have them: 64 bits, float, double.
+    # Bounds generated from types: 64 bits, float, double.
     ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, ["0", "-5", str(2**62)], [str(2**63)]),
     ({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}, ["0", str(2**62)], ["-1", str(2**64)]),
     ({"type": "integer", "exclusiveMinimum": -1e300}, ["0", "-5"], []),
@@ -240,7 +240,9 @@ ALLOWED: list[tuple[dict[str, Any], list[str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("schema", "good", "bad"), ALLOWED, ids=[json.dumps(schema) for schema, _, _ in ALLOWED])
-def test_what_is_tightened(schema: dict[str, Any], good: list[str], bad: list[str], tokenizer: Tokenizer) -> None:
+def test_schemas_allow_good_and_reject_bad_texts(
+    schema: dict[str, Any], good: list[str], bad: list[str], tokenizer: Tokenizer
+) -> None:
     known = LLTokenizer(tokenizer.to_str(), n_vocab=VOCAB, eos_token=2)
     whole = definition(Grammar("json", json.dumps({"type": ["string", "object"]} | schema)))
     assert [text for text in good if not jsonschema_rs.is_valid(schema, read(text), validate_formats=True)] == []

@@ -1,4 +1,4 @@
-"""A KV cache of fewer bits: more tokens in as many bytes, answers near the exact ones, and their distance told."""
+"""KV caches of fewer bits: more tokens in the same memory, outputs close to the exact ones, and the drift reported."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(interpreter.whole_suite(), reason="the kernels h
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Heads of 64 numbers, beside which an int8 row's scale is small."""
+    """Heads of 64 numbers, so that the scale of an int8 row is small in comparison."""
     return tiny_model(tmp_path_factory.mktemp("wide"), head_dim=64)
 
 
@@ -49,14 +49,14 @@ def test_it_holds_more_and_says_how_far_answers_are(
     drift = here.kv_cache.drift
     assert drift is not None
     assert drift.positions > 100
-    assert 0 < drift.mean_kl < most, "this model is random, and magnifies what is small"
+    assert 0 < drift.mean_kl < most, "this model is random and amplifies small differences"
     assert apart > 0
     report = engine.inspect("x")
-    assert report.free_blocks + report.cached_blocks == report.num_blocks, "measuring gave its blocks back"
+    assert report.free_blocks + report.cached_blocks == report.num_blocks, "the measurement freed its blocks"
 
 
 @pytest.mark.parametrize("kept", ["fp8", "int8"])
-def test_a_request_keeps_its_bits_in_company(model_dir: Path, cache_dir: Path, tmp_path: Path, kept: str) -> None:
+def test_outputs_do_not_depend_on_other_requests(model_dir: Path, cache_dir: Path, tmp_path: Path, kept: str) -> None:
     engine = load(model_dir, cache_dir, kept)
     requests = workload(publish(engine, tiny_adapter(tmp_path / "a", model_dir)))
     assert run(engine, requests, every=2) == solo(engine, requests)
@@ -64,4 +64,4 @@ def test_a_request_keeps_its_bits_in_company(model_dir: Path, cache_dir: Path, t
 
 def test_our_kernels_and_the_modules_see_the_same_cache(model_dir: Path, cache_dir: Path) -> None:
     planned, modules = (scores(load(model_dir, cache_dir, "int8", planned=planned)) for planned in (True, False))
-    assert (planned - modules).abs().max() < 0.05, "a rounding apart here and there"
+    assert (planned - modules).abs().max() < 0.05, "only rounding differences"

@@ -1,4 +1,4 @@
-"""Merged adapters in the engine: what they compute, who runs on them, and that undoing them leaves nothing."""
+"""Merged weights in the engine: their outputs, the requests that use them, and complete removal."""
 
 import gc
 import math
@@ -28,7 +28,7 @@ PROMPTS = [PROMPT[:40], PROMPT[50:75]]
 
 @pytest.fixture(autouse=True)
 def fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the interpreter, where a comparison takes most of a test."""
+    """Use fewer steps in the interpreter, where a comparison takes most of a test."""
     if interpreter.whole_suite():
         monkeypatch.setattr(comparison, "CHUNK", 16)
         monkeypatch.setattr(comparison, "STEPS", 3)
@@ -48,7 +48,7 @@ class World:
         return engine, merging, [publish(engine, directory) for directory in self.adapters]
 
     def checkpoint_logprobs(self, root: Path, quantization: str) -> torch.Tensor:
-        """Of the first adapter merged and exported, by transformers."""
+        """Log-probabilities of the exported checkpoint of the first adapter, by transformers."""
         root.mkdir()
         merge(self.model, read_factors(self.adapters[0]), root)
         return peft_logprobs(root, None, quantization, PROMPT)
@@ -60,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> World:
 
 
 def rounded(model: Path) -> Path:
-    """Numbers that bf16 has, as in most checkpoints: a merged checkpoint rounds embeddings and norms too."""
+    """Round to bf16, as in most checkpoints: a merged checkpoint also rounds embeddings and norms."""
     tensors = {name: tensor.bfloat16().float() for name, tensor in load_file(model / "model.safetensors").items()}
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     return model
@@ -69,7 +69,7 @@ def rounded(model: Path) -> Path:
 def build(
     engine: Engine, merging: MergeBuilder, reference: AdapterRef, dtype: MergedDtype = "bf16", prompts: Any = PROMPTS
 ) -> MergeReport | Done:
-    """Merge, with steps in between as the engine's loop has them."""
+    """Merge, with steps in between as in the engine's loop."""
     merging.handle(Merge("m", reference, dtype, prompts))
     while not (replies := merging.take_replies()):
         engine.step()
@@ -86,7 +86,7 @@ def built(engine: Engine, merging: MergeBuilder, reference: AdapterRef, dtype: M
 
 
 def forget(engine: Engine, merging: MergeBuilder, digest: str) -> None:
-    """As the engine's loop does."""
+    """Remove a merge as the engine's loop does."""
     merging.handle(Forget("f", digest))
     engine.forget(Forget("f", digest))
 
@@ -111,12 +111,12 @@ def test_a_merged_adapter_equals_its_checkpoint_and_others_notice_nothing(
     built(engine, merging, references[0], dtype)
     alone = {single.id: run(engine, [single])[single.id] for single in requests(references)}
     mixed = run(engine, requests(references), every=2)
-    assert mixed == alone, "what a request gets does not depend on who else runs"
+    assert mixed == alone, "a request's output does not depend on the other requests"
     assert {name: mixed[name] for name in ("second", "base")} == {name: before[name] for name in ("second", "base")}
 
     expected = world.checkpoint_logprobs(tmp_path / "checkpoint", "none" if dtype == "bf16" else "nf4")
     torch.testing.assert_close(scores(mixed["first"]), expected, atol=1e-3, rtol=0)
-    assert (scores(mixed["first"]) - scores(before["first"])).abs().max() > 0.01, "it must differ, or nothing is shown"
+    assert (scores(mixed["first"]) - scores(before["first"])).abs().max() > 0.01, "the merge must have an effect"
     assert engine.base.digest() == engine.base_digest
 
 
@@ -125,7 +125,7 @@ def test_the_drift_is_that_of_full_distributions(world: World) -> None:
     report = built(engine, merging, references[0], "nf4")
     divergence, agreeing, positions = 0.0, 0, 0
     for prompt in PROMPTS:
-        # The engine's own top-k of everything: the whole vocabulary.
+        # Top-k over the whole vocabulary.
         whole = {"max_tokens": 0, "prompt_logprobs": engine.base.vocab_size}
         engine.merges._in_force, kept = {}, engine.merges._in_force
         first = run(engine, [request("a", [*prompt, 5], references[0], **whole)])["a"]
@@ -162,7 +162,7 @@ def test_merged_and_unmerged_never_share_keys_and_values(world: World) -> None:
 
 
 @pytest.mark.parametrize("how", ["undone", "forgotten"])
-def test_who_runs_on_a_merge_that_is_undone_ends_on_it(how: str, world: World) -> None:
+def test_a_request_on_a_removed_merge_finishes_on_it(how: str, world: World) -> None:
     engine, merging, references = world.load()
     built(engine, merging, references[0])
     [key] = engine.merges._merged
@@ -181,7 +181,7 @@ def test_who_runs_on_a_merge_that_is_undone_ends_on_it(how: str, world: World) -
         if step == 5:
             undo()
             assert engine.merges.news() == []
-            assert key in engine.merges._merged, "somebody runs on it"
+            assert key in engine.merges._merged, "a request still uses it"
         if answer.finish_reason is not None:
             break
     assert (answer.tokens, answer.logprobs) == (expected.tokens, expected.logprobs)
@@ -201,7 +201,7 @@ def test_merging_leaves_nothing_behind(world: World) -> None:
     forget(engine, merging, references[0].digest)
     assert engine.blocks.counts.free == engine.blocks.num_blocks
     assert all(not rows for rows in engine.pool.resident.values())
-    # Given up in every stage of building: the rows, the blocks and the weights come back.
+    # Cancelled in every stage of the build: rows, blocks and weights are freed.
     for pieces in range(0, 60, 7):
         merging.handle(Merge("m", references[1], "nf4", PROMPTS))
         while engine.adapter_cache.loading:

@@ -1,4 +1,4 @@
-"""Adapters saved after `resize_token_embeddings`, against PEFT on a resized base: alone and among others."""
+"""Adapters saved after `resize_token_embeddings`, compared with PEFT on a resized base: alone and in a batch."""
 
 import warnings
 from functools import partial
@@ -39,10 +39,10 @@ def resized(model: Path, **options: Any) -> Any:
 
 
 def save_resized(path: Path, model: Path, config: dict[str, Any], seed: int) -> Path:
-    """An adapter of a base with more tokens, saved by PEFT; what it trains is random."""
+    """A random adapter of a base with more tokens, saved by PEFT."""
     base = resized(model)
     torch.manual_seed(seed)
-    with torch.no_grad():  # of the tied or untied matrices, the new rows
+    with torch.no_grad():  # the new rows of tied or untied matrices
         for table in {id(t): t for t in (base.get_input_embeddings(), base.get_output_embeddings())}.values():
             table.weight[VOCAB:].normal_(0.0, 1.0)
     wrapped = peft.get_peft_model(base, peft.LoraConfig(**({"target_modules": ["q_proj"]} | config)))
@@ -111,7 +111,7 @@ def test_resized_adapters_equal_peft_alone_and_among_others(world: World) -> Non
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in engine.base.model.modules())
 
 
-def test_new_tokens_are_drawn_by_those_who_have_them_and_by_nobody_else(world: World) -> None:
+def test_new_tokens_are_drawn_only_with_their_adapter(world: World) -> None:
     bias = {"logit_bias": {VOCAB + 2: 100.0}, "max_tokens": 3}
     answer = run(world.engine, [request("a", PROMPT, world.references["frozen"], **bias)])["a"]
     assert answer.tokens == [VOCAB + 2] * 3
@@ -124,7 +124,7 @@ def test_the_receipt_counts_them(world: World) -> None:
     spec = AdapterSpec.read(world.adapters["frozen"])
     assert receipt_of(spec)["new_tokens"] == NEW
     assert "new_tokens" in receipt_of(spec)["variants"]
-    # What is copied from the base is not held on the device again.
+    # Copies of the base's rows are not held on the device again.
     assert spec.variants.device_bytes == 2 * NEW * 64 * 4
 
 

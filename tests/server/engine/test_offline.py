@@ -1,4 +1,4 @@
-"""The engine's JSON-lines runner: full lengths, adapters that count, times that only grow."""
+"""The engine's JSON-lines runner: full lengths, adapters with effect, times that increase."""
 
 import io
 import json

@@ -43,7 +43,7 @@ def quantisation(name: str) -> transformers.BitsAndBytesConfig | None:
 
 
 def dequantised(module: Any) -> torch.nn.Linear:
-    """The int8 weights as they are, without LLM.int8's rounding of activations, which depends on the batch."""
+    """The int8 weights dequantised, without LLM.int8's rounding of activations, which depends on the batch."""
     linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
     linear.weight.data = module.weight.CB.float() * module.weight.SCB[:, None] / 127
     return linear
@@ -52,14 +52,14 @@ def dequantised(module: Any) -> torch.nn.Linear:
 def peft_logprobs(model: Path, adapter: Path | None, name: str, prompt: list[int], device: str = "cpu") -> torch.Tensor:
     """Log-probability of each prompt token but the first, by transformers, bitsandbytes and PEFT.
 
-    On the engine's own device: where a weight lies between two codes, another device may round it the other way.
+    On the engine's own device: another device may round a weight halfway between two codes differently.
     """
     base: Any = transformers.AutoModelForCausalLM.from_pretrained(
         model, quantization_config=quantisation(name), dtype=torch.float32, device_map={"": device}
     )
     for path, module in list(base.named_modules()):
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # it would repack the weight
+            module.support_avx512bf16_for_cpu = False  # otherwise it repacks the weight
         if name == "int8" and hasattr(module.weight if hasattr(module, "weight") else None, "SCB"):
             base.set_submodule(path, dequantised(module))
     if adapter is not None:
@@ -89,7 +89,7 @@ def test_adapters_equal_peft(name: str, engine: Engine, model_dir: Path, tmp_pat
     ours = our_logprobs(engine, adapter, PROMPT)
     torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
     plain = our_logprobs(engine, None, PROMPT)
-    assert (ours - plain).abs().max() > 0.01, "the adapter must matter, or this test shows nothing"
+    assert (ours - plain).abs().max() > 0.01, "the adapter must have an effect, or this test shows nothing"
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8", "none"])

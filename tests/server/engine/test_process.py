@@ -1,9 +1,9 @@
-"""The engine process apart from its engine."""
+"""The engine process, without an engine."""
 
 import subprocess
 import sys
 
-# Its start takes long, and here never ends; the process that it is told it was started by is another than its parent.
+# Its start takes long, and here never ends; its reported parent process is not its actual parent.
 _STARTED = """
 import sys, time
 from server.engine import process
@@ -15,5 +15,5 @@ process.main()
 
 
 def test_it_ends_when_its_parent_went_before_it_could_look() -> None:
-    """Killed with its engine just started, an API process left one behind that held the device for ever."""
+    """An API process killed just after starting its engine once left it behind, holding the device forever."""
     assert subprocess.run([sys.executable, "-c", _STARTED], timeout=300, check=False).returncode == 1

@@ -1,4 +1,4 @@
-"""Drafts against a search through the whole text, and what the drafter learns from those that were wrong."""
+"""Drafts compared with a search through the whole text, and the drafter's learning from rejected drafts."""
 
 import random
 
@@ -11,12 +11,12 @@ texts = st.lists(st.integers(0, 3), max_size=40)
 
 
 def search(tokens: list[int], count: int) -> list[int]:
-    """What followed the latest earlier occurrence of the longest ending that has one."""
+    """The tokens after the latest earlier occurrence of the longest suffix that has one."""
     for size in SIZES:
         for start in range(len(tokens) - size - 1, -1, -1):
             if tokens[start : start + size] == tokens[len(tokens) - size :]:
                 longer = list(tokens)
-                for _ in range(count):  # as if it had gone on like that ever since
+                for _ in range(count):  # continues periodically
                     longer.append(longer[len(longer) - len(tokens) + start + size])
                 return longer[len(tokens) :]
     return []
@@ -50,7 +50,7 @@ def test_it_stops_where_a_text_does_not_repeat_itself_and_starts_again_where_it_
     drafted = []
     for token in [*(draw.randrange(3) for _ in range(100)), *[1, 2, 0, 2] * 20]:
         drafted.append(len(drafter.draft(tokens, 4, price)))
-        drafter.learn([token])  # what was drawn first: the only proof when nothing was computed
+        drafter.learn([token])  # the first sampled token: the only evidence when nothing was computed
         tokens.append(token)
     wild, tame = drafted[20:100], drafted[-20:]
     assert sum(wild) < 0.5 * len(wild) * 4

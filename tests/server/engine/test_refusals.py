@@ -1,4 +1,4 @@
-"""What cannot be served is one line with the reason, at once; a directory with an adapter in it serves the model."""
+"""Unservable models are refused at once in one line with the reason; a model directory with an adapter is served."""
 
 import json
 import logging
@@ -76,7 +76,7 @@ def test_a_model_beside_an_adapter_is_served_without_it(
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_linears_with_one_output_are_served(quantization: str, tmp_path: Path) -> None:
-    """Such as gates of shared experts. Of an MLP that is one wide, linears have one output or one input."""
+    """Such as gates of shared experts. In an MLP of width one, linears have one output or one input."""
     model = tiny_model(tmp_path / "m", intermediate_size=1)
     engine = load_engine(model, tmp_path / "cache", quantization=quantization)
     assert 1 in {linear.out_features for linear in engine.base.linears}
@@ -86,9 +86,9 @@ def test_linears_with_one_output_are_served(quantization: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", ["granitemoehybrid, dense", "qwen3_moe"])
-@pytest.mark.filterwarnings("ignore")  # of transformers, about families
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers about families
 def test_router_logits_that_a_config_asks_for_change_nothing(family: str, tmp_path: Path) -> None:
-    """They serve a loss of training; Granite 4's dense models ask for them though they have no router."""
+    """They are for a training loss; Granite 4's dense models request them though they have no router."""
     tiny_family(family, tmp_path / "plain")
     asking = altered(tmp_path / "plain", tmp_path / "asking", output_router_logits=True)
     answers = [
@@ -97,11 +97,11 @@ def test_router_logits_that_a_config_asks_for_change_nothing(family: str, tmp_pa
     assert answers[0].equal(answers[1])
 
 
-# --- what the loaded model ties ------------------------------------------------------------------------
+# --- tied weights --------------------------------------------------------------------------------------
 
 
 def with_head(model: Path, target: Path, change: float) -> Path:
-    """A copy of a tied model whose checkpoint holds the head once more, one row of it changed by so much."""
+    """A copy of a tied model whose checkpoint also holds the head, with one row changed by `change`."""
     altered(model, target)
     tensors = load_file(target / "model.safetensors")
     head = tensors["model.embed_tokens.weight"].clone()

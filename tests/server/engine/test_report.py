@@ -1,4 +1,4 @@
-"""What a step reports of adapters: every change once, and nothing is looked at that did not change."""
+"""Reports of adapters in steps: every change once, and no work for unchanged adapters."""
 
 from collections import OrderedDict
 from dataclasses import replace
@@ -31,7 +31,7 @@ def small(engine: Engine, digest: str) -> HostAdapter:
 
 
 class Watched(OrderedDict[str, Any]):
-    """Counts the entries that anybody looks at."""
+    """Counts the entries read."""
 
     looks = 0
 
@@ -119,7 +119,7 @@ def test_every_change_of_tier_and_use_is_told_once(engine: Engine) -> None:
 def test_a_steps_time_is_shared_by_tokens(
     model_dir: Path, cache_dir: Path, depth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that stands still but while the device is given a step."""
+    """With a clock that advances only while the device computes a step."""
     now, submit = 0.0, Runner.submit
 
     def submitted(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Sampling against a plain float64 implementation of the same rules, and against itself in other company."""
+"""Sampling compared with a plain float64 implementation of the same rules, and for independence of other rows."""
 
 import contextlib
 import math
@@ -39,25 +39,25 @@ def packed(vocabulary: int, allowed: list[int]) -> torch.Tensor:
 
 @pytest.fixture(autouse=True, params=["native", "torch"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """C++ where it can be compiled, and plain torch."""
+    """C++ if it can be compiled, and plain torch."""
     with native.switched_off() if request.param == "torch" else contextlib.nullcontext():
         yield
 
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """Reductions that torch splits over threads are split here, wherever the test runs."""
+    """Make torch split reductions over threads, on any machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
 
-# --- the rules, said plainly -------------------------------------------------------------------------
+# --- the reference -----------------------------------------------------------------------------------
 
 
 def reference(logits: list[float], row: Row, allowed: list[int] | None) -> list[float] | None:
-    """The distribution of the next token, by sorting and by hand, in float64; None where float32 may differ."""
+    """The distribution of the next token, by sorting, in float64; None where float32 may differ."""
     sampling, output = row.sampling, row.tokens[row.num_prompt :]
     scores = list(logits)
     for token in range(len(scores)):
@@ -74,9 +74,9 @@ def reference(logits: list[float], row: Row, allowed: list[int] | None) -> list[
         scores[token] -= sampling.presence_penalty * (token in output)
     peak = max(scores)
     if peak == -math.inf:
-        return None  # nothing is allowed
+        return None  # no token is allowed
     if sampling.temperature == 0 or sampling.top_p == 0:
-        return [float(score > peak - 1e-5) for score in scores]  # float32 may make a difference where there is none
+        return [float(score > peak - 1e-5) for score in scores]  # float32 may see a difference between equals
     weights = [math.exp((score - peak) / sampling.temperature) for score in scores]
     weights = [weight if weight >= sampling.min_p else 0.0 for weight in weights]
     if 0 < sampling.top_k < len(weights):
@@ -107,7 +107,7 @@ def test_a_token_is_where_the_reference_says(seed: int) -> None:
         vocabulary = rng.choice([3, 40, 128, 300])
         logits = torch.tensor([rng.gauss(0, 1) for _ in range(vocabulary)]) * rng.choice([0.3, 2.0, 8.0])
         if rng.random() < 0.3:
-            logits = logits.round()  # many equals
+            logits = logits.round()  # many equal logits
         ids = range(vocabulary)
         tokens = rng.choices(ids, k=rng.randrange(8))
         allowed = rng.sample(ids, rng.randint(1, vocabulary)) if rng.random() < 0.3 else None
@@ -141,7 +141,7 @@ def test_a_token_is_where_the_reference_says(seed: int) -> None:
 
 @pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999])
 def test_a_nucleus_wider_than_the_first_guess(top_p: float) -> None:
-    """Thousands of tokens of much the same weight: every kept one is drawn about equally often, no other one ever."""
+    """Thousands of tokens of similar weight: kept ones are drawn about equally often, all others never."""
     logits = torch.linspace(0.0, -1.0, 4000)[torch.randperm(4000, generator=torch.Generator().manual_seed(0))]
     rows = [row(seed=seed, top_p=top_p) for seed in range(2000)]
     drawn = [draw.token for draw in sample(logits.expand(2000, -1), rows)]
@@ -183,13 +183,13 @@ def test_the_ends_of_the_range_draw_possible_tokens(u: float, monkeypatch: pytes
         assert draw.token in row_.topk(7).indices.tolist()
 
 
-# --- company does not matter --------------------------------------------------------------------------
+# --- independence of other rows -----------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("vocabulary", [257, 4096, 50257])
-def test_a_row_does_not_notice_its_neighbours(vocabulary: int) -> None:
-    """Tokens and log-probabilities are bit-equal alone, in any batch and at any place in it."""
+def test_a_rows_result_does_not_depend_on_other_rows(vocabulary: int) -> None:
+    """Tokens and log-probabilities are bit-equal alone, in any batch and at any position in it."""
     generator = torch.Generator().manual_seed(vocabulary)
     settings: list[dict[str, Any]] = [
         {"temperature": 0.0},
@@ -256,7 +256,7 @@ def test_stop_tokens_are_impossible_before_min_tokens() -> None:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Processor time of the best of three tries."""
+    """Processor time of the best of three runs."""
     tries = []
     for _ in range(3):
         before = time.thread_time()
@@ -271,15 +271,15 @@ def seconds(work: Callable[[], object]) -> float:
 def test_fields_that_name_the_whole_vocabulary_cost_a_step_little(every: dict[str, Any]) -> None:
     logits = torch.randn(32, 20_001)
     rows = [row(**every, temperature=0.0)] * 32
-    draws = sample(logits, rows)  # what is made once is made
-    # Next to going through all of them once, on whatever machine; undisturbed, the best time is a third of that bound.
+    draws = sample(logits, rows)  # fill the caches
+    # Compared with one pass over all of them on the same machine; undisturbed, the best time is a third of that bound.
     assert seconds(lambda: sample(logits, rows)) < 6 * seconds(lambda: torch.tensor([[*range(20_000)]] * 32))
     if "min_tokens" in every:
         assert {draw.token for draw in draws} == {20_000}
 
 
 def test_penalties_do_not_see_what_they_should_not() -> None:
-    """Presence and frequency look at the output alone; repetition at the prompt as well."""
+    """Presence and frequency consider only the output; repetition also the prompt."""
     logits = torch.tensor([1.0, 1.1, 0.9])
     assert one(logits, row([1], 1, temperature=0.0, presence_penalty=2.0)) == 1
     assert one(logits, row([1], 0, temperature=0.0, presence_penalty=2.0)) == 0
@@ -288,7 +288,7 @@ def test_penalties_do_not_see_what_they_should_not() -> None:
 
 
 def test_repetition_makes_any_logit_smaller() -> None:
-    """Dividing a negative one would do the opposite."""
+    """Dividing a negative logit would do the opposite."""
     assert one(torch.tensor([-1.0, -1.5]), row([0], 1, temperature=0.0, repetition_penalty=2.0)) == 1
     assert one(torch.tensor([3.0, 2.0]), row([0], 1, temperature=0.0, repetition_penalty=2.0)) == 1
 
@@ -315,7 +315,7 @@ def test_a_row_that_is_not_finite_fails_alone(temperature: float, fault: float) 
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_so_does_one_to_which_nothing_is_allowed(temperature: float) -> None:
+def test_a_row_without_allowed_tokens_fails_alone(temperature: float) -> None:
     logits = torch.zeros(2, 40)
     nothing = row(allowed=packed(40, []), temperature=temperature)
     assert [draw.token is None for draw in sample(logits, [nothing, row()])] == [True, False]
@@ -364,7 +364,7 @@ def test_more_alternatives_than_tokens() -> None:
 
 
 def test_many_rows_are_scored_slice_by_slice() -> None:
-    """A prompt's worth of rows, each with its own number of alternatives."""
+    """The rows of a whole prompt, each with its own number of alternatives."""
     logits = torch.randn(40, 20_000, generator=torch.Generator().manual_seed(2))
     tokens = torch.arange(40)
     got = Logprobs(logits, tokens, [index % 3 for index in range(40)]).read()

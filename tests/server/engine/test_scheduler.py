@@ -1,4 +1,4 @@
-"""The scheduler, one thing at a time, in a simulated world."""
+"""Single features of the scheduler, in a simulated world."""
 
 from collections import Counter
 from dataclasses import replace
@@ -12,7 +12,7 @@ from server.engine.sequence import AdapterKey, Sequence
 from server.messages.protocol import LOAD_FAILED, TOO_LONG, Sampling
 from tests.support.scheduler_world import BASE, BIG, BROKEN, EOS, A, B, World
 
-prompts = st.lists(st.integers(1, 2), min_size=1, max_size=26)  # two letters, so that prefixes meet
+prompts = st.lists(st.integers(1, 2), min_size=1, max_size=26)  # two letters, so that prefixes coincide
 
 
 def test_the_budget_must_exceed_the_requests() -> None:
@@ -64,7 +64,7 @@ def test_queue_numbers() -> None:
 
 
 class TestInFlight:
-    """Depth 1: every step is decided before the last one was collected."""
+    """Depth 1: every step is decided before the last one is collected."""
 
     def test_decodes_go_on_until_all_have_ended(self) -> None:
         world = World(depth=1)
@@ -73,7 +73,7 @@ class TestInFlight:
         while not world.scheduler.idle:
             step = world.step()
             sizes.append(0 if step is None else len(step.works))
-        assert sizes == [2, 2, 2, 1, 1, 1, 0]  # the last is collected when there is nothing more to give
+        assert sizes == [2, 2, 2, 1, 1, 1, 0]  # the last is collected when nothing is left to submit
         assert world.ahead == {"0": 2, "1": 5}
         world.check_finished(short)
         world.check_finished(long)
@@ -97,7 +97,7 @@ class TestInFlight:
         world.check_finished(sequence)
 
     @pytest.mark.parametrize("needs", [{"frequency_penalty": 0.5}, {"repetition_penalty": 1.2}])
-    def test_one_that_needs_its_tokens_waits_for_them_alone(self, needs: dict[str, Any]) -> None:
+    def test_a_sequence_that_needs_its_tokens_does_not_delay_others(self, needs: dict[str, Any]) -> None:
         world = World(depth=1)
         other, needing = world.add([1, 2], max_tokens=6), world.add([2, 1], max_tokens=3, **needs)
         sizes = [len(step.works) for _ in range(6) if (step := world.step())]
@@ -107,12 +107,12 @@ class TestInFlight:
         for sequence in (other, needing):
             world.check_finished(sequence)
 
-    def test_nor_do_drafts_a_prompt_or_those_that_wait_hold_up_others(self) -> None:
+    def test_drafts_prompts_and_waiting_requests_do_not_delay_others(self) -> None:
         world = World(depth=1, batch_requests=3)
         steady = world.add([1, 2], max_tokens=12)
         world.add([1] * 6, max_tokens=12, speculative_tokens=3)
         world.add([2] * 25, max_tokens=2)  # in chunks
-        world.add([1, 2], max_tokens=2)  # has to wait for a place
+        world.add([1, 2], max_tokens=2)  # waits for a place
         while not steady.finish_reason:
             world.step()
         assert world.ahead["0"] == 11
@@ -160,7 +160,7 @@ class TestPrefixCache:
         assert second.cached_tokens == 4
         assert (world.scheduler.counters.prefix_queries, world.scheduler.counters.prefix_hits) == (16, 4)
 
-    def test_so_is_what_was_generated(self) -> None:
+    def test_generated_tokens_are_found_in_the_cache(self) -> None:
         world = World()
         first = world.add([1] * 6, max_tokens=7)
         world.run()
@@ -203,7 +203,7 @@ class TestPrefixCache:
         assert second.cached_tokens == 0
         world.check_finished(second)
 
-    def test_what_a_failing_step_computed_is_not_offered(self) -> None:
+    def test_blocks_of_a_failing_step_are_not_cached(self) -> None:
         world = World()
         first = world.add([1] * 8, max_tokens=1)
         world.poisoned.add(first.id)
@@ -235,7 +235,7 @@ class TestPreemption:
         assert +world.residency.references == Counter("a")
 
     def test_prompt_positions_are_scored_once(self) -> None:
-        """A prompt that was scored half when it had to give way goes on from there."""
+        """A preempted prompt that was half scored continues from there."""
         world = World(num_blocks=8, batch_tokens=5)
         elder = world.add([1] * 4, max_tokens=20)
         world.step()
@@ -257,7 +257,7 @@ class TestLimits:
         assert world.scheduler.take_failed() == []
         world.check_finished(fine)
 
-    def test_so_does_one_that_no_cache_could_hold(self) -> None:
+    def test_a_sequence_larger_than_the_cache_fails_alone(self) -> None:
         world = World(num_blocks=2)
         prompt, growing, fine = world.add([1] * 9), world.add([1] * 8, max_tokens=4), world.add([1] * 3, max_tokens=2)
         world.run()
@@ -302,7 +302,7 @@ class TestLimits:
 
 
 class TestAdapters:
-    def test_one_that_loads_holds_up_nobody_else(self) -> None:
+    def test_a_loading_adapter_does_not_delay_others(self) -> None:
         world = World(delay=3)
         slow, quick = world.add([1], A), world.add([1], BASE)
         world.step()
@@ -323,15 +323,15 @@ class TestAdapters:
             world.add([1], B, max_tokens=1)
         world.step()
         assert all(sequence.finish_reason for sequence in passing[:3])
-        assert late_base.finish_reason == "length"  # the bare base takes no rows
+        assert late_base.finish_reason == "length"  # the base takes no rows
         last = world.sequences[str(len(world.sequences) - 1)]
         world.run()
         assert big.first_scheduled is not None
         assert last.first_scheduled is not None
         assert big.first_scheduled <= last.first_scheduled
-        assert big.first_scheduled == 13.0  # as soon as the only one that was let in before it had finished
+        assert big.first_scheduled == 13.0  # as soon as the only request admitted before it had finished
 
-    def test_one_that_cannot_load_fails_all_that_want_it_and_says_why_once(self) -> None:
+    def test_an_adapter_that_fails_to_load_fails_its_requests_and_is_reported_once(self) -> None:
         world = World()
         for adapter in (BROKEN, A, BROKEN):
             world.add([1], adapter, max_tokens=1)

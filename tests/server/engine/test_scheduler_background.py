@@ -1,4 +1,4 @@
-"""The scheduler's background: it has what nobody else can use, and ends all the same."""
+"""Background sequences: they use only idle capacity, and finish eventually."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from server.engine.sequence import AdapterKey
 from tests.support.scheduler_world import BASE, BIG, A, World
 
 
-def test_the_background_has_only_steps_that_nobody_else_can_use() -> None:
+def test_background_sequences_run_only_in_idle_steps() -> None:
     world = World()
     world.add([1] * 3, background=True, max_tokens=6)
     first = world.step()

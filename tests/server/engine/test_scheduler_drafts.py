@@ -1,4 +1,4 @@
-"""Speculation of the scheduler: drafts change no token, and take nothing that others need."""
+"""Speculation in the scheduler: drafts change no token, and use no capacity needed by others."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from server.engine.sequence import Step, Work
 from tests.support.scheduler_world import BASE, A, World
 
-prompts = st.lists(st.integers(1, 2), min_size=1, max_size=26)  # two letters, so that prefixes meet
+prompts = st.lists(st.integers(1, 2), min_size=1, max_size=26)  # two letters, so that prefixes coincide
 
 
 class TestSpeculation:
-    """Prompts of one letter that go on in one letter: every draft is right, until the world says otherwise."""
+    """Prompts of one letter, continued with it: every draft is right, unless the test draws otherwise."""
 
     def world(self, **settings: Any) -> World:
         return World(**{"batch_tokens": 16} | settings)
@@ -24,7 +24,7 @@ class TestSpeculation:
 
     def advance(self, world: World, work: Work, drawn: list[int]) -> None:
         world.compute(Step((work,)))
-        world.unread[work.sequence.id].clear()  # the test draws
+        world.unread[work.sequence.id].clear()  # the test chooses the tokens
         assert world.scheduler.advance(work, drawn) == drawn
 
     def one(self, world: World) -> Work:
@@ -48,19 +48,19 @@ class TestSpeculation:
         world = self.world()
         first = world.add([1] * 6, max_tokens=30, speculative_tokens=2)
         self.advance(world, self.one(world), [1])
-        self.advance(world, self.one(world), [5])  # positions 7 and 8 hold keys of what was never said
+        self.advance(world, self.one(world), [5])  # positions 7 and 8 hold keys of rejected drafts
         assert (first.num_computed, first.remaining) == (7, 1)
         self.advance(world, self.one(world), [6])
         world.scheduler.abort(first.id)
         second = world.add([*first.tokens, 1], max_tokens=1)
-        self.advance(world, self.one(world), [1])  # looks at every slot it reads
+        self.advance(world, self.one(world), [1])  # checks every slot it reads
         assert second.cached_tokens == 8
 
     def test_none_beyond_the_length(self) -> None:
         world = self.world()
         world.add([1] * 6, max_tokens=3, speculative_tokens=4)
         self.advance(world, self.one(world), [1])
-        assert self.drafts(world) == [1]  # and the token that its logits give
+        assert self.drafts(world) == [1]  # and the token from its logits
 
     def test_none_while_a_prompt_takes_the_budget(self) -> None:
         world = self.world()

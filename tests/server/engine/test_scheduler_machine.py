@@ -1,4 +1,4 @@
-"""The scheduler whatever happens, in what order ever: every answer is the one that its request gets alone.
+"""The scheduler under random events: every output equals that of the request alone.
 
 A state machine of arrivals, aborts, overflowing logits and steps, at either depth; and a bound on waiting for rows.
 """
@@ -14,7 +14,7 @@ from server.engine.sequence import AdapterKey, Sequence
 from server.messages.protocol import LOAD_FAILED, TOO_LONG, Grammar
 from tests.support.scheduler_world import BASE, BIG, BOTH, BROKEN, GRAMMAR, A, B, World
 
-prompts = st.lists(st.integers(1, 2), min_size=1, max_size=26)  # two letters, so that prefixes meet
+prompts = st.lists(st.integers(1, 2), min_size=1, max_size=26)  # two letters, so that prefixes coincide
 
 
 class AnythingMayHappen(RuleBasedStateMachine):
@@ -81,7 +81,7 @@ class AnythingMayHappen(RuleBasedStateMachine):
             speculative_tokens=speculative_tokens,
             grammar=grammar,
             logprobs=logprobs,
-            presence_penalty=penalty,  # the model knows no penalties: only who waits for tokens changes
+            presence_penalty=penalty,  # the model ignores penalties: only the waiting for tokens changes
         )
 
     def here(self) -> list[Sequence]:
@@ -120,7 +120,7 @@ class AnythingMayHappen(RuleBasedStateMachine):
             held = {block for sequence in holding for block in sequence.tables[group] if block}
             assert pool.counts.used == len(held)
         for sequence in holding:
-            # It has nothing behind its window, but for the step in flight.
+            # It has no blocks before its window, except those of the step in flight.
             assert self.depth or not any(
                 block
                 for group, table in enumerate(sequence.tables)
@@ -149,7 +149,7 @@ class AnythingMayHappen(RuleBasedStateMachine):
                 assert sequence.finish_reason == "abort"
             elif name in failed:
                 expected = LOAD_FAILED if sequence.adapter == BROKEN else "non_finite"
-                # 8 blocks of 4 tokens: a long prompt with a long answer may find no room even alone.
+                # 8 blocks of 4 tokens: a long prompt with a long output may not fit even alone.
                 assert sequence.code == expected or (sequence.code == TOO_LONG and len(sequence.tokens) > 32)
                 assert sequence.code != "non_finite" or name in self.world.poisoned
                 assert sequence.error
@@ -159,13 +159,13 @@ class AnythingMayHappen(RuleBasedStateMachine):
 
 
 class AnythingMayHappenInFlight(AnythingMayHappen):
-    """The same while every step is decided before the last one was collected."""
+    """The same at depth 1: every step is decided before the last one is collected."""
 
     depth = 1
 
 
 class SlidingLayers(AnythingMayHappen):
-    """Some layers see a window, and their blocks run out now and then before the others'."""
+    """Some layers have a window, and their blocks sometimes run out before the others'."""
 
     sliding = 7
 
@@ -175,7 +175,7 @@ class SlidingLayersInFlight(SlidingLayers):
 
 
 class StateLayers(AnythingMayHappen):
-    """Some layers keep a state, and their slots run out now and then before anything else."""
+    """Some layers keep a state, and their slots sometimes run out first."""
 
     sliding = 7
     slots = 4
@@ -205,13 +205,13 @@ for case in (TestSlidingLayers, TestSlidingLayersInFlight, TestStateLayers, Test
     patience=st.integers(0, 12),
     delay=st.integers(0, 3),
 )
-def test_nobody_starves_for_rows(
+def test_no_request_starves_for_rows(
     arrivals: list[AdapterKey | None], newcomers: int, max_tokens: int, patience: int, delay: int
 ) -> None:
-    """One request needs all rows while others never stop asking for some: it is let in within a bounded time."""
+    """One request needs all rows while others keep requesting some: it is admitted within a bounded time."""
     world = World(num_blocks=64, delay=delay, patience=patience)
     elder: Sequence | None = None
-    # A place in the batch to be asked, another one after loading, and all others out once patience is lost.
+    # A place in the batch to be considered, another after loading, and all others finished once its patience has ended.
     bound = delay + patience + 3 * (max_tokens + 2)
     for moment in range(10 + bound):
         for number in range(newcomers):
@@ -219,7 +219,7 @@ def test_nobody_starves_for_rows(
             if adapter is not None and len(world.scheduler.waiting) < 40:
                 world.add([1, 2, 1], adapter, max_tokens=max_tokens)
         if moment == 10:
-            # It comes before all those that wait, so that what is measured is the wait for rows and nothing else.
+            # It is placed first in the queue, so that only the wait for rows is measured.
             for sequence in list(world.scheduler.waiting):
                 world.scheduler.abort(sequence.id)
             elder = world.add([1, 2, 1], BIG, max_tokens=1)

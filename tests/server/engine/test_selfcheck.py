@@ -1,4 +1,4 @@
-"""The self-check passes what is right, refuses what is wrong, and remembers only the first."""
+"""The self-check passes correct engines, refuses wrong ones, and caches only passes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -107,14 +107,14 @@ def test_an_engine_that_is_wrong_in_some_steps_only_is_refused(
 def test_a_layer_that_attends_twice_in_some_steps_is_refused(
     tokens: int, model_dir: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though its numbers are right, and the step by which a model's layers are told was a regular one."""
+    """Although its numbers are right, and the step that determines the layers' geometry was a normal one."""
     engine = load_engine(model_dir, cache_dir, planned=False)
     attention = engine.base.decoder.layers[1].self_attn  # type: ignore[index, union-attr]
     assert isinstance(attention, nn.Module)
     once = attention.forward
 
     def twice(*, hidden_states: torch.Tensor, **step: object) -> object:
-        decodes = hidden_states.shape[1] == 2  # a token of each request
+        decodes = hidden_states.shape[1] == 2  # one token of each request
         if decodes == (tokens == 1):
             once(hidden_states=hidden_states, **step)
         return once(hidden_states=hidden_states, **step)

@@ -1,4 +1,4 @@
-"""Several adapters on the same tokens: as PEFT mixes them, and the same alone or in company."""
+"""Several adapters on the same tokens: equal to PEFT's mixture, and the same alone or in a batch."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def peft_logprobs(model: Path, adapters: list[Path]) -> torch.Tensor:
     module: Any
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # it would repack the weight
+            module.support_avx512bf16_for_cpu = False  # otherwise it repacks the weight
     wrapped: Any = peft.PeftModel.from_pretrained(base, adapters[0], adapter_name="0", torch_device="cpu")
     wrapped.load_adapter(adapters[1], "1", torch_device="cpu")
     wrapped.base_model.add_weighted_adapter(["0", "1"], list(WEIGHTS), "mix", combination_type="cat")

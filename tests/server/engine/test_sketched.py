@@ -1,4 +1,4 @@
-"""Greedy tokens by way of the head's sketch: those of all logits, and only where nothing else is wanted of them."""
+"""Greedy tokens by means of the head's screening copy: equal to the argmax of all logits."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def engine(model_dir: Path, cache_dir: Path) -> Engine:
 
 @pytest.fixture
 def found(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Of how many rows an argmax was found without all logits, step by step."""
+    """The number of rows per step whose argmax was found without all logits."""
     rows: list[int] = []
     argmax = engine.runner.weights.argmax
     assert argmax is not None
@@ -73,7 +73,7 @@ def test_drafts_have_rows_of_their_own(engine: Engine, found: list[int]) -> None
     ],
     ids=str,
 )
-def test_who_wants_logits_has_them(engine: Engine, found: list[int], wish: dict[str, Any]) -> None:
+def test_requests_that_need_logits_bypass_the_sketch(engine: Engine, found: list[int], wish: dict[str, Any]) -> None:
     run(engine, [request("r", PROMPT, **({"max_tokens": 4, "logprobs": None} | wish))])
     assert not found
 

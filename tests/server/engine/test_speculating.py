@@ -1,4 +1,4 @@
-"""A request that speculates gets what it gets without: token for token and bit for bit, whatever else goes on."""
+"""A request with speculation gets the same output as without: token for token and bit for bit, in any situation."""
 
 import random
 from dataclasses import replace
@@ -32,7 +32,7 @@ def adapters(engine: Engine, shallow_dir: Path, tmp_path_factory: pytest.TempPat
 
 
 def repetitive(draw: random.Random, length: int) -> list[int]:
-    """A prompt that quotes itself."""
+    """A prompt with repetitions."""
     phrases = [[draw.randrange(3, 500) for _ in range(draw.randrange(3, 9))] for _ in range(3)]
     prompt: list[int] = []
     while len(prompt) < length:
@@ -41,7 +41,7 @@ def repetitive(draw: random.Random, length: int) -> list[int]:
 
 
 def workload(adapters: list[AdapterRef], speculative_tokens: int, **sampling: Any) -> list[Generate]:
-    """Everything that a request may ask for beside its tokens, on every adapter and the base."""
+    """Requests with all kinds of options, on every adapter and the base."""
     count, longest = (6, 16) if interpreter.whole_suite() else (12, 40)
     draw = random.Random(0)
     asked: list[dict[str, Any]] = [
@@ -66,7 +66,7 @@ def workload(adapters: list[AdapterRef], speculative_tokens: int, **sampling: An
 
 
 def drafts(engine: Engine, requests: list[Generate], every: int = 0) -> tuple[dict[str, Answer], int, int]:
-    """The answers, and how many tokens were drafted and accepted."""
+    """The answers, and the numbers of drafted and accepted tokens."""
     counted = [0, 0]
     step = engine.step
 
@@ -93,7 +93,7 @@ def expected(engine: Engine, adapters: list[AdapterRef]) -> dict[str, Answer]:
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts as many as it may, as if it had always been right."""
+    """Draft as much as allowed, as if all drafts had been accepted so far."""
     monkeypatch.setattr(speculation, "_PRIOR", 1.0)
     monkeypatch.setattr(speculation, "_GAIN", 0.0)
 
@@ -185,7 +185,7 @@ def test_logits_that_are_not_finite_fail_a_request_only_where_they_are_reached(e
     work = replace(step.works[0], drafts=[7, 8])
     for draws, tokens, failed in (
         ([None, 8, 9], [], True),
-        ([7, None, 9], [7], False),  # a step of its own will tell
+        ([7, None, 9], [7], False),  # a later step will detect it
         ([6, None, 9], [6], False),
         ([7, 8, 9], [7, 8, 9], False),
     ):

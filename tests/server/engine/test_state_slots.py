@@ -1,4 +1,4 @@
-"""Slots of states: what sequences have, snapshots within the budget, and who leaves first."""
+"""Slots of states: those of sequences, snapshots within the budget, and eviction order."""
 
 from dataclasses import astuple
 
@@ -12,7 +12,7 @@ from server.messages.protocol import Sampling
 
 
 class Pool:
-    """Slots, and what sequences do with them, in blocks of 4 tokens."""
+    """Slots, and operations of sequences on them, in blocks of 4 tokens."""
 
     def __init__(self, count: int, *, caching: bool = True, every: int = 100) -> None:
         self.slots = StateSlots(count, 4, caching, every)
@@ -40,11 +40,11 @@ def test_a_sequence_has_one_slot_and_leaves_a_snapshot_at_the_end_of_its_prompt(
     pool = Pool(4)
     sequence = pool.enter(10)
     first = pool.step(sequence, 0, 5)
-    assert first.runs == [(0, 5, 0, sequence.slot)], "it begins with nothing, and no snapshot is due"
+    assert first.runs == [(0, 5, 0, sequence.slot)], "it starts from the empty state, and no snapshot is due"
     assert pool.counts == BlockCounts(free=3, cached=0, used=1)
     last = pool.step(sequence, 5, 10)
     (begin, at_end, read, snapshot), rest = last.runs
-    assert (begin, at_end, read) == (5, 8, sequence.slot), "the last whole block but for the last token"
+    assert (begin, at_end, read) == (5, 8, sequence.slot), "the end of the last whole block before the last token"
     assert rest == (8, 10, snapshot, sequence.slot)
     assert pool.counts == BlockCounts(free=2, cached=1, used=1)
     pool.slots.leave(sequence)
@@ -71,7 +71,7 @@ def test_a_snapshot_is_read_by_the_first_work_and_held_until_that_is_over() -> N
     assert pool.counts == BlockCounts(free=1, cached=1, used=1)
     assert pool.step(second, 6, 7).runs == [(6, 7, second.slot, second.slot)]
     other = pool.enter(12, first.block_keys[0])
-    pool.slots.leave(other)  # before it ever ran
+    pool.slots.leave(other)  # before its first step
     assert pool.counts == BlockCounts(free=1, cached=1, used=1)
 
 
@@ -81,7 +81,7 @@ def test_snapshots_come_at_intervals_and_never_among_drafts() -> None:
     assert [end for _, end, _, _ in pool.step(sequence, 0, 30).runs] == [8, 16, 24, 28, 30]
     assert pool.counts.cached == 4
     again = pool.enter(30)
-    assert len(pool.step(again, 0, 30).runs) == 1, "these are there already"
+    assert len(pool.step(again, 0, 30).runs) == 1, "these snapshots exist already"
     sequence.block_keys += [b"more", b"tokens"]
     assert [end for _, end, _, _ in pool.step(sequence, 30, 34, drafts=3).runs] == [34]
     assert [end for _, end, _, _ in pool.step(sequence, 30, 34, drafts=2).runs] == [32, 34]
@@ -103,7 +103,7 @@ def test_the_snapshot_longest_unused_leaves_for_a_newer_one_and_for_sequences() 
         keys.append(sequence.block_keys[0])
         pool.step(sequence, 0, tokens)
         pool.slots.leave(sequence)
-    pool.slots.leave(pool.enter(7, keys[0]))  # looked at: the other one is now the older
+    pool.slots.leave(pool.enter(7, keys[0]))  # a use: the other one is now the older
     third = pool.enter(7)
     pool.step(third, 0, 7)
     assert [pool.slots.has(key) for key in (*keys, third.block_keys[0])] == [True, False, True]
@@ -146,7 +146,7 @@ def test_a_prefix_is_cached_as_far_as_a_snapshot_of_it() -> None:
 
     assert computed(14).num_computed == 0  # snapshots after 8 and 12
     assert computed(14).num_computed == 12
-    assert computed(12).num_computed == 8, "its keys and values of block 2 are not wanted"
+    assert computed(12).num_computed == 8, "keys and values of its block 2 are not used"
     slots.reset_cache()
     assert computed(14).num_computed == 0, "keys and values alone are not enough"
     assert slots.counts.used == blocks.counts.used == 0

@@ -1,4 +1,4 @@
-"""Models with linear attention, convolutions, Mamba-2: beside PEFT, and the same bits whatever happens to a state."""
+"""Models with linear attention, convolutions, Mamba-2: equal to PEFT, and bit-identical after any use of states."""
 
 import random
 from dataclasses import replace
@@ -35,7 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model_class": transformers.Lfm2ForCausalLM,
         "layer_types": ["conv", "full_attention", "conv"],
     },
-    "granitemoehybrid": {  # Mamba-2 or attention
+    "granitemoehybrid": {  # Mamba-2 or attention in each layer
         "config_class": transformers.GraniteMoeHybridConfig,
         "model_class": transformers.GraniteMoeHybridForCausalLM,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -83,7 +83,7 @@ def engine(model: Path, cache_dir: Path) -> Engine:
 
 
 def settle(engine: Engine) -> None:
-    """When idle, every slot is free or a snapshot."""
+    """Check that in an idle engine every slot is free or a snapshot."""
     assert engine.blocks.states is not None
     counts = engine.blocks.states.counts
     assert (counts.used, counts.free + counts.cached) == (0, engine.blocks.states.num_slots)
@@ -102,7 +102,7 @@ def test_adapters_equal_peft(engine: Engine, model: Path, adapters: list[Path]) 
 
 
 def workload(references: list[AdapterRef], **sampling: Any) -> list[Generate]:
-    """16 requests of few beginnings, on both adapters and the base."""
+    """16 requests with few distinct prefixes, on both adapters and the base."""
     draw = random.Random(0)
     beginnings = [[draw.randrange(3, 500) for _ in range(48)] for _ in range(2)]
     requests = []
@@ -119,7 +119,7 @@ def test_preemption_prefix_hits_and_chunks_change_nothing(
 ) -> None:
     references = [publish(engine, adapter) for adapter in adapters]
     requests = workload(references)
-    if not model.name.startswith("lfm2"):  # the others' recurrences, step by step, take long
+    if not model.name.startswith("lfm2"):  # the recurrences of the others, computed step by step, take long
         requests = requests[:8]
     expected = solo(engine, requests)
     slot = sum(state.bytes for state in engine.base.states.values())
@@ -133,7 +133,7 @@ def test_preemption_prefix_hits_and_chunks_change_nothing(
         max_batch_tokens=23,
         max_model_len=128,
     )
-    # Adapters that arrive meanwhile would change the order of admission, and with it all that is counted here.
+    # Loads in between would change the order of admission, and with it all counts of this test.
     run(tight, [request(f"w{i}", [5], reference, max_tokens=1) for i, reference in enumerate(references)])
     preemptions, most = 0, 0
     for cached in (False, True):
@@ -164,7 +164,7 @@ def test_a_cached_prompt_goes_on_from_its_snapshot(engine: Engine, adapters: lis
     assert (cold.cached_tokens, warm.cached_tokens) == (0, 64)
     assert (warm.tokens, warm.logprobs) == (cold.tokens, cold.logprobs)
     shorter = run(engine, [request("a", prompt[:60], reference, max_tokens=1)])["a"]
-    assert shorter.cached_tokens == 0, "of this prefix there are keys and values, but no state"
+    assert shorter.cached_tokens == 0, "this prefix has keys and values, but no state"
     other = run(engine, [request("a", prompt, None, max_tokens=8)])["a"]
     assert other.cached_tokens == 0
     settle(engine)
@@ -179,7 +179,7 @@ def test_slots_are_shown(engine: Engine) -> None:
     assert cache.states.slots == slots
     one = StateCache(engine.base.states, 1, engine.base.device)
     kept = sum(tensor.nbytes for tensor in (*one.inputs.values(), *one.memory.values()))
-    assert kept == 2 * cache.states.bytes_per_slot, "beside it the one that is empty"
+    assert kept == 2 * cache.states.bytes_per_slot, "and the empty one"
     engine.add(request("a", list(range(3, 23)), max_tokens=4))
     _, stats = engine.step()
     assert stats.state_usage == 1 / slots

@@ -1,4 +1,4 @@
-"""Wrappers of text and images: their text is served, and adapters that call it by any of the names in use."""
+"""Wrappers of text and images: their text model is served, and adapters may use any of its usual names."""
 
 import json
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def stock(model: Path) -> Any:
 
 
 def adapter(path: Path, model: Path, **config: Any) -> tuple[Path, torch.Tensor]:
-    """A random adapter of PEFT's on the real wrapper, and the log-probabilities that it gives the prompt there."""
+    """A random PEFT adapter of the real wrapper, and its log-probabilities of the prompt there."""
     settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     wrapped = peft.get_peft_model(stock(model), peft.LoraConfig(**settings | config))
     torch.manual_seed(3)
@@ -63,7 +63,7 @@ def adapter(path: Path, model: Path, **config: Any) -> tuple[Path, torch.Tensor]
 
 
 def edit(directory: Path, rename: Callable[[str], str], **config: Any) -> None:
-    """Other names of tensors, other fields."""
+    """Rename tensors, and change fields of the config."""
     fields = json.loads((directory / CONFIG).read_text())
     (directory / CONFIG).write_text(json.dumps(fields | config))
     tensors = {rename(name): tensor for name, tensor in load_file(directory / WEIGHTS).items()}
@@ -71,7 +71,7 @@ def edit(directory: Path, rename: Callable[[str], str], **config: Any) -> None:
 
 
 def uploaded(engine: Engine, model: Path, directory: Path, *, ignore_vision: bool = False) -> list[str]:
-    """Check an adapter as an upload is checked; the warnings."""
+    """Check an adapter as an upload would; return the warnings."""
     ready = engine.ready()
     outline = outline_of(Outline.read(model), ready)
     check = Check(directory, ready.linears, ready.architecture, outline, NO_TEXT, ignore_vision)
@@ -81,7 +81,7 @@ def uploaded(engine: Engine, model: Path, directory: Path, *, ignore_vision: boo
 
 
 def answered(engine: Engine, directory: Path) -> torch.Tensor:
-    """The engine's log-probabilities of the prompt through an adapter that was uploaded."""
+    """The engine's log-probabilities of the prompt with an uploaded adapter."""
     digest = json.loads((directory / "spec.json").read_text())["digest"]
     asked = [request("a", PROMPT, AdapterRef(digest, str(directory)), max_tokens=0, prompt_logprobs=0)]
     answer = run(engine, asked)["a"]

@@ -1,4 +1,4 @@
-"""The whole engine on the Triton kernels: on a GPU where there is one, else in the interpreter, on the tiny model."""
+"""The whole engine on the Triton kernels: on a GPU if there is one, else in the interpreter, on the tiny model."""
 
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def test_families_equal_peft(name: str, cache_dir: Path, tmp_path: Path) -> None
 def test_batched_equals_solo_bit_for_bit_when_tiles_are_fixed(
     small: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels.triton, "_fixed", False)  # put back afterwards what the engines set
+    monkeypatch.setattr(kernels.triton, "_fixed", False)  # restored after the engines have set it
     adapter = tiny_adapter(tmp_path / "adapter", small, r=3, dtype=torch.bfloat16)
     prompts = [[draw * 7 % 500 + 3 for draw in range(length)] for length in (5, 20)]
 

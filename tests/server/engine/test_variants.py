@@ -1,4 +1,4 @@
-"""Variants in an engine: company changes no bit, prefixes are shared where they may be, memory is given back."""
+"""Variants in the engine: batch-invariant outputs, shared prefixes where possible, memory freed."""
 
 import functools
 import random
@@ -21,7 +21,7 @@ from tests.support import interpreter
 from tests.support.offline import Answer, load_engine, publish, request, run
 from tests.support.variants import BASES, INVOCATION, VARIANTS, make_base
 
-# PEFT's advice about merging and tied embeddings, given whenever such an adapter is made.
+# PEFT's advice about merging and tied embeddings, given for every such adapter.
 pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning:peft")
 
 PROMPT = [random.Random(3).randrange(3, 290) for _ in range(70)]
@@ -30,7 +30,7 @@ PROMPT[5], PROMPT[60] = 70, 5  # trained tokens
 
 
 class World:
-    """One base with an engine over it, and the adapters of every variant made for it."""
+    """One base with an engine over it, and adapters of every variant for it."""
 
     def __init__(self, name: str, root: Path, cache: Path) -> None:
         depth = {"num_hidden_layers": 1} if interpreter.whole_suite() else {}
@@ -59,7 +59,7 @@ def world(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_company_changes_no_bit(base: str, world: Callable[[str], World]) -> None:
+def test_outputs_are_bit_identical_in_any_batch(base: str, world: Callable[[str], World]) -> None:
     here = world(base)
     alone: dict[str, Answer] = {}
     for single in here.requests():
@@ -75,7 +75,7 @@ def test_plain_adapters_keep_their_path(world: Callable[[str], World], monkeypat
     here = world("tied")
     if here.engine.runner.weights.plan is None:
         pytest.skip("there is no other path here")
-    run(here.engine, here.requests())  # all are resident
+    run(here.engine, here.requests())  # makes all resident
     modules: list[int] = []
     forward = ModulesPath.forward
 
@@ -103,8 +103,8 @@ def test_an_activated_adapter_shares_the_bases_prefix(world: Callable[[str], Wor
     assert warm.cached_tokens == 32, "two whole blocks before the invocation at 40"
     assert (warm.tokens, warm.logprobs) == (cold.tokens, cold.logprobs)
     again = run(engine, [request("a", PROMPT, activated, max_tokens=1)])["a"]
-    assert again.cached_tokens == 64, "and its own beyond"
-    # The same tokens in a block, but invoked elsewhere: not the same keys and values.
+    assert again.cached_tokens == 64, "and its own blocks after it"
+    # The same tokens in a block, but invoked elsewhere: different keys and values.
     earlier = run(engine, [request("a", PROMPT[:36] + [7] * 20, activated, max_tokens=8)])["a"]
     alone = run(here.load(), [request("a", PROMPT[:36] + [7] * 20, activated, max_tokens=8)])["a"]
     assert earlier.cached_tokens == 16, "invoked at 20, so only the first block is the base's"
@@ -119,7 +119,7 @@ def test_without_its_invocation_an_activated_adapter_is_the_base(world: Callable
     assert (one.tokens, one.logprobs) == (other.tokens, other.logprobs)
 
 
-def test_what_is_no_rank_row_is_accounted_for_and_given_back(world: Callable[[str], World]) -> None:
+def test_memory_beyond_rank_rows_is_counted_and_freed(world: Callable[[str], World]) -> None:
     here = world("tied")
     engine = here.load(adapter_bytes=1 << 20)  # a saved head alone takes 128 KiB: not all fit
     alone = {single.id: run(here.load(), [single])[single.id] for single in here.requests(prompt_logprobs=0)[:6]}

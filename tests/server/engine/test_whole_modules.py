@@ -1,6 +1,6 @@
-"""Norms, routers, biases and embeddings that adapters bring whole, on bases where these are not as Llama's.
+"""Whole norms, routers, biases and embeddings in adapters, on bases where these differ from Llama's.
 
-Beside PEFT, in company, prompts and decoded tokens; refused by name where the base cannot have others in a batch.
+Compared with PEFT in a batch, for prompts and decoded tokens; refused by name where a batch cannot mix them.
 """
 
 import json
@@ -24,7 +24,7 @@ from tests.sweep.families import tiny_family
 pytestmark = pytest.mark.filterwarnings(
     "ignore::peft.utils.warning.PeftWarning",
     "ignore::UserWarning:peft",
-    "ignore:.*did not match any targeted module",  # where it looks for modules, patterns for parameters match none
+    "ignore:.*did not match any targeted module",  # PEFT looks for modules, so patterns for parameters match none
 )
 
 PROMPT = torch.randint(3, 490, (23,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -52,7 +52,7 @@ class World:
         return load_engine(self.model(family), self._cache, quantization="none", adapter_bytes=32 << 20)
 
     def check(self, family: str, directory: Path) -> None:
-        """Hold the adapter against PEFT, between requests on the base."""
+        """Compare the adapter with PEFT, between requests on the base."""
         engine = self.engine(family)
         reference = publish(engine, directory)
         requests = [
@@ -80,23 +80,23 @@ def world(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> World:
 @pytest.mark.parametrize(
     ("family", "config"),
     [
-        # Its norms of queries and keys have heads before tokens.
+        # Norms of queries and keys with heads before tokens.
         ("gemma3_text", {"target_modules": Q, "modules_to_save": ["norm"]}),
-        # One of its norms runs twice in a layer.
+        # One norm runs twice in a layer.
         ("gemma3n_text", {"target_modules": Q, "modules_to_save": ["norm"]}),
-        # Its linear attention has norms of rows of heads, with a gate.
+        # Linear attention with gated norms of rows of heads.
         ("qwen3_5_text", {"target_modules": ["q_proj", "in_proj_qkv"], "modules_to_save": ["norm"]}),
-        # The rows of its embedding are scaled.
+        # Scaled rows of the embedding.
         ("gemma3_text", {"target_modules": [*Q, "embed_tokens"]}),
         ("gemma3_text", {"target_modules": Q, "modules_to_save": ["embed_tokens"]}),
         ("gemma3_text", {"target_modules": Q, "trainable_token_indices": IDS}),
-        # Routers: with all that PEFT takes for linears, by themselves, whole; these have a bias.
+        # Routers: as part of all-linear, alone, saved whole; these have a bias.
         ("qwen3_moe", {"target_modules": "all-linear"}),
         ("mixtral", {"target_modules": [], "target_parameters": ["gate.weight"], "rank_pattern": {"gate.weight": 3}}),
         ("gpt_oss", {"target_modules": Q, "modules_to_save": ["router"]}),
         ("gpt_oss", {"target_modules": Q, "target_parameters": ["router.weight"], "bias": "lora_only"}),
-        ("gpt_oss", {"target_modules": Q, "bias": "all"}),  # PEFT trains biases of experts, too, and does not save them
-        # What is saved whole is not adapted, too.
+        ("gpt_oss", {"target_modules": Q, "bias": "all"}),  # PEFT trains biases of experts too, but does not save them
+        # A module that is saved whole is not adapted as well.
         ("qwen3_5_text", {"target_modules": [*Q, "lm_head"], "modules_to_save": ["lm_head"]}),
     ],
     ids=str,
@@ -148,7 +148,7 @@ def test_new_rows_of_a_scaled_embedding_equal_pefts(world: World, tmp_path: Path
         ("falcon_h1", {"bias": "all"}, "bias", "model.layers.0.mamba.conv1d.bias"),
     ],
 )
-def test_what_is_neither_norm_nor_table_is_refused_by_name(
+def test_unsupported_whole_modules_are_refused_by_name(
     family: str, config: dict[str, Any], param: str, named: str, world: World, tmp_path: Path
 ) -> None:
     tiny_adapter(tmp_path, world.model(family), **({"target_modules": Q} | config))
@@ -175,7 +175,7 @@ def test_no_tokens_are_added_where_another_table_has_a_row_for_each(world: World
 def test_an_embedding_that_norms_its_rows_has_no_others(
     config: dict[str, Any], tmp_path: Path, cache_dir: Path
 ) -> None:
-    """PEFT passes the norm over where single tokens are trained, for all tokens."""
+    """PEFT skips the norm, for all tokens, if single tokens are trained."""
     tiny_family("muse_glimmer", tmp_path / "model")
     engine = load_engine(tmp_path / "model", cache_dir, quantization="none")
     base = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32)

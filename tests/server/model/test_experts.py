@@ -1,4 +1,4 @@
-"""Mixtures of experts: read from either layout, kept quantised, and each token's answer its own."""
+"""Mixtures of experts: read from either layout, kept quantised, and independent per token."""
 
 import json
 from pathlib import Path
@@ -21,10 +21,10 @@ from tests.support.single_experts import single_experts_adapter
 from tests.support.tiny import tiny_adapter, tiny_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-# Of patterns for parameters: it looks for modules.
+# PEFT looks for modules, so patterns for parameters match none.
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:.*did not match any targeted module")
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-# Of sizes that are not square, so that nothing transposed fits.
+# Sizes are not square, so that a transposed matrix does not fit.
 SERVED: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"moe_intermediate_size": 96},
     "Mixtral": {"num_local_experts": 8, "intermediate_size": 96},
@@ -61,7 +61,7 @@ def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 def test_fused_and_single_experts_in_the_files_give_one_base(model: Path, engine: Engine, tmp_path: Path) -> None:
     tensors = load_file(model / "model.safetensors")
-    assert any(".experts.7.up_proj." in name for name in tensors)  # transformers writes one tensor an expert
+    assert any(".experts.7.up_proj." in name for name in tensors)  # transformers writes one tensor per expert
     for layer in range(2):
         prefix = f"model.layers.{layer}.mlp.experts."
         parts = {
@@ -106,10 +106,10 @@ def test_experts_are_quantised_one_at_a_time(model: Path, tmp_path: Path, monkey
         ("Qwen3Moe", {}),
         ("Mixtral", {"num_local_experts": 8, "intermediate_size": 64}),
         ("Glm4Moe", {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}),
-        ("Qwen2Moe", {"shared_expert_intermediate_size": 64}),  # a gate of one number for each token
+        ("Qwen2Moe", {"shared_expert_intermediate_size": 64}),  # a gate of one number per token
     ],
 )
-def test_company_changes_no_bit(config: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_outputs_are_bit_identical_in_any_batch(config: str, settings: dict[str, Any], tmp_path: Path) -> None:
     directory = mixture(tmp_path / "model", config, **settings)
     engine = load_engine(directory, tmp_path / "cache")
     adapters = [
@@ -150,7 +150,7 @@ def peft_logprobs(model: Path, adapter: Path, prompt: list[int]) -> list[float]:
 
 
 def check_merged(engine: Engine, model: Path, adapter: Path, target: Path) -> None:
-    """A checkpoint of a published adapter holds what PEFT's own merge does."""
+    """Check that a checkpoint of a published adapter equals PEFT's own merge."""
     import peft
 
     target.mkdir()
@@ -243,7 +243,7 @@ def test_adapters_of_single_experts_equal_peft(config: str, module: str, parts: 
     reference = publish(engine, directory)
     spec = AdapterSpec.read(directory)
     assert spec.variants.names == ["experts"]
-    assert spec.rows()[EXTRAS] * 1024 >= 2 * 8 * 4 * 3 * (2 * (64 + 2 * 96) + 96 + 64)  # B's zeros included
+    assert spec.rows()[EXTRAS] * 1024 >= 2 * 8 * 4 * 3 * (2 * (64 + 2 * 96) + 96 + 64)  # including B's zeros
     prompt = torch.randint(3, 500, (40,)).tolist()
     answer = run(engine, [request("r", prompt, reference, max_tokens=1, prompt_logprobs=0)])["r"]
     assert logprobs(answer) == pytest.approx(peft_logprobs(model, directory, prompt), abs=1e-3)
@@ -326,7 +326,7 @@ def test_the_planned_decoder_runs_experts_and_their_adapters_do_not(
         solo(engine, [request("planned", [3, 4, 5], None, max_tokens=2)])
         assert not threads
         solo(engine, [request("modules", [3, 4, 5], of_experts, max_tokens=2)])
-        assert set(threads) == {1}, "torch's threads would keep the native kernels' from their cores"
+        assert set(threads) == {1}, "torch's threads would take the cores of the native kernels' threads"
     finally:
         hook.remove()
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""The copy of a quantised base in the cache."""
+"""The cached copy of a quantised base."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from server.model.base import UnservableModel
 
 
 def base(*, by: Path | None = None) -> Any:
-    """One that writes a file. `by`: another process has put its copy there meanwhile."""
+    """A base that writes a file. `by`: another process has put its copy there in the meantime."""
 
     def save_pretrained(directory: Path) -> None:
         Path(directory).mkdir()

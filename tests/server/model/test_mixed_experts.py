@@ -1,4 +1,4 @@
-"""Several adapters of experts at once, with weights: in one request, and mixed into one, in either layout."""
+"""Several adapters of experts with weights: in one request, and mixed into one, in either layout."""
 
 import json
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ def scored(model: Any) -> list[float]:
 
 @pytest.fixture(scope="module")
 def expected(model: Path, adapters: dict[str, Path]) -> list[float]:
-    """Of the base and the weighted sum of what PEFT's merges change, in fp32."""
+    """Log-probabilities of the base plus the weighted sum of the changes in PEFT's merges, in fp32."""
     import peft
 
     def base() -> Any:
@@ -79,7 +79,7 @@ def expected(model: Path, adapters: dict[str, Path]) -> list[float]:
 
 
 def mixed(engine: Engine, sources: dict[str, Path], target: Path, method: str, **options: Any) -> Path:
-    """As the server mixes."""
+    """Mix adapters as the server does."""
     target.mkdir()
     experts = {name: json.loads(json.dumps(size._asdict())) for name, size in engine.ready().experts.items()}
     order = {
@@ -116,7 +116,7 @@ def test_all_of_them_mixed(
     expected: list[float],
     tmp_path: Path,
 ) -> None:
-    """The first has neither gate nor up: the order in the file is still the base's."""
+    """The first has neither gate nor up; the file's order is still the base's."""
     made = mixed(engine, adapters, tmp_path / "mixed", method, rank=rank)
     assert served(engine, made) == pytest.approx(expected, abs=1e-3)
     assert peft_logprobs(model, made, PROMPT) == pytest.approx(expected, abs=1e-3)
@@ -124,7 +124,7 @@ def test_all_of_them_mixed(
 
 
 def test_linear_mixes_of_single_experts_are_pefts(engine: Engine, model: Path, tmp_path: Path) -> None:
-    """There each expert's linear is a module, which PEFT can mix; parameters it cannot."""
+    """There each expert's linear is a module, which PEFT can mix; it cannot mix parameters."""
     sources = {
         name: single_experts_adapter(tmp_path / name, model, "mlp", PARTS, seed=seed, lora_alpha=5 * seed)
         for seed, name in enumerate(("both", "apart"), start=1)

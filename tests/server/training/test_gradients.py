@@ -1,4 +1,4 @@
-"""Gradients beside PEFT's on the same quantised base: packed, in company, with dropout, of every quantisation."""
+"""Gradients equal PEFT's on the same quantised base: packed, beside other jobs, with dropout, in every quantisation."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def peft_gradients(model: peft.PeftModel) -> dict[str, tuple[torch.Tensor, torch
 
 
 def our_gradients(task: Task) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The task's gradients by the names and shapes of its tensors."""
+    """The task's gradients under the names and shapes of its tensors."""
     values = task.adapter.values.clone()
     task.adapter.values.copy_(task.adapter.grads)
     gradients = {name: (a.clone(), b.clone()) for name, (a, b) in task.adapter.tensors().items()}
@@ -59,7 +59,7 @@ def assert_same_gradients(task: Task, model: peft.PeftModel) -> None:
 
 
 class SharedDropout(torch.nn.Module):
-    """PEFT's dropout, dropping what the trainer dropped."""
+    """PEFT's dropout with the trainer's dropout mask."""
 
     def __init__(self, linear: int) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def test_gradients_through_states_equal_peft(family: str, cache_dir: Path, tmp_p
     lora = {"target_modules": r".*\.(in_proj\w*|q_proj|down_proj)"}
     adapter = initial_adapter(engine, tmp_path / "initial", model_dir, **lora)
     trainer = Trainer(engine.base)
-    data = dataset(4, high=100)  # longer than what a scan takes at a time
+    data = dataset(4, high=100)  # longer than one scan
     trainer.start(job(engine.base, tmp_path / "job", data, lora=lora, initial=adapter))
     run_until(trainer, "clip")
     (task,) = trainer.tasks.values()
@@ -150,7 +150,7 @@ def test_gradients_through_states_equal_peft(family: str, cache_dir: Path, tmp_p
 def test_gradients_with_dropout_and_accumulation_equal_peft(
     engine: Engine, trainer: Trainer, model_dir: Path, tmp_path: Path
 ) -> None:
-    """One sequence a micro-batch, so that PEFT sees the same rows in the same places."""
+    """One sequence per micro-batch, so that PEFT has the same rows in the same places."""
     adapter = initial_adapter(engine, tmp_path / "initial", model_dir)
     trainer.start(job(engine.base, tmp_path / "job", DATA, initial=adapter, packing=False, lora_dropout=0.3, seed=7))
     run_until(trainer, "clip")

@@ -1,4 +1,4 @@
-"""The memory plan beside what training really takes."""
+"""The memory plan compared with the measured use."""
 
 import gc
 import weakref
@@ -19,7 +19,7 @@ from tests.support.training import dataset, job, run, run_until
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of living storages that were made while it was on."""
+    """Counts the bytes of live storages created while it is active."""
 
     def __init__(self) -> None:
         super().__init__()

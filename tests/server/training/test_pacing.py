@@ -1,4 +1,4 @@
-"""How training is admitted between inference steps."""
+"""Pacing of training between inference steps."""
 
 import pytest
 from hypothesis import given
@@ -16,7 +16,7 @@ class Clock:
 
 
 def beside(pacer: Pacer, clock: Clock, *, step: float, piece: float, steps: int) -> tuple[float, float]:
-    """Alternate inference steps with all the pieces that are allowed. Returns training seconds and the longest gap."""
+    """Alternate inference steps with all allowed pieces. Returns training seconds and the longest gap."""
     trained = longest = 0.0
     for _ in range(steps):
         clock.now += step

@@ -32,7 +32,7 @@ def client(server: RunningServer) -> openai.OpenAI:
 
 
 def prompt_logprobs(client: openai.OpenAI) -> list[float | None]:
-    """The base's log-probabilities of a fixed prompt, none of it from the prefix cache."""
+    """The base's log-probabilities of a fixed prompt, without the prefix cache."""
     answer = client.completions.create(
         model=BASE, prompt=list(range(5, 45)), max_tokens=1, echo=True, logprobs=0, temperature=0
     )
@@ -88,7 +88,7 @@ def test_a_job_by_the_openai_client_and_again_through_kills(server: RunningServe
     def saved() -> int:
         return max((found.step_number for found in client.fine_tuning.jobs.checkpoints.list(killed).data), default=0)
 
-    with server.slowed("training "):  # the job does not end before all this has happened to it
+    with server.slowed("training "):  # prevents the job from ending before all this has happened to it
         killed = start(client, file.id)
         eventually(saved, 180, "a checkpoint")
         engine = server.engine_pid
@@ -114,7 +114,7 @@ def test_a_job_by_the_openai_client_and_again_through_kills(server: RunningServe
 
 
 def command(server: RunningServer, *arguments: str) -> str:
-    """What a `lorakeet` command prints."""
+    """The output of a `lorakeet` command."""
     result = CliRunner().invoke(app, [*arguments, "--url", server.url])
     assert result.exit_code == 0, (result.output, result.exception)
     return result.stdout

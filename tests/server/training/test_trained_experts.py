@@ -1,4 +1,4 @@
-"""Adapters of experts, trained with routers frozen: as PEFT would, and loaded by PEFT."""
+"""Adapters of experts, trained with frozen routers: equal to PEFT, and loaded by PEFT."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ COMMON = {"num_hidden_layers": 2, "head_dim": 16, "num_experts_per_tok": 2, "tie
 def test_two_steps_equal_peft_and_the_checkpoint_loads_there(
     family: str, settings: dict[str, Any], memory: str, goes_on: bool, tmp_path: Path
 ) -> None:
-    """From PEFT's beginning, and from an adapter that is there."""
+    """From PEFT's initialisation, and from an existing adapter."""
     model, engine = opened(tmp_path, family, settings)
     data = dataset(4, seed=3)
     plan = PLANNED | {"memory": memory}
@@ -91,7 +91,7 @@ def test_two_steps_equal_peft_and_the_checkpoint_loads_there(
 def test_a_job_goes_on_from_linears_of_single_experts_as_in_peft(
     family: str, sizes: dict[str, Any], module: str, parts: list[str], memory: str, tmp_path: Path
 ) -> None:
-    """Each is trained by itself, and the zeros between gate and up stay: what PEFT makes of the same modules."""
+    """Each is trained separately, and the zeros between gate and up stay, as in PEFT's training of the same modules."""
     model, engine = opened(tmp_path, family, sizes)
     data = dataset(4, seed=3)
     plan = PLANNED | {"memory": memory}
@@ -123,7 +123,7 @@ def opened(directory: Path, family: str, sizes: dict[str, Any]) -> tuple[Path, E
 
 
 def trained(engine: Engine, start: StartJob) -> tuple[list[Any], MemoryPlan]:
-    """A job's replies, and the memory that such a job is said to take."""
+    """A job's replies, and its memory plan."""
     trainer = Trainer(engine.base)
     try:
         replies = train(trainer, start)
@@ -139,7 +139,7 @@ def published(engine: Engine, directory: Path) -> AdapterSpec:
 
 
 def check_steps(theirs: peft.PeftModel, data: Dataset, replies: list[Any], parameters: int) -> None:
-    """Two steps of PEFT's with the same losses."""
+    """Check that two steps of PEFT have the same losses."""
     adapted = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
     assert sum(parameter.numel() for parameter in adapted) == parameters
     optimizer = torch.optim.AdamW(adapted, lr=RATE, weight_decay=0)
@@ -165,7 +165,7 @@ def check_result(engine: Engine, model: Path, replies: list[Any], theirs: peft.P
     answer = run(engine, [request("r", prompt, publish(engine, last), max_tokens=1, prompt_logprobs=0)])["r"]
     base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     loaded = peft.PeftModel.from_pretrained(base, str(last))
-    for scored in (loaded, theirs):  # the same file, and the parameters that PEFT itself arrived at
+    for scored in (loaded, theirs):  # the same file, and the parameters that PEFT trained
         with torch.no_grad():
             scores = scored(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
         found = [entry.logprob for entry in answer.prompt_logprobs if entry is not None]

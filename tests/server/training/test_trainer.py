@@ -1,4 +1,4 @@
-"""The trainer's whole jobs, beside PEFT's and beside themselves: in company, after kills, beside requests."""
+"""Whole jobs of the trainer, compared with PEFT and with themselves: beside other jobs and requests, after kills."""
 
 import contextlib
 import random
@@ -71,7 +71,7 @@ def test_a_loss_curve_of_30_steps_equals_peft_with_torch_adamw(
         optimizer.zero_grad()
         theirs.append(loss.item())
     assert len(ours) == 30
-    assert theirs[-1] < 0.7 * theirs[0], "something must have been learned, or this test shows nothing"
+    assert theirs[-1] < 0.7 * theirs[0], "the job must have learned something, or this test shows nothing"
     assert ours == pytest.approx(theirs, rel=0.01)
 
 
@@ -112,7 +112,7 @@ def test_every_optimizer_learns_and_resumes_bit_for_bit(
 
 
 def interrupted(base: Base, start: StartJob, *, kills: int, seed: int) -> Path:
-    """Run a job with a trainer that vanishes at random moments; each next one goes on from the last checkpoint."""
+    """Run a job with trainers killed at random moments; each next one resumes from the last checkpoint."""
     choose = random.Random(seed)
     resume: str | None = None
     for round_ in range(kills + 1):
@@ -138,7 +138,7 @@ def same_weights(left: Path, right: Path) -> bool:
     return (left / name).read_bytes() == (right / name).read_bytes()
 
 
-@pytest.mark.slow  # the test of every optimizer, which dies three times, is its sister
+@pytest.mark.slow  # the test of every optimizer, with three kills, covers the same
 def test_ten_kills_change_no_bit(base: Base, trainer: Trainer, tmp_path: Path) -> None:
     def start(name: str) -> StartJob:
         return job(
@@ -149,7 +149,7 @@ def test_ten_kills_change_no_bit(base: Base, trainer: Trainer, tmp_path: Path) -
     assert same_weights(final(run(trainer, start("whole"))), interrupted(base, start("killed"), kills=10, seed=2))
 
 
-def test_company_changes_no_bit(base: Base, trainer: Trainer, tmp_path: Path) -> None:
+def test_other_jobs_change_no_bit(base: Base, trainer: Trainer, tmp_path: Path) -> None:
     def start(name: str, n: int) -> StartJob:
         shapes: list[dict[str, Any]] = [{"r": 8}, {"r": 3, "target_modules": ["v_proj", "down_proj"]}]
         return job(
@@ -202,7 +202,7 @@ def test_cancel_keeps_nothing(base: Base, trainer: Trainer, tmp_path: Path) -> N
 def test_a_job_has_ended_when_its_checkpoint_is_written(
     base: Base, trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its directory may be removed then."""
+    """Its directory may be removed afterwards."""
     go_on, write = threading.Event(), checkpoint.write
     monkeypatch.setattr(checkpoint, "write", lambda *args: go_on.wait(60) and write(*args))
     trainer.start(job(base, tmp_path / "job", DATA, n_epochs=50, checkpoint_every=1))
@@ -260,7 +260,7 @@ def test_early_stopping(base: Base, trainer: Trainer, tmp_path: Path) -> None:
     assert any("Stopped early" in getattr(reply, "message", "") for reply in replies if reply.id == "job")
 
 
-# --- faults and neighbours --------------------------------------------------------------------------------
+# --- faults and other jobs --------------------------------------------------------------------------------
 
 
 def test_steps_that_are_not_finite_are_skipped_then_the_job_fails(base: Base, trainer: Trainer, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training through the GPU's kernels: on the GPU where there is one, else in Triton's interpreter."""
+"""Training with the GPU's kernels: on a GPU if there is one, else in Triton's interpreter."""
 
 from pathlib import Path
 

@@ -1,11 +1,11 @@
-"""Engine processes without their imports, which are most of a start: forked from a process that has them.
+"""Engine processes forked from a process that has imported their libraries, since imports are most of a start.
 
-`python preloaded.py LISTENER` imports what an engine does, and forks one for each process that asks at the socket. The
-process that the API process started asks, and then stands for the engine: each ends as soon as the other does, and in
-the same way. Its parent, and a test that kills it, see no difference.
+`python preloaded.py LISTENER` imports the engine's libraries and forks one engine for each request on the socket. The
+process started by the API process requests a fork and then represents the engine: each of the two ends as soon as the
+other does, in the same way. The API process, and a test that kills the engine, see no difference.
 
-Helper processes, likewise, where a test wants it: those that merge and mix need torch. Limits of their memory and their
-priority stay with the process that stands for them.
+The same works for helper processes if a test requests it: those that merge and mix need torch. Limits of their memory
+and their priority apply to the representing process only.
 """
 
 import contextlib
@@ -22,16 +22,16 @@ from typing import NoReturn
 PROGRAM = "server.engine.process"
 HELPER = "server.children.programs.work"
 WATCH_SECONDS = 0.25
-MOST = 1 << 20  # bytes of an order: a command line and an environment
+MOST = 1 << 20  # maximal bytes of a request: command line and environment
 
 
 def stand_for_one(address: str) -> NoReturn:
-    """Have an engine forked with this process's arguments, environment and streams; end when it ends, and it with this.
+    """Request a fork with this process's arguments, environment and streams; either process ends when the other does.
 
-    SIGUSR1 and SIGUSR2 reach it, too.
+    Signals SIGUSR1 and SIGUSR2 are forwarded.
     """
     argv = sys.orig_argv[sys.orig_argv.index("-m") + 1 :]
-    # An engine is told who its parent is, which may be killed before this process has looked.
+    # The parent's id is an argument of the engine, since the parent may die before this process calls getppid.
     parent = int(argv[1]) if argv[0] == PROGRAM else os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # as the engine does
@@ -53,7 +53,7 @@ def stand_for_one(address: str) -> NoReturn:
 
 
 def _keep(connection: socket.socket) -> None:
-    """Fork the engine that is asked for, and see to it that both ends end together."""
+    """Fork the requested engine, and make both processes end together."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     order, streams, *_ = socket.recv_fds(connection, MOST, 3)
     if not order:
@@ -65,7 +65,7 @@ def _keep(connection: socket.socket) -> None:
     try:
         connection.send(str(engine).encode())
         alone = ended not in select.select([connection.fileno(), ended], [], [])[0]
-    except ConnectionError:  # who stood for it was killed at once
+    except ConnectionError:  # the requesting process was killed at once
         alone = True
     if alone:
         os.kill(engine, signal.SIGKILL)
@@ -75,7 +75,7 @@ def _keep(connection: socket.socket) -> None:
 
 
 def _become(streams: list[int], argv: list[str], environ: dict[str, str], pid: int) -> NoReturn:
-    """Be the process that `pid` was started as."""
+    """Become the process that was started with id `pid`."""
     import sitecustomize
 
     for number, stream in enumerate(streams):
@@ -84,7 +84,7 @@ def _become(streams: list[int], argv: list[str], environ: dict[str, str], pid: i
     os.environ.update(environ)
     sys.argv = argv
     if argv[0] == PROGRAM:
-        os.getppid = lambda: int(argv[1])  # whether the parent lives is for its child to see
+        os.getppid = lambda: int(argv[1])  # the child checks whether the parent lives
     sitecustomize.prepare(pid)
     status = 1
     try:
@@ -97,7 +97,7 @@ def _become(streams: list[int], argv: list[str], environ: dict[str, str], pid: i
 
 
 def _serve(listener: socket.socket) -> None:
-    """Import, then fork until the parent is gone."""
+    """Import, then fork until the parent has ended."""
     parent = os.getppid()
     import sitecustomize
     import transformers.models.auto.modeling_auto
@@ -108,7 +108,7 @@ def _serve(listener: socket.socket) -> None:
     import server.engine.selfcheck  # noqa: F401
 
     sitecustomize.make_fail()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a keeper
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the forked processes are not waited for
     listener.settimeout(WATCH_SECONDS)
     while os.getppid() == parent:
         with contextlib.suppress(TimeoutError):

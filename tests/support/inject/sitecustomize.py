@@ -1,9 +1,9 @@
-"""Imported by every Python process that finds this folder on its path: makes an engine's steps fail when told to, and
-notes which files a request enters.
+"""Imported by every Python process with this folder on its path: makes an engine's steps fail on request, and records
+the files that a request enters.
 
 When the file named by FAULT_FILE appears, the next step (or piece of training, for a kind that begins with "training")
-takes it away and meets the fault that it names. While it says "slow", each takes a moment longer instead, and none
-begins while it says "held": what a test has begun is not over before the test can look at it.
+deletes it and raises the fault that it names. While it contains "slow", each step is delayed instead, and none
+begins while it contains "held", so that a test can observe work in progress.
 """
 
 import os
@@ -20,11 +20,11 @@ import preloaded
 
 ROOT = f"{Path(__file__).parent.parent.parent.parent}/"
 PRODUCT = (f"{ROOT}server/", f"{ROOT}adapters/")
-SLOW_SECONDS = 0.05  # of a step, or of a layer in training, more than it would take
+SLOW_SECONDS = 0.05  # added to a step, or to a layer in training
 
 
 def illegal_access() -> None:
-    """A real one: what the device reports is found at the next wait for it, and nothing works after it."""
+    """A real one: the device reports it at the next synchronisation, and nothing works afterwards."""
     import torch
     import triton
     import triton.language as tl
@@ -37,7 +37,7 @@ def illegal_access() -> None:
 
 
 def fail(kind: str) -> None:
-    """Meet a fault."""
+    """Raise a fault."""
     import torch
 
     match kind.removeprefix("training "):
@@ -52,7 +52,7 @@ def fail(kind: str) -> None:
 
 
 def _content(file: Path) -> str:
-    """What a file says; nothing where there is none, or one whose writer is about to write."""
+    """The text of a file; empty if it does not exist or is about to be written."""
     try:
         return file.read_text()
     except FileNotFoundError:
@@ -60,7 +60,7 @@ def _content(file: Path) -> str:
 
 
 def failing(work: Callable[..., Any], prefix: str) -> Callable[..., Any]:
-    """`work`, after a look at the file."""
+    """`work`, preceded by a check of the file."""
 
     def look_first(*args: Any, **kwargs: Any) -> Any:
         if (name := os.environ.get("FAULT_FILE")) is None:
@@ -80,7 +80,7 @@ def failing(work: Callable[..., Any], prefix: str) -> Callable[..., Any]:
 
 
 def make_fail() -> None:
-    """Have every step and every piece of training look at the file first."""
+    """Make every step and every piece of training check the file first."""
     from server.engine.runner import Runner
     from server.training.layers import LayeredModel
 
@@ -91,7 +91,7 @@ def make_fail() -> None:
 class Visits:
     """The product's files whose functions this process enters between SIGUSR1 and SIGUSR2.
 
-    Answers by files of its directory: `PID.begun`, and `PID.files` with a name a line.
+    Reports through files in its directory: `PID.begun`, and `PID.files` with one name per line.
     """
 
     def __init__(self, directory: Path, pid: int) -> None:
@@ -100,7 +100,7 @@ class Visits:
         self._seen: dict[str, None] | None = None
         signal.signal(signal.SIGUSR1, self._begin)
         signal.signal(signal.SIGUSR2, self._end)
-        threading.setprofile(self._note)  # for threads to come: nothing reaches one that runs already
+        threading.setprofile(self._note)  # for future threads: running threads cannot be changed
 
     def _begin(self, *_: object) -> None:
         self._seen = {}
@@ -118,12 +118,12 @@ class Visits:
         seen, code = self._seen, frame.f_code
         if seen is None or event != "call" or code.co_filename in seen or not code.co_filename.startswith(PRODUCT):
             return
-        if code.co_code[frame.f_lasti + 1] == 0 and code.co_name != "<module>":  # begun, not resumed after a yield
+        if code.co_code[frame.f_lasti + 1] == 0 and code.co_name != "<module>":  # called, not resumed after a yield
             seen[code.co_filename] = None
 
 
 def prepare(pid: int) -> None:
-    """Note the files that this process enters, if that may be asked, under a process's id."""
+    """Record the files that this process enters, if requested, under the id `pid`."""
     if "VISITS" in os.environ:
         Visits(Path(os.environ["VISITS"]), pid)
 
