@@ -8,7 +8,7 @@ from adapters.peft_format.sizes import device_bytes
 from adapters.storage.store import AdapterStore
 from server.client.engine import EngineClient
 from server.metrics import PREFIX, Metrics
-from server.repeat import repeatedly
+from server.repeat import run_periodically
 
 SECONDS = 5.0  # between samples
 MINUTE = int(60 / SECONDS)  # samples for rates of training, which is counted by steps, and these may take long
@@ -54,7 +54,7 @@ class History:
         async def sample() -> None:
             self.sample()
 
-        await repeatedly(sample, SECONDS, "a sample of the server's history")
+        await run_periodically(sample, SECONDS, "sampling the server's history")
 
     def sample(self) -> None:
         """Take one sample."""

@@ -23,7 +23,7 @@ from adapters.disk import StorageFull
 from adapters.storage.database import Database, DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
 from server.errors import Conflict, InvalidRequest, NotFound, shown
-from server.repeat import repeatedly
+from server.repeat import run_periodically
 from server.tenants.caller import DEFAULT_NAME, EVERYTHING, TENANT, Caller, Role, allowed, tenant_name
 from server.tenants.limits import UNLIMITED, Allowance, Limits
 from server.tenants.rolls import DEFAULT, Change, KeptKey, Key, Roll, Rolls, Tenant
@@ -86,7 +86,7 @@ class Tenants:
         """Poll other servers' changes until cancelled."""
         if self._shared:
             look = partial(asyncio.to_thread, self.poll)
-            await repeatedly(look, self._poll_seconds, "taking over other servers' keys", RemoteUnavailable)
+            await run_periodically(look, self._poll_seconds, "polling keys in the object store", RemoteUnavailable)
 
     def poll(self) -> None:
         """Apply other servers' changes once. Raises RemoteUnavailable."""
@@ -97,7 +97,9 @@ class Tenants:
     async def run(self) -> None:
         """Write keys' times of last use, periodically and when cancelled."""
         try:
-            await repeatedly(partial(asyncio.to_thread, self._flush), FLUSH_SECONDS, "writing when keys were used")
+            await run_periodically(
+                partial(asyncio.to_thread, self._flush), FLUSH_SECONDS, "writing last-used times of keys"
+            )
         finally:
             await asyncio.to_thread(self._flush)
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 import pytest
 
 from server import history
-from server.repeat import repeatedly
+from server.repeat import run_periodically
 from server.tenants import keys, sending
 from tests.support.harness import Site
 
@@ -26,11 +26,11 @@ async def test_it_goes_on_after_a_fault_which_is_logged_once(caplog: pytest.LogC
             raise fault
 
     caplog.set_level("INFO")
-    task = asyncio.create_task(repeatedly(work, 0.001, "work", OSError))
+    task = asyncio.create_task(run_periodically(work, 0.001, "work", OSError))
     await asyncio.wait_for(done.wait(), 60)
     task.cancel()
     logged = [(record.message, bool(record.exc_info)) for record in caplog.records]
-    again = ("work: works again", False)
+    again = ("work: recovered", False)
     assert logged == [("work: odd", True), ("work: full", False), again, ("work: odd", True), again]
 
 

@@ -45,12 +45,12 @@ async def upload_adapter(request: Request, body: FetchBody | MixBody | None = No
             version, changed = await unless_gone(request.receive, mix(services, caller_of(request), body))
         else:
             publisher = services.registry.publisher
-            async with publisher.stage() as staging:
+            async with publisher.staging_directory() as staging:
                 with disk_faults():
                     name, promote = await _receive(request, services, staging)
                 check_bound(caller_of(request), name)
                 await check_room(request, staging)
-                admitted = publisher.admit(caller_of(request).tenant, name, staging, promote=promote)
+                admitted = publisher.publish(caller_of(request).tenant, name, staging, promote=promote)
                 version, changed = await unless_gone(request.receive, admitted)
     made = receipt(services.store, version, version.tenant)
     return JSONResponse(made, status_code=201 if changed else 200, headers=_digest_header(version))
@@ -172,7 +172,7 @@ class _StoredFile(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with known_adapter(self._version.name):  # it may be deleted concurrently
-            async with self._services.registry.hold(self._version, whole=True):
+            async with self._services.registry.hold(self._version, verify=True):
                 await self._file(scope, receive, send)
 
 

@@ -90,7 +90,7 @@ async def merge(request: Request, body: MergeBody) -> Response:
     whole = body.dtype is None
     caller, name = caller_of(request), request.path_params["name"]
     await _check_own(services, caller, name)
-    async with services.registry.open(caller, name, param="name", whole=whole) as version:
+    async with services.registry.open(caller, name, param="name", verify=whole) as version:
         if body.dtype is None:
             return await _checkpoint(services, version)
         return await _resident(services, version, body.dtype, body.prompts or _PROMPTS)
@@ -216,7 +216,7 @@ def _directory(services: Services, version: Version) -> Path:
 async def _check_own(services: Services, caller: Caller, asked: str) -> None:
     """Check that the caller owns the adapter. Raises ModelNotFound, PermissionDenied."""
     try:
-        await services.registry.own(caller, split_reference(asked)[0])
+        await services.registry.find_owned(caller, split_reference(asked)[0])
     except UnknownAdapter:
         raise ModelNotFound(asked, param="name") from None
 

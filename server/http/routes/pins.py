@@ -28,7 +28,7 @@ async def _answer(request: Request, *, pinned: bool) -> Response:
     services, name = services_of(request), request.path_params["name"]
     with known_adapter(name):
         caller = caller_of(request)
-        version = await services.registry.own(caller, name)
+        version = await services.registry.find_owned(caller, name)
         if pinned:
             answering = services.store.pointer(caller.tenant, version.name).answering
             caller.allowance.check_rows(services.registry.rows(caller, answering))

@@ -35,7 +35,7 @@ async def unshare(request: Request) -> Response:
 async def _answer(request: Request, tenants: list[str]) -> Response:
     registry, caller, name = services_of(request).registry, caller_of(request), request.path_params["name"]
     with known_adapter(name):
-        version = await registry.own(caller, name)
+        version = await registry.find_owned(caller, name)
         pointer = await registry.publisher.share(caller.tenant, version.name, set(tenants) - {caller.tenant})
     return JSONResponse({"object": "adapter.share", "name": version.name, "tenants": readers(pointer)})
 

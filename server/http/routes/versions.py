@@ -50,7 +50,7 @@ async def promote(request: Request, body: PromoteBody) -> Response:
     if body.split is None:
         assert body.digest is not None
         return _answer(request, await _changed(publisher.promote(tenant, name, body.digest, expected), "digest"))
-    return _answer(request, await _changed(publisher.divide(tenant, name, body.split, expected), "split"))
+    return _answer(request, await _changed(publisher.split(tenant, name, body.split, expected), "split"))
 
 
 async def roll_back(request: Request) -> Response:
@@ -68,7 +68,7 @@ async def _name(request: Request) -> str:
     """Return the name in the path, which the caller must own; `name@digest` is not accepted."""
     name: str = request.path_params["name"]
     with known_adapter(name):
-        return (await services_of(request).registry.own(caller_of(request), name)).name
+        return (await services_of(request).registry.find_owned(caller_of(request), name)).name
 
 
 async def _changed(change: Awaitable[Pointer], param: str) -> Pointer:

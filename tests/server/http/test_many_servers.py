@@ -204,5 +204,5 @@ async def test_a_shared_adapter_is_looked_for_under_its_owners_name(pair: Pair) 
     async with one.client() as client:
         assert (await client.post("/v1/adapters/legal/share", json={"tenants": "all"})).status_code == 200
     assert two.names() == []
-    await two.registry.following.look("someone", "default/legal")
+    await two.registry.following.look_up("someone", "default/legal")
     assert two.store.readable("someone", "default/legal").current.name == "legal"

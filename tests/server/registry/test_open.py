@@ -45,10 +45,10 @@ async def test_a_template_that_is_not_allowed_brings_no_text(tmp_path: Path) -> 
 
 async def test_a_lost_spec_is_made_anew_with_the_stop_tokens_that_a_fine_tune_taught(tmp_path: Path) -> None:
     site = Site(tmp_path)
-    async with site.publisher.stage() as staging:
+    async with site.publisher.staging_directory() as staging:
         shutil.copytree(write_adapter(tmp_path / "a"), staging, dirs_exist_ok=True)
-        version, _ = await site.publisher.admit("", "a", staging, learned=AdapterText(stop_tokens=(7,)))
+        version, _ = await site.publisher.publish("", "a", staging, from_training=AdapterText(stop_tokens=(7,)))
     (version.path / SPEC_NAME).unlink()
-    async with site.registry.open(EVERYTHING, "a", whole=True) as opened:
+    async with site.registry.open(EVERYTHING, "a", verify=True) as opened:
         assert AdapterSpec.read(opened.path).text.stop_tokens == (7,)
     site.close()

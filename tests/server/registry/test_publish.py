@@ -204,7 +204,7 @@ async def test_a_fault_that_passes_costs_no_adapter_of_the_directory(
     root = tmp_path / "adapters"
     site = Site(tmp_path, adapter_dir=root)
     await site.registry.discovery.import_configured(T)
-    assert "nothing is read from it yet" in caplog.text
+    assert "the directory cannot be read yet" in caplog.text
     write_adapter(root / "good")
     for fault in (RemoteUnavailable("down"), DatabaseBusy("held"), StorageFull("full"), OSError("flaky")):
         with monkeypatch.context() as patch:
