@@ -150,7 +150,7 @@ class _Server(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        key = ' -H "Authorization: Bearer $LORAKEET_API_KEY"' if self._services.tenants.closed else ""
+        key = ' -H "Authorization: Bearer $LORAKEET_API_KEY"' if self._services.tenants.requires_key else ""
         json_type = f"{key} -H 'Content-Type: application/json'"
         base = settings.base_name
         brief = {"max_tokens": 64, "stream": True}

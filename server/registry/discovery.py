@@ -58,7 +58,7 @@ class Discovery:
         return reference is not None and await self._fetch(tenant, name, reference)
 
     async def ignore(self, name: str) -> None:
-        """Do not import a deleted name republish: from its directory until its files change, from the hub until the next
+        """Do not import a deleted name again: from its directory until its files change, from the hub until the next
         start of the server."""
         if self._settings.adapter_dir is not None:
             self._ignored[name] = await run_in_threadpool(_signature, self._settings.adapter_dir / name)

@@ -126,7 +126,7 @@ class Publisher:
             promote: False to stage the version only.
             republish: False to leave a name that already has this version as it is.
             strict_text: refuse an unusable tokenizer or chat template; False leaves it out with a warning.
-            from_training: learned from a fine-tune's rows: stop tokens beside the base's, formats of calls and thoughts.
+            from_training: stop tokens beside the base's and formats of calls and thoughts, learned from its rows.
 
         Returns the version and whether the name changed. Raises AdapterError (the adapter's fault), StorageFull,
         EngineUnavailable.

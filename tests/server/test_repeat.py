@@ -55,7 +55,7 @@ async def test_no_loop_of_the_server_ends_with_a_fault(tmp_path: Path, monkeypat
         for name, owner in (names | {"sample": samples}).items():
             monkeypatch.setattr(owner, name, failing(name))
         loops = registry.collect_orphans(), registry.following.run(), tenants.run(), tenants.follow(), samples.run()
-        tasks = [asyncio.create_task(loop) for loop in (*loops, sending.keep_sending(0.01, failing("send")))]
+        tasks = [asyncio.create_task(loop) for loop in (*loops, sending.send_periodically(0.01, failing("send")))]
         async with asyncio.timeout(60):
             while len(calls) < len(tasks) or min(calls.values()) < 3:
                 assert not any(task.done() for task in tasks)

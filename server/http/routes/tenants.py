@@ -95,7 +95,7 @@ async def get_tenant(request: Request) -> Response:
 async def change_tenant(request: Request, body: TenantChange) -> Response:
     """Change a tenant's limits."""
     tenant = _visible(request, request.path_params["id"])
-    changed = await asyncio.to_thread(services_of(request).tenants.limit, tenant.id, body.limits.limits())
+    changed = await asyncio.to_thread(services_of(request).tenants.set_limits, tenant.id, body.limits.limits())
     return JSONResponse(_tenant(changed))
 
 

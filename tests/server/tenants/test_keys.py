@@ -118,7 +118,7 @@ async def test_a_restart_knows_keys_tenants_and_last_uses(tmp_path: Path) -> Non
         await again.start()
         assert again.tenants == tenants.tenants
         assert again.keys == tenants.keys
-        assert again.closed
+        assert again.requires_key
         for headers in (operator, acme):
             secret = headers["Authorization"].removeprefix("Bearer ").encode()
             assert again.find(secret) == tenants.find(secret) is not None
