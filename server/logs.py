@@ -48,11 +48,11 @@ def configure(level: Literal["debug", "info", "warning", "error"], *, as_json: b
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if as_json else plain)
-    handler.addFilter(_is_no_cut)
+    handler.addFilter(_is_not_cancellation)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn.access").disabled = True  # our access line has the request's id and duration, too
 
 
-def _is_no_cut(record: logging.LogRecord) -> bool:
+def _is_not_cancellation(record: logging.LogRecord) -> bool:
     """Whether a record is anything but uvicorn's traceback of a request cancelled by the operator."""
     return not (record.name == "uvicorn.error" and record.exc_info and record.exc_info[0] is asyncio.CancelledError)

@@ -13,7 +13,7 @@ from adapters.peft_format.fields import AdapterError
 from adapters.storage.versions import Version
 from server.children.helper import HelperFailed, HelperLimit, ask_once
 from server.children.programs.hub import UNAVAILABLE, Order
-from server.errors import PermissionDenied, Unavailable, disk_faults, shown
+from server.errors import PermissionDenied, Unavailable, disk_faults, printable
 from server.hub import Reference
 from server.registry.publish import FILES, Publisher
 from server.settings import Settings
@@ -45,7 +45,7 @@ class Hub:
         except ValueError as fault:
             raise AdapterError(str(fault), param, "invalid_reference") from None
         if not reference.within(self._allowed):
-            message = f"`{shown(reference.repository)}` is not among the repositories allowed by --adapter-hub."
+            message = f"`{printable(reference.repository)}` is not among the repositories allowed by --adapter-hub."
             raise PermissionDenied(message, param=param, code="hub_not_allowed")
         return reference
 

@@ -56,7 +56,7 @@ class Pins:
                 on_disk.append(AdapterRef(digest=digest, path=str(version.path)))
         self._engine.pin(on_disk)
         size = sum(device_bytes(version.receipt["rows"], base.linears) for version in fitting)
-        self._metrics.pinned([(version.label, version.digest) for version in fitting], size)
+        self._metrics.set_pinned([(version.label, version.digest) for version in fitting], size)
 
     def _lease(self, version: Version) -> None:
         held = contextlib.ExitStack()

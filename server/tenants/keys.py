@@ -22,7 +22,7 @@ from msgspec.structs import replace as replace_fields
 from adapters.disk import StorageFull
 from adapters.storage.database import Database, DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
-from server.errors import Conflict, InvalidRequest, NotFound, shown
+from server.errors import Conflict, InvalidRequest, NotFound, printable
 from server.repeat import run_periodically
 from server.tenants.caller import DEFAULT_NAME, OPERATOR_CALLER, TENANT, Caller, Role, effective_roles, tenant_name
 from server.tenants.limits import UNLIMITED, Allowance, Limits
@@ -286,11 +286,11 @@ def _existing(id_: str, record: TenantRecord | None) -> TenantRecord:
 
 
 def _no_tenant(id_: str) -> NotFound:
-    return NotFound(f"No such tenant: {shown(tenant_name(id_))}", param="tenant", code="tenant_not_found")
+    return NotFound(f"No such tenant: {printable(tenant_name(id_))}", param="tenant", code="tenant_not_found")
 
 
 def _no_key(id_: str) -> NotFound:
-    return NotFound(f"No such key: {shown(id_)}", param="id", code="key_not_found")
+    return NotFound(f"No such key: {printable(id_)}", param="id", code="key_not_found")
 
 
 def _lasting_operator(key: Key) -> bool:

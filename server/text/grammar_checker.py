@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from server.children.helper import FORK_GRACE_SECONDS, HelperFailed, HelperLate, HelperLimit, forking
-from server.errors import InvalidRequest, Unavailable, shown
+from server.errors import InvalidRequest, Unavailable, printable
 from server.messages.protocol import INVALID_GRAMMAR, Grammar
 
 _KEPT = 1024  # answers, a few numbers each
@@ -75,9 +75,11 @@ class GrammarChecker:
         path = answer.get("path") or []
         limits = f"{self._seconds:g} s (--grammar-seconds), {self._memory >> 20} MiB (--grammar-bytes)"
         reason = answer.get("error") or f"it takes more than is allowed to compile: {limits}"
-        place = f" at `{shown('/' + '/'.join(path))}`" if path else ""
+        place = f" at `{printable('/' + '/'.join(path))}`" if path else ""
         where = ".".join([param, *path])[:200]
-        return InvalidRequest(f"`{param}` is not supported{place}: {shown(reason)}", param=where, code=INVALID_GRAMMAR)
+        return InvalidRequest(
+            f"`{param}` is not supported{place}: {printable(reason)}", param=where, code=INVALID_GRAMMAR
+        )
 
 
 def _heaviest(text: str) -> list[str]:

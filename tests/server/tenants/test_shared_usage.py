@@ -63,7 +63,7 @@ def url(tmp_path: Path) -> str:
 
 
 def train(ledger: Ledger, adapter: str, job: str, tokens: int) -> None:
-    ledger.train("acme", adapter, job, tokens, 0.5)
+    ledger.add_training("acme", adapter, job, tokens, 0.5)
 
 
 def seen(ledger: Ledger, tenant: str | None = None) -> dict[str, tuple[int, float]]:
@@ -76,7 +76,7 @@ def test_every_server_answers_for_all(tmp_path: Path, url: str) -> None:
     train(one, "law", "ftjob-1", 10)
     train(two, "law", "ftjob-2", 5)
     train(two, "poet", "ftjob-3", 7)
-    two.train("rival", "law", "ftjob-4", 9, 0.0)
+    two.add_training("rival", "law", "ftjob-4", 9, 0.0)
     assert seen(one) == {"acme/law": (10, 0.5)}
     for _ in range(2):  # once more changes nothing
         one.send()
