@@ -16,7 +16,7 @@ from server.batches.metrics import BatchMetrics
 from server.batches.rows import Limits
 from server.batches.runner import Batches
 from server.batches.store import BatchStore
-from server.children.helper import WORK, Helpers
+from server.children.helper import WORK_PROGRAM, Helpers
 from server.client.engine import EngineClient, LocalEngine
 from server.finetune.service import FineTuning
 from server.history import History
@@ -61,7 +61,9 @@ def open_services(settings: Settings, model: Path) -> tuple[Services, LocalEngin
         stall_seconds=settings.engine_stall_seconds,
     )
     store, outline = open_store(settings, PinLimit(settings, engine)), Outline.read(model)
-    checker = Helpers(_CHECKERS, WORK, priority=settings.background_priority, memory=settings.adapter_check_bytes)
+    checker = Helpers(
+        _CHECKERS, WORK_PROGRAM, priority=settings.background_priority, memory=settings.adapter_check_bytes
+    )
     defaults = sampling_defaults(settings.generation_config, settings.model, model)
     with data_dir.as_setting_error():
         services = make_services(

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from server.children.helper import FORK_GRACE_SECONDS, HelperFailed, HelperLate, HelperLimit, forking
+from server.children.helper import FORK_GRACE_SECONDS, HelperFailed, HelperLimit, HelperTimeout, forking_helpers
 from server.errors import InvalidRequest, Unavailable, printable
 from server.messages.protocol import INVALID_GRAMMAR, Grammar
 
@@ -31,7 +31,7 @@ class GrammarChecker:
     def __init__(self, seconds: float, memory: int) -> None:
         self._seconds = seconds
         self._memory = memory
-        self._helpers = forking("grammar_check", _WAIT * seconds, math.ceil(seconds), memory)
+        self._helpers = forking_helpers("grammar_check", _WAIT * seconds, math.ceil(seconds), memory)
         self._answers: OrderedDict[bytes, dict[str, Any] | None] = OrderedDict()
 
     async def close(self) -> None:
@@ -56,7 +56,7 @@ class GrammarChecker:
             answer = None
             try:
                 answer = await self._helpers.ask(key.hex(), order, _WAIT * self._seconds + FORK_GRACE_SECONDS)
-            except HelperLate as late:  # not the grammar's fault
+            except HelperTimeout as late:  # not the grammar's fault
                 log.warning("a grammar was not compiled: it %s", late)
                 raise Unavailable(f"The server was too busy to compile `{param}`.", retry_after=5) from None
             except (HelperLimit, HelperFailed) as fault:
