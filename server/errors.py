@@ -23,7 +23,7 @@ from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.record import DamagedFile
 from adapters.storage.database import DatabaseBusy, UnknownCursorError
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter
-from server.logs import note
+from server.logs import add_log_fields
 
 _ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors
 _TYPE_ERRORS = ("literal_error", "model_type", "dict_type", "list_type", "string_type", "int_type", "float_type")
@@ -244,7 +244,7 @@ def unknown_adapter(name: str) -> NotFound:
 
 
 @contextmanager
-def known_adapter(name: str) -> Iterator[None]:
+def as_not_found(name: str) -> Iterator[None]:
     """Turn UnknownAdapter into NotFound."""
     try:
         yield
@@ -292,7 +292,7 @@ def as_error(exc: Exception) -> LorakeetError:
 
 def error_response(error: LorakeetError, path: str = "") -> Response:
     """Return the error as an HTTP response, in the path's format, and note its code for the access line."""
-    note(code=error.code or error.type)
+    add_log_fields(code=error.code or error.type)
     anthropic = path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
     body = anthropic_body(error) if anthropic else error.body()
     return JSONResponse(body, status_code=error.status, headers=error.headers)

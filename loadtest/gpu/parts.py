@@ -38,10 +38,7 @@ PEFT_TOKENS = 24  # few, since PEFT's step gets slower with every adapter
 # Distinct adapters -> share of the throughput without adapters, if bandwidth were the only cost.
 LORA_TAX = {1: 0.98, 8: 0.88, 32: 0.65, 64: 0.48}
 RUNNING = 16  # running requests while cold adapters are loaded
-MAX_SLOWDOWN, MIN_KEPT = (
-    1.25,
-    0.15,
-)  # limits of P99 inter-token latency, and of a job's speed, when they share the device
+MAX_SLOWDOWN, MIN_KEPT = 1.25, 0.15  # of P99 inter-token latency, and of a job's speed, when they share the device
 LOG_PROBABILITY = 0.5  # largest difference between bf16 and stock transformers
 SEED = 0
 

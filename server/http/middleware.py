@@ -29,7 +29,7 @@ from server.errors import (
     as_error,
     error_response,
 )
-from server.logs import FIELDS, begin_notes
+from server.logs import FIELDS, collect_log_fields
 from server.settings import Settings
 from server.tenants.caller import Caller
 from server.tenants.keys import Tenants
@@ -108,7 +108,7 @@ class _Exchange:
         given = headers.get(b"x-request-id", b"")
         self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = self.request_id
-        self._notes = begin_notes()
+        self._notes = collect_log_fields()
 
     async def receive(self) -> Message:
         if self._body_complete:  # the next message is the disconnect, without a time limit

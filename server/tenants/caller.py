@@ -32,7 +32,7 @@ class Caller:
     allowance: Allowance = field(default_factory=Allowance, compare=False)
 
     @property
-    def only_tenant(self) -> str | None:
+    def visible_tenant(self) -> str | None:
         """The only tenant of which the caller sees keys, usage and changes; None: all."""
         return None if OPERATOR in self.roles else self.tenant
 

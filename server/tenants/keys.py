@@ -108,10 +108,12 @@ class Tenants:
         for tenant in {self.keys[id_].tenant for id_ in list(used) if id_ in self.keys}:
 
             def note(record: TenantRecord | None) -> TenantRecord | None:
-                for kept in list(record.keys.values()) if record is not None else ():
-                    when = used.get(kept.key.id, 0)
-                    if record is not None and when > (kept.key.last_used_at or 0):
-                        record = record.with_key(replace_fields(kept, key=replace_fields(kept.key, last_used_at=when)))
+                for stored in list(record.keys.values()) if record is not None else ():
+                    when = used.get(stored.key.id, 0)
+                    if record is not None and when > (stored.key.last_used_at or 0):
+                        record = record.with_key(
+                            replace_fields(stored, key=replace_fields(stored.key, last_used_at=when))
+                        )
                 return record
 
             try:
@@ -134,19 +136,19 @@ class Tenants:
         # All comparisons are made, so that the time taken reveals nothing about the keys.
         static = [hmac.compare_digest(digest, known) for known in self._static]
         id_ = secret[:_ID_LENGTH].decode("latin-1")
-        kept, caller = self._callers.get(id_, (_NOTHING, None))
+        stored, caller = self._callers.get(id_, (_NOTHING, None))
         key = self.keys.get(id_)
-        if hmac.compare_digest(digest, kept) and key is not None and key.valid(now := time.time()):
+        if hmac.compare_digest(digest, stored) and key is not None and key.valid(now := time.time()):
             self._last_used[id_] = int(now)
             return caller
         return self.default_caller if any(static) else None
 
     # --- tenants --------------------------------------------------------------------------------------
 
-    def tenant(self, id_: str, own: str | None = None) -> Tenant:
-        """Return a tenant. With `own`, all other tenants count as missing. Raises NotFound."""
+    def tenant(self, id_: str, visible: str | None = None) -> Tenant:
+        """Return a tenant. With `visible`, all other tenants count as missing. Raises NotFound."""
         tenant = self.tenants.get(id_)
-        if tenant is None or own not in (None, tenant.id):
+        if tenant is None or visible not in (None, tenant.id):
             raise _no_tenant(id_)
         return tenant
 
@@ -195,19 +197,19 @@ class Tenants:
             self._callers.pop(gone)
             self.keys.pop(gone)
         if record is None:
-            for known in (self._records, self.tenants, self._allowances):
-                known.pop(id_, None)
+            for table in (self._records, self.tenants, self._allowances):
+                table.pop(id_, None)
             return
         allowance = self._allowances.setdefault(id_, Allowance())
         if record.tenant.limits != allowance.limits:
             allowance.set(record.tenant.limits)
         self._records[id_], self.tenants[id_] = record, record.tenant
-        for kept in record.keys.values():
-            key = kept.key
+        for stored in record.keys.values():
+            key = stored.key
             bound = None if key.adapters is None else frozenset(key.adapters)
             roles = effective_roles(key.tenant, frozenset(key.roles))
             self.keys[key.id] = key
-            self._callers[key.id] = bytes.fromhex(kept.digest), Caller(key.tenant, key.id, roles, bound, allowance)
+            self._callers[key.id] = bytes.fromhex(stored.digest), Caller(key.tenant, key.id, roles, bound, allowance)
             self.requires_key = True
 
     # --- keys -----------------------------------------------------------------------------------------
@@ -263,17 +265,17 @@ class Tenants:
 
         def revoked(record: TenantRecord | None) -> TenantRecord:
             record = _existing(key.tenant, record)
-            kept = record.keys.get(key.id)
-            if kept is None:
+            stored = record.keys.get(key.id)
+            if stored is None:
                 raise _no_key(key.id)
-            if kept.key.revoked_at is not None:
+            if stored.key.revoked_at is not None:
                 return record
             others = self.keys | {id_: other.key for id_, other in record.keys.items()}
             others.pop(key.id)
             if not self._static and not any(map(_lasting_operator, others.values())):
                 message = "This is the operator's last key; create another one first."
                 raise Conflict(message, param="id", code="last_key")
-            return record.with_key(replace_fields(kept, key=replace_fields(kept.key, revoked_at=int(time.time()))))
+            return record.with_key(replace_fields(stored, key=replace_fields(stored.key, revoked_at=int(time.time()))))
 
         self._change(key.tenant, revoked)
         return self.key(None, key.id)

@@ -44,7 +44,7 @@ async def test_no_loop_of_the_server_ends_with_a_fault(tmp_path: Path, monkeypat
 
         return fail
 
-    monkeypatch.setattr(history, "SECONDS", 0.01)
+    monkeypatch.setattr(history, "SAMPLE_SECONDS", 0.01)
     monkeypatch.setattr(keys, "FLUSH_SECONDS", 0.01)
     with contextlib.closing(Site(tmp_path, store_poll_seconds=0.1, adapter_orphan_hours=1e-5)) as site:
         registry, tenants, samples = site.registry, site.services.tenants, site.services.history

@@ -131,9 +131,9 @@ async def _checkpoint(services: Services, version: Version) -> Response:
     target = _directory(services, version)
     if target.is_dir():
         return _receipt(version, target, 200)
-    if services.checkpointing.locked():
+    if services.checkpoint_lock.locked():
         raise TooManyRequests("A checkpoint is being made already.", retry_after=30)
-    async with services.checkpointing:
+    async with services.checkpoint_lock:
         await _make(services, version, target)
     return _receipt(version, target, 201)
 

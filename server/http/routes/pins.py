@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from adapters.peft_format.sizes import device_bytes
-from server.errors import Conflict, TooManyRequests, known_adapter
+from server.errors import Conflict, TooManyRequests, as_not_found
 from server.http.objects.adapters import PinObject
 from server.http.operations import Operation
 from server.services import caller_of, services_of
@@ -26,7 +26,7 @@ async def unpin(request: Request) -> Response:
 
 async def _answer(request: Request, *, pinned: bool) -> Response:
     services, name = services_of(request), request.path_params["name"]
-    with known_adapter(name):
+    with as_not_found(name):
         caller = caller_of(request)
         version = await services.registry.find_owned(caller, name)
         if pinned:
