@@ -195,7 +195,7 @@ def show_registered(
     model_dir: Annotated[Path, typer.Option(help="Folder of the base of both; only its config.json is read.")],
     few: Annotated[int, typer.Option(min=1)] = 10,
     many: Annotated[int, typer.Option(min=1)] = 10_000,
-    rounds: Annotated[int, typer.Option(min=1, help="Questions to each server.")] = 500,
+    rounds: Annotated[int, typer.Option(min=1, help="Requests to each server.")] = 500,
     out: Annotated[Path | None, typer.Option(help="File for the result, in JSON.")] = None,
 ) -> None:
     """Compare a server with few adapters and one with many: looking up a model, admitting a request."""
@@ -433,7 +433,7 @@ def _show(result: dict[str, Any], out: Path | None) -> None:
 def list_peers() -> None:
     """List the sides, and whether each can run here."""
     for name, side in SIDES.items():
-        typer.echo(f"{name:16} {side().missing() or 'ready'}")
+        typer.echo(f"{name:16} {side().missing_reason() or 'ready'}")
 
 
 @peers_app.command("install")

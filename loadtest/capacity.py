@@ -162,7 +162,7 @@ class _Replica:
     prompts: deque["_Request"] = field(default_factory=deque)
     running: list["_Request"] = field(default_factory=list)
     stepping: bool = False
-    coming: bool = False  # whether an adapter is being loaded
+    load_in_progress: bool = False  # whether an adapter is being loaded
 
 
 @dataclass(eq=False)
@@ -174,7 +174,7 @@ class _Request:
     resident: bool = True
 
 
-class _World:
+class _Simulation:
     """Replicas, their clients, and the clock."""
 
     def __init__(self, replicas: int, routing: Routing, cost: Cost, demand: Demand) -> None:
@@ -196,8 +196,8 @@ class _World:
         for _ in range(clients):
             self.ask(self.demand.requests_per_client - 1)
         while self.events:
-            self.now, _, (what, place) = heapq.heappop(self.events)
-            what(place)
+            self.now, _, (action, place) = heapq.heappop(self.events)
+            action(place)
 
     def ask(self, repeats: int) -> None:
         adapter = bisect_left(self.popularity, self.random.random() * self.popularity[-1])
@@ -209,11 +209,11 @@ class _World:
             replica.held.move_to_end(adapter)
             replica.held[adapter] += 1
             replica.prompts.append(request)
-            self.step(place)
+            self.start_step(place)
         else:
             request.resident = False
             replica.loading.append(request)
-            self.load(place)
+            self.start_load(place)
 
     def route(self, adapter: int) -> int:
         if self.routing == "queue":
@@ -223,19 +223,19 @@ class _World:
         def has_room(place: int) -> bool:
             return self.replicas[place].requests < self.cost.most_requests
 
-        if at_home := [place for place in self.holders.get(adapter, ()) if has_room(place)]:
-            return min(at_home, key=lambda place: (self.replicas[place].requests, place))
+        if holders := [place for place in self.holders.get(adapter, ()) if has_room(place)]:
+            return min(holders, key=lambda place: (self.replicas[place].requests, place))
         free = [place for place in range(len(self.replicas)) if has_room(place)] or range(len(self.replicas))
         fewest = min(len(self.replicas[place].held) for place in free)
         return self.random.choice([place for place in free if len(self.replicas[place].held) == fewest])
 
-    def load(self, place: int) -> None:
+    def start_load(self, place: int) -> None:
         """Start the next load, if there is room for it."""
         replica = self.replicas[place]
-        while replica.loading and not replica.coming:
+        while replica.loading and not replica.load_in_progress:
             adapter = replica.loading[0].adapter
             if adapter in replica.held:  # loaded for another request
-                self.arrived(place)
+                self.enqueue_prompt(place)
                 continue
             if len(replica.held) >= self.cost.device_adapters:
                 idle = next((one for one, users in replica.held.items() if not users), None)
@@ -243,26 +243,26 @@ class _World:
                     return
                 del replica.held[idle]
                 self.holders[idle].discard(place)
-            replica.coming = True
+            replica.load_in_progress = True
             self.holders.setdefault(adapter, set()).add(place)  # from now on other requests are routed here
-            self.at(self.cost.load_seconds, self.loaded, place)
+            self.schedule(self.cost.load_seconds, self.finish_load, place)
 
-    def loaded(self, place: int) -> None:
+    def finish_load(self, place: int) -> None:
         replica = self.replicas[place]
-        replica.coming = False
+        replica.load_in_progress = False
         replica.held[replica.loading[0].adapter] = 0
-        self.arrived(place)
-        self.load(place)
+        self.enqueue_prompt(place)
+        self.start_load(place)
 
-    def arrived(self, place: int) -> None:
+    def enqueue_prompt(self, place: int) -> None:
         replica = self.replicas[place]
         request = replica.loading.popleft()
         replica.held[request.adapter] += 1
         replica.held.move_to_end(request.adapter)
         replica.prompts.append(request)
-        self.step(place)
+        self.start_step(place)
 
-    def step(self, place: int) -> None:
+    def start_step(self, place: int) -> None:
         """Start a step: the oldest waiting prompt, if any, and a token of each running request."""
         replica = self.replicas[place]
         if replica.stepping or not (replica.prompts or replica.running):
@@ -273,31 +273,31 @@ class _World:
             replica.running.append(replica.prompts.popleft())
             seconds += self.cost.prompt_seconds
         seconds += self.cost.step_seconds + len(replica.running) * self.cost.token_seconds
-        self.at(seconds, self.stepped, place)
+        self.schedule(seconds, self.finish_step, place)
 
-    def stepped(self, place: int) -> None:
+    def finish_step(self, place: int) -> None:
         replica = self.replicas[place]
         replica.stepping = False
-        over = []
+        finished = []
         for request in replica.running:
             if request.left == self.demand.output_tokens:
                 self.first[request] = self.now - request.asked
             request.left -= 1
             if not request.left:
-                over.append(request)
+                finished.append(request)
         replica.running = [request for request in replica.running if request.left]
-        for request in over:
+        for request in finished:
             replica.requests -= 1
             replica.held[request.adapter] -= 1
             self.finished.append((self.now, request, self.first.pop(request)))
-        self.load(place)
-        self.step(place)
-        for request in over:
+        self.start_load(place)
+        self.start_step(place)
+        for request in finished:
             if request.repeats:
                 self.ask(request.repeats - 1)
 
-    def at(self, seconds: float, what: Any, place: int) -> None:
-        heapq.heappush(self.events, (self.now + seconds, next(self.number), (what, place)))
+    def schedule(self, seconds: float, action: Any, place: int) -> None:
+        heapq.heappush(self.events, (self.now + seconds, next(self.number), (action, place)))
 
 
 def simulate(replicas: int, routing: Routing, cost: Cost, demand: Demand) -> dict[str, float]:
@@ -305,9 +305,9 @@ def simulate(replicas: int, routing: Routing, cost: Cost, demand: Demand) -> dic
 
     The first third of the answers, which warms the replicas, and the last tenth are not counted.
     """
-    world = _World(replicas, routing, cost, demand)
-    world.run()
-    done = world.finished
+    simulation = _Simulation(replicas, routing, cost, demand)
+    simulation.run()
+    done = simulation.finished
     counted = done[len(done) // 3 : -len(done) // 10]
     seconds = counted[-1][0] - done[len(done) // 3 - 1][0]
     first = sorted(wait for _, _, wait in counted)

@@ -46,7 +46,7 @@ def claims(result: Result) -> list[Claim]:
     """Check all promises of the project against one result."""
     ours, half = "lorakeet", "lorakeet-kv16"
 
-    def over(case: str, *peers: str, quantity: str = "decode", side: str = ours) -> float | None:
+    def gain(case: str, *peers: str, quantity: str = "decode", side: str = ours) -> float | None:
         """Return our figure as a multiple of the best of `peers`."""
         rivals = [value for peer in peers if (value := figure(result, case, peer, quantity)) is not None]
         mine = figure(result, case, side, quantity)
@@ -59,24 +59,24 @@ def claims(result: Result) -> list[Claim]:
     llama, static = ("llama", "llama-q4_0"), ("llama-static", "llama-q4_0-static")
     one, eight = "1 request: decode /", "8 requests, 8 adapters: decode /"
     return [
-        Claim(f"{one} llama-server, per-request lora, Q4_1", over("one", "llama"), 1.0),
-        Claim(f"{one} llama-server, per-request lora, its faster type", over("one", *llama), 1.0),
-        Claim(f"{one} llama-server, one static adapter, Q4_1", over("one", "llama-static"), 0.8),
-        Claim(f"{one} llama-server, one static adapter, its faster type", over("one", *static), 0.8),
-        Claim(f"{one} PEFT + bitsandbytes, fp32", over("one", "peft"), 10.0),
-        Claim(f"{one} PEFT + bitsandbytes, its faster type", over("one", "peft", "peft-bf16"), 10.0),
-        Claim(f"{eight} llama-server, per-request lora, Q4_1", over("eight", "llama"), 2.0),
-        Claim(f"{eight} llama-server, per-request lora, its faster type", over("eight", *llama), 2.0),
-        Claim("1 request of 2,048 tokens: decode / llama-server, its faster type", over("one-2048", *llama), 1.5),
-        Claim("8 of 2,048 tokens, 8 adapters: decode / llama-server, its faster type", over("eight-2048", *llama), 3.0),
-        Claim("1 request of 2,048 tokens, fp16 KV cache as llama-server's", over("one-2048", *llama, side=half), 1.5),
-        Claim("8 of 2,048 tokens, 8 adapters, fp16 KV cache too", over("eight-2048", *llama, side=half), 3.0),
-        Claim(f"{eight} vLLM's CPU build, fp32", over("eight", "vllm"), 6.0),
-        Claim(f"{eight} vLLM's CPU build, its faster type", over("eight", "vllm", "vllm-bf16"), 6.0),
-        Claim(f"{eight} PEFT's mixed batch, fp32", over("eight", "peft"), 10.0),
-        Claim(f"{eight} PEFT's mixed batch, its faster type", over("eight", "peft", "peft-bf16"), 10.0),
-        Claim("8 whole requests (64 in, 33 out) / llama-server, Q4_1", over("whole", "llama", quantity="whole"), 2.0),
-        Claim("8 whole requests / llama-server, its faster type", over("whole", *llama, quantity="whole"), 2.0),
+        Claim(f"{one} llama-server, per-request lora, Q4_1", gain("one", "llama"), 1.0),
+        Claim(f"{one} llama-server, per-request lora, its faster type", gain("one", *llama), 1.0),
+        Claim(f"{one} llama-server, one static adapter, Q4_1", gain("one", "llama-static"), 0.8),
+        Claim(f"{one} llama-server, one static adapter, its faster type", gain("one", *static), 0.8),
+        Claim(f"{one} PEFT + bitsandbytes, fp32", gain("one", "peft"), 10.0),
+        Claim(f"{one} PEFT + bitsandbytes, its faster type", gain("one", "peft", "peft-bf16"), 10.0),
+        Claim(f"{eight} llama-server, per-request lora, Q4_1", gain("eight", "llama"), 2.0),
+        Claim(f"{eight} llama-server, per-request lora, its faster type", gain("eight", *llama), 2.0),
+        Claim("1 request of 2,048 tokens: decode / llama-server, its faster type", gain("one-2048", *llama), 1.5),
+        Claim("8 of 2,048 tokens, 8 adapters: decode / llama-server, its faster type", gain("eight-2048", *llama), 3.0),
+        Claim("1 request of 2,048 tokens, fp16 KV cache as llama-server's", gain("one-2048", *llama, side=half), 1.5),
+        Claim("8 of 2,048 tokens, 8 adapters, fp16 KV cache too", gain("eight-2048", *llama, side=half), 3.0),
+        Claim(f"{eight} vLLM's CPU build, fp32", gain("eight", "vllm"), 6.0),
+        Claim(f"{eight} vLLM's CPU build, its faster type", gain("eight", "vllm", "vllm-bf16"), 6.0),
+        Claim(f"{eight} PEFT's mixed batch, fp32", gain("eight", "peft"), 10.0),
+        Claim(f"{eight} PEFT's mixed batch, its faster type", gain("eight", "peft", "peft-bf16"), 10.0),
+        Claim("8 whole requests (64 in, 33 out) / llama-server, Q4_1", gain("whole", "llama", quantity="whole"), 2.0),
+        Claim("8 whole requests / llama-server, its faster type", gain("whole", *llama, quantity="whole"), 2.0),
         Claim("LoRA tax, 8 adapters, bf16 files", tax("eight-bf16", "base"), 0.20, at_most=True, percent=True),
         Claim("LoRA tax, 8 adapters, fp32 files", tax("eight", "base"), 0.35, at_most=True, percent=True),
         Claim(

@@ -147,7 +147,7 @@ async def compare(
     result = Comparison(list(cases), {}, {}, {case.name: {} for case in cases})
     try:
         for side in sides:
-            reason = side.missing()
+            reason = side.missing_reason()
             if reason is None:
                 report(f"starting {side.name}")
                 running[side.name] = side  # before the start, so that it is stopped in any case

@@ -26,7 +26,7 @@ FLOOD = 10 * PLACES
 PROMPT, ANSWER = 64, 32  # tokens of every request of the flood
 QUIET_PROMPT, QUIET_ANSWER = 32, 4  # tokens of every request of the quiet tenant; they reduce the flood's share
 INTERVAL = 1.0  # seconds between the quiet tenant's requests
-MOST_SLOWER, LEAST_KEPT = 1.3, 0.9
+MAX_SLOWDOWN, MIN_KEPT = 1.3, 0.9
 _ADMIN = "loadtest-admin"
 
 Report = Callable[[str], None]
@@ -54,16 +54,16 @@ async def measure(kit: Kit, *, rounds: int, seconds: float, report: Report) -> d
         flood, quiet = [Client(side.url, api_key=await _key(side.url, name)) for name in ("flood", "quiet")]
         await _ask(flood, seed=1)
         await _ask(quiet, seed=2)
-        step = await _whole_step(quiet)
+        step = await _full_step(quiet)
         alone: list[float] = []
         beside: list[float] = []
         kept: list[float] = []
         rates: dict[str, list[float]] = {"alone": [], "beside": []}
         for index in range(rounds):
             seed = 10_000 * (index + 1)
-            alone += await _asked_quietly(quiet, seconds, seed)
-            rates["alone"].append(await _flooded(flood, seconds, seed + 1000))
-            found, rate = await _both(quiet, flood, seconds, seed + 5000)
+            alone += await _quiet_load(quiet, seconds, seed)
+            rates["alone"].append(await _flood_rate(flood, seconds, seed + 1000))
+            found, rate = await _quiet_load_during_flood(quiet, flood, seconds, seed + 5000)
             beside += found
             rates["beside"].append(rate)
             kept.append(rate / rates["alone"][-1])
@@ -95,12 +95,12 @@ async def _ask(client: Client, seed: int, prompt: int = PROMPT, answer: int = AN
     return timeline
 
 
-async def _whole_step(client: Client) -> float:
+async def _full_step(client: Client) -> float:
     """Return the seconds of a step full of prompt tokens, overhead included."""
     return statistics.median([metrics.ttft(await _ask(client, 100 + n, STEP_TOKENS, 1)) for n in range(5)])
 
 
-async def _asked_quietly(client: Client, seconds: float, seed: int) -> list[float]:
+async def _quiet_load(client: Client, seconds: float, seed: int) -> list[float]:
     """Send a request every second, without waiting for the previous one; return their TTFTs."""
     asked = []
     for n in range(round(seconds / INTERVAL)):
@@ -109,17 +109,19 @@ async def _asked_quietly(client: Client, seconds: float, seed: int) -> list[floa
     return [metrics.ttft(timeline) for timeline in await asyncio.gather(*asked)]
 
 
-async def _flooded(client: Client, seconds: float, seed: int) -> float:
+async def _flood_rate(client: Client, seconds: float, seed: int) -> float:
     """Return the tokens/s of the flood, without its beginning and end."""
-    return (await _while_flooded(client, seed, asyncio.sleep(seconds)))[1]
+    return (await _during_flood(client, seed, asyncio.sleep(seconds)))[1]
 
 
-async def _both(quiet: Client, flood: Client, seconds: float, seed: int) -> tuple[list[float], float]:
-    return await _while_flooded(flood, seed, _asked_quietly(quiet, seconds, seed + 100_000))
+async def _quiet_load_during_flood(
+    quiet: Client, flood: Client, seconds: float, seed: int
+) -> tuple[list[float], float]:
+    return await _during_flood(flood, seed, _quiet_load(quiet, seconds, seed + 100_000))
 
 
-async def _while_flooded(client: Client, seed: int, what: Any) -> tuple[Any, float]:
-    """Await something in the middle of a flood; return its result, and the flood's tokens/s in the meantime."""
+async def _during_flood(client: Client, seed: int, work: Any) -> tuple[Any, float]:
+    """Await `work` in the middle of a flood; return its result, and the flood's tokens/s in the meantime."""
     timelines: list[Timeline] = []
     ended = False
     number = seed
@@ -133,7 +135,7 @@ async def _while_flooded(client: Client, seed: int, what: Any) -> tuple[Any, flo
     loops = [asyncio.create_task(one()) for _ in range(FLOOD)]
     await asyncio.sleep(3)  # until all places are taken
     begin = time.perf_counter()
-    result = await what
+    result = await work
     end = time.perf_counter()
     ended = True
     await asyncio.gather(*loops)
@@ -170,14 +172,14 @@ def summary(
         },
         "verdicts": [
             {
-                "claim": f"P99 TTFT beside a flood, less a whole prompt step: within {MOST_SLOWER} x of alone",
+                "claim": f"P99 TTFT beside a flood, less a whole prompt step: within {MAX_SLOWDOWN} x of alone",
                 "value": round(slower, 3),
-                "holds": slower <= MOST_SLOWER,
+                "holds": slower <= MAX_SLOWDOWN,
             },
             {
-                "claim": f"the flood keeps {LEAST_KEPT} of its tokens/s",
+                "claim": f"the flood keeps {MIN_KEPT} of its tokens/s",
                 "value": round(part, 3),
-                "holds": part >= LEAST_KEPT,
+                "holds": part >= MIN_KEPT,
             },
         ],
     }

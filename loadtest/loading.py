@@ -30,7 +30,7 @@ from loadtest.synthetic import random_prompts
 STREAMS = 4
 SPARE = 2  # adapters that fit on the device beside those of the streams
 PROMPT, OUTPUT = 64, 160
-MOST_SLOWER, MOST_LATE = 1.1, 1.15
+MAX_SLOWDOWN, MAX_COLD_START = 1.1, 1.15
 MODES = ("alone", "loads", "uploads", "both")
 
 Report = Callable[[str], None]
@@ -70,14 +70,14 @@ class Uploads:
         result: dict[str, Any] = answer
         return result
 
-    def fresh(self) -> None:
+    def upload_new(self) -> None:
         """Upload an adapter new to the server."""
         self._body[self._end - 4 : self._end] = np.float32(next(self._numbers) * 1e-4).tobytes()
         self.post("/v1/adapters", self._body, f"multipart/form-data; boundary={self._boundary}")
 
-    def fresh_and_warm(self) -> None:
+    def upload_and_warm(self) -> None:
         """Upload a new adapter and bring it onto the device."""
-        self.fresh()
+        self.upload_new()
         self.warm("fresh")
 
     def warm(self, name: str) -> float:
@@ -101,21 +101,24 @@ async def measure(kit: Kit, *, rounds: int, every: float, flags: list[str], repo
         work: dict[str, Callable[[], object] | None] = {
             "alone": None,
             "loads": lambda: uploads.warm(next(next_cold)),
-            "uploads": uploads.fresh,
-            "both": uploads.fresh_and_warm,
+            "uploads": uploads.upload_new,
+            "both": uploads.upload_and_warm,
         }
         await _stream(client, streams, seed=0)  # warms up
         for turn in range(rounds):
             for mode in MODES:
-                with _repeated(work[mode], every) as seconds:
+                with _repeat_in_thread(work[mode], every) as seconds:
                     timelines = await _stream(client, streams, seed=1 + turn)
                 took[mode] += seconds
                 gaps[mode].append([gap for timeline in timelines for gap in metrics.itl(timeline)])
-            report(f"round {turn + 1}: P99 " + ", ".join(f"{mode} {_p(gaps[mode][-1], 99):.1f} ms" for mode in MODES))
+            report(
+                f"round {turn + 1}: P99 "
+                + ", ".join(f"{mode} {_percentile_ms(gaps[mode][-1], 99):.1f} ms" for mode in MODES)
+            )
         first = await _first_tokens(client, uploads, names, trials=2 * rounds)
     finally:
         await side.stop()
-    itl = {mode: {f"p{q}": [_p(one, q) for one in gaps[mode]] for q in (50, 90, 99)} for mode in MODES}
+    itl = {mode: {f"p{q}": [_percentile_ms(one, q) for one in gaps[mode]] for q in (50, 90, 99)} for mode in MODES}
     slower = {mode: np.median(itl[mode]["p99"]) / np.median(itl["alone"]["p99"]) for mode in MODES[1:]}
     late = first["cold"] / (first["warm"] + first["load"])
     return {
@@ -125,29 +128,29 @@ async def measure(kit: Kit, *, rounds: int, every: float, flags: list[str], repo
         "every_seconds": every,
         "rounds": rounds,
         "adapters": {mode: len(took[mode]) for mode in MODES},
-        "took_ms": {mode: _p(took[mode], 50) for mode in MODES[1:]},
+        "took_ms": {mode: _percentile_ms(took[mode], 50) for mode in MODES[1:]},
         "gaps": {mode: sum(map(len, gaps[mode])) for mode in MODES},
         "itl_ms": {mode: {p: float(np.median(values)) for p, values in spread.items()} for mode, spread in itl.items()},
         "itl_p99_ms_by_round": {mode: itl[mode]["p99"] for mode in MODES},
         "first_token_ms": {name: seconds * 1e3 for name, seconds in first.items()},
         "verdicts": [
-            _verdict(f"P99 ITL beside loads within {MOST_SLOWER} x", slower["loads"], MOST_SLOWER),
-            _verdict(f"P99 ITL beside uploads within {MOST_SLOWER} x", slower["uploads"], MOST_SLOWER),
-            _verdict(f"P99 ITL beside uploads that are loaded within {MOST_SLOWER} x", slower["both"], MOST_SLOWER),
-            _verdict(f"cold first token within {MOST_LATE} x of warm + load", late, MOST_LATE),
+            _verdict(f"P99 ITL beside loads within {MAX_SLOWDOWN} x", slower["loads"], MAX_SLOWDOWN),
+            _verdict(f"P99 ITL beside uploads within {MAX_SLOWDOWN} x", slower["uploads"], MAX_SLOWDOWN),
+            _verdict(f"P99 ITL beside uploads that are loaded within {MAX_SLOWDOWN} x", slower["both"], MAX_SLOWDOWN),
+            _verdict(f"cold first token within {MAX_COLD_START} x of warm + load", late, MAX_COLD_START),
         ],
     }
 
 
 @contextmanager
-def _repeated(work: Callable[[], object] | None, every: float) -> Iterator[list[float]]:
+def _repeat_in_thread(work: Callable[[], object] | None, every: float) -> Iterator[list[float]]:
     """Repeat `work` in a thread during the block; yield the list of its durations, complete after the block."""
-    over = threading.Event()
+    stop = threading.Event()
     faults: list[Exception] = []
     took: list[float] = []
 
     def repeat() -> None:
-        while work is not None and not over.is_set():
+        while work is not None and not stop.is_set():
             begin = time.perf_counter()
             try:
                 work()
@@ -155,14 +158,14 @@ def _repeated(work: Callable[[], object] | None, every: float) -> Iterator[list[
                 faults.append(fault)
                 return
             took.append(time.perf_counter() - begin)
-            over.wait(max(0.0, every - took[-1]))
+            stop.wait(max(0.0, every - took[-1]))
 
     thread = threading.Thread(target=repeat)
     thread.start()
     try:
         yield took
     finally:
-        over.set()
+        stop.set()
         thread.join()
     if faults:
         raise faults[0]
@@ -205,7 +208,7 @@ async def _first_tokens(client: Client, uploads: Uploads, names: list[str], tria
     return {kind: float(np.median(values)) for kind, values in seconds.items()}
 
 
-def _p(gaps: list[float], q: float) -> float:
+def _percentile_ms(gaps: list[float], q: float) -> float:
     return float(np.percentile(gaps, q)) * 1e3
 
 

@@ -22,7 +22,7 @@ from loadtest.peers.mixture_worker import LAYOUTS
 from loadtest.synthetic import random_prompts
 from loadtest.workers import worker
 
-OURS = "server.engine.offline"
+OUR_ENGINE = "server.engine.offline"
 PEER = "loadtest.peers.mixture_worker"
 SHAPE: dict[str, Any] = {
     "model_type": "qwen3_moe",
@@ -43,8 +43,8 @@ SHAPE: dict[str, Any] = {
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight with its doubly quantised scales
 COUNTS = (1, 8)  # requests at once
 PROMPT, TOKENS = 32, 17
-LEAST_FASTER = 3.0
-MOST_OF_BOUND = 1.3
+MIN_SPEEDUP = 3.0
+MAX_OF_BOUND = 1.3
 
 Report = Callable[[str], None]
 
@@ -66,8 +66,8 @@ def sides(cache_dir: Path) -> list[Side]:
     """Return our sides, exact and with int8 activations; the peer with each layout of experts, in fp32 and bf16."""
     ours = {"cache_dir": str(cache_dir), "adapters": {}}
     return [
-        Side("lorakeet", OURS, ours | {"engine": {"device": "cpu"}}),
-        Side("lorakeet, int8 activations", OURS, ours | {"engine": {"device": "cpu", "activations": "int8"}}),
+        Side("lorakeet", OUR_ENGINE, ours | {"engine": {"device": "cpu"}}),
+        Side("lorakeet, int8 activations", OUR_ENGINE, ours | {"engine": {"device": "cpu", "activations": "int8"}}),
         *(
             Side(f"transformers + bitsandbytes, {what}, {short}", PEER, {"experts": layout, "dtype": dtype})
             for layout, what in LAYOUTS.items()
@@ -112,7 +112,7 @@ def run(
     rows = sides(folder)
     environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     common = {"model": str(model), "threads": threads}
-    looks = [kernels.roofline()]
+    rooflines = [kernels.roofline()]
     with contextlib.ExitStack() as stack:
         asked = [stack.enter_context(worker(row.module, common | row.settings, environment))[0] for row in rows]
         for index in range(rounds + 1):
@@ -124,9 +124,9 @@ def run(
                     if index:  # round 0 warms up
                         row.steps[count].append(found)
                         report(f"round {index}/{rounds}  {row.name}, {count} at once: {found:.1f} ms a step")
-    looks.append(kernels.roofline())
-    bandwidth = max(look["read_gb_s"] for look in looks)
-    return summary(rows, shape, bandwidth, looks[0])
+    rooflines.append(kernels.roofline())
+    bandwidth = max(roof["read_gb_s"] for roof in rooflines)
+    return summary(rows, shape, bandwidth, rooflines[0])
 
 
 def summary(rows: Sequence[Side], shape: dict[str, Any], bandwidth: float, machine: dict[str, Any]) -> dict[str, Any]:
@@ -136,8 +136,8 @@ def summary(rows: Sequence[Side], shape: dict[str, Any], bandwidth: float, machi
         bandwidth: read bandwidth in GB/s.
         machine: the other figures of the roofline.
     """
-    ours = [row for row in rows if row.module == OURS]
-    peers = [row for row in rows if row.module != OURS]
+    ours = [row for row in rows if row.module == OUR_ENGINE]
+    peers = [row for row in rows if row.module != OUR_ENGINE]
     bounds = {count: active_bytes(shape, count) / bandwidth / 1e6 for count in COUNTS}
     faster = {count: min(peer.median(count) for peer in peers) / ours[0].median(count) for count in COUNTS}
     of_bound = {(row.name, count): row.median(count) / bounds[count] for row in ours for count in COUNTS}
@@ -151,17 +151,17 @@ def summary(rows: Sequence[Side], shape: dict[str, Any], bandwidth: float, machi
         "verdicts": [
             *(
                 {
-                    "claim": f"{count} at once: {LEAST_FASTER} x as fast as transformers + bitsandbytes at its best",
+                    "claim": f"{count} at once: {MIN_SPEEDUP} x as fast as transformers + bitsandbytes at its best",
                     "value": round(ratio, 3),
-                    "holds": ratio >= LEAST_FASTER,
+                    "holds": ratio >= MIN_SPEEDUP,
                 }
                 for count, ratio in faster.items()
             ),
             *(
                 {
-                    "claim": f"{name}, {count} at once: at most {MOST_OF_BOUND} x the time of its bytes",
+                    "claim": f"{name}, {count} at once: at most {MAX_OF_BOUND} x the time of its bytes",
                     "value": round(ratio, 3),
-                    "holds": ratio <= MOST_OF_BOUND,
+                    "holds": ratio <= MAX_OF_BOUND,
                 }
                 for (name, count), ratio in of_bound.items()
             ),

@@ -51,26 +51,29 @@ async def compare(few: httpx.AsyncClient, many: httpx.AsyncClient, counts: tuple
     def name(count: int) -> str:
         return f"registered-{draw.integers(count)}"
 
-    async def look(http: httpx.AsyncClient, count: int) -> None:
+    async def get_model(http: httpx.AsyncClient, count: int) -> None:
         answer = await http.get(f"/v1/models/{name(count)}")
         answer.raise_for_status()
 
-    async def admit(http: httpx.AsyncClient, count: int) -> None:
+    async def refused_completion(http: httpx.AsyncClient, count: int) -> None:
         body = {"model": base, "adapter_id": name(count), "prompt": "The quick brown fox", "max_tokens": _TOO_LONG}
         answer = await http.post("/v1/completions", json=body)
         assert answer.json()["error"]["code"] == "context_length_exceeded", answer.text
 
-    questions: dict[str, Callable[[httpx.AsyncClient, int], Awaitable[None]]] = {"GET model": look, "admission": admit}
+    requests: dict[str, Callable[[httpx.AsyncClient, int], Awaitable[None]]] = {
+        "GET model": get_model,
+        "admission": refused_completion,
+    }
     result = {}
-    for question, ask in questions.items():
+    for kind, ask in requests.items():
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds):
-            for taken, http, count in zip(times, (few, many), counts, strict=True):
+            for durations, http, count in zip(times, (few, many), counts, strict=True):
                 started = time.perf_counter()
                 await ask(http, count)
-                taken.append(time.perf_counter() - started)
-        medians = [statistics.median(taken) for taken in times]
-        result[question] = {"few": medians[0], "many": medians[1], "ratio": medians[1] / medians[0]}
+                durations.append(time.perf_counter() - started)
+        medians = [statistics.median(durations) for durations in times]
+        result[kind] = {"few": medians[0], "many": medians[1], "ratio": medians[1] / medians[0]}
     return result
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from loadtest.workers import worker
 
-OURS = "server.training.bench"
+OUR_TRAINER = "server.training.bench"
 PEFT = "loadtest.peers.peft_training"
 RANK = 16
 WIDE: dict[str, Any] = {"batch_size": 4, "length": 128, "micro_batch_tokens": 512}
@@ -41,7 +41,7 @@ def configurations() -> list[Configuration]:
     """Return PEFT and our trainer at 4 x 128 tokens, and one and two jobs of ours at micro-batches of 32 tokens."""
 
     def ours(name: str, memory: str, jobs: int, shape: dict[str, Any]) -> Configuration:
-        return Configuration(name, OURS, {"memory": memory, "jobs": jobs, **shape})
+        return Configuration(name, OUR_TRAINER, {"memory": memory, "jobs": jobs, **shape})
 
     return [
         Configuration("PEFT", PEFT, {"checkpointing": False, **WIDE}),

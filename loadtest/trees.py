@@ -16,8 +16,8 @@ from loadtest.peers.base import Kit
 from loadtest.peers.lorakeet import Lorakeet
 
 CASES = ("one", "eight")
-LEAST_DECODE = 0.98  # of the other checkout's tokens/s
-MOST_START = 1.05  # times the other checkout's seconds; starts vary by a few percent
+MIN_DECODE = 0.98  # of the other checkout's tokens/s
+MAX_START = 1.05  # times the other checkout's seconds; starts vary by a few percent
 _MAIN = "from server.cli import main; main()"
 
 
@@ -26,7 +26,7 @@ class Tree(Lorakeet):
 
     folder: Path
 
-    def missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         return None if (self.folder / "server").is_dir() else f"{self.folder} is no checkout"
 
     def command(self, kit: Kit, port: int) -> tuple[list[str], dict[str, str]]:
@@ -88,17 +88,17 @@ def verdicts(decode: dict[str, dict[str, list[float]]], seconds: dict[str, list[
     lines: list[dict[str, Any]] = []
     for case, rates in decode.items():
         ratio = _ratio(rates["this"], rates["other"])
-        claim = f"{case}: decode at least {LEAST_DECODE} x the other checkout's"
-        lines.append({"claim": claim, "value": f"{ratio:.3f}", "holds": ratio >= LEAST_DECODE})
+        claim = f"{case}: decode at least {MIN_DECODE} x the other checkout's"
+        lines.append({"claim": claim, "value": f"{ratio:.3f}", "holds": ratio >= MIN_DECODE})
     if seconds["this"]:
         ratio = _ratio(seconds["this"], seconds["other"])
-        claim = f"start-up at most {MOST_START} x the other checkout's"
-        lines.append({"claim": claim, "value": f"{ratio:.3f}", "holds": ratio <= MOST_START})
+        claim = f"start-up at most {MAX_START} x the other checkout's"
+        lines.append({"claim": claim, "value": f"{ratio:.3f}", "holds": ratio <= MAX_START})
     return lines
 
 
-def _ratio(mine: Sequence[float], theirs: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def table(measured: dict[str, Any]) -> Table:

@@ -56,7 +56,7 @@ def _flag(row: Setting) -> inspect.Parameter:
     """One setting as a parameter from which typer makes an option; None: not given."""
     metavar = None if row.is_bool else "|".join(row.choices or ["VALUE"])
     option = typer.Option(
-        *row.declarations, help=f"{row.help} [default: {row.shown_default}]", metavar=metavar, show_default=False
+        *row.declarations, help=f"{row.help} [default: {row.default_text}]", metavar=metavar, show_default=False
     )
     kind: Any = bool if row.is_bool else list[str] if row.repeatable else str
     return inspect.Parameter(

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def taken(data_dir: Path) -> Iterator[None]:
+def locked(data_dir: Path) -> Iterator[None]:
     """Lock the directory against other servers; make it if missing. Raises SettingError."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def taken(data_dir: Path) -> Iterator[None]:
 
 def _lock_itself(data_dir: Path, held: contextlib.ExitStack) -> None:
     """Lock the directory instead of a file in it, on a read-only disk."""
-    with readable():
+    with as_setting_error():
         descriptor = os.open(data_dir, os.O_RDONLY)
         held.callback(os.close, descriptor)
     try:
@@ -51,7 +51,7 @@ def _lock_itself(data_dir: Path, held: contextlib.ExitStack) -> None:
 
 
 @contextlib.contextmanager
-def readable() -> Iterator[None]:
+def as_setting_error() -> Iterator[None]:
     """Turn faults of the databases and the disk at start into SettingError, one line for the operator."""
     try:
         yield
@@ -65,7 +65,7 @@ def open_names(data_dir: Path, busy_seconds: float) -> LocalNames:
     Raises SettingError.
     """
     path = data_dir / "adapters.db"
-    with readable():
+    with as_setting_error():
         try:
             return LocalNames(path, busy_seconds)
         except DatabaseDamaged as fault:

@@ -11,11 +11,11 @@ from adapters.storage import entries, lost, mending
 from adapters.storage.database import DatabaseBusy, DatabaseDamaged, NewerLayoutError, find_damage
 from adapters.storage.names import LocalNames
 from adapters.storage.versions import DamagedAdapter
-from server.data_dir import restore_names, taken
+from server.data_dir import locked, restore_names
 from server.finetune import files, restore
 from server.finetune.database import open_database
 
-HOMES = {"versions": Path("adapters", "versions"), "files": Path("files"), "jobs": Path("jobs")}
+FOLDERS = {"versions": Path("adapters", "versions"), "files": Path("files"), "jobs": Path("jobs")}
 
 
 class DoctorError(Exception):
@@ -23,7 +23,7 @@ class DoctorError(Exception):
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostItem:
     """One item that was set aside. `names`: its names, if its own files tell them."""
 
     id: str
@@ -41,24 +41,24 @@ class Fault:
     remedy: str
 
 
-def found(root: Path) -> Iterator[Lost]:
+def lost_items(root: Path) -> Iterator[LostItem]:
     """Yield the items in `lost+found`."""
-    for kind in HOMES:
+    for kind in FOLDERS:
         for path in lost.entries(root / lost.LOST_AND_FOUND / kind):
             if kind == "versions":
                 names = [entry["name"] for entry in entries.read(path)]
             elif kind == "files":
-                names = [row["filename"]] if (row := files.recorded(root / HOMES[kind], path.name)) else []
+                names = [row["filename"]] if (row := files.recorded(root / FOLDERS[kind], path.name)) else []
             else:
                 names = [path.name] if (path / restore.JOB).exists() else []
-            yield Lost(path.name, kind, names, str(path))
+            yield LostItem(path.name, kind, names, str(path))
 
 
-def treat(root: Path, ids: list[str], *, everything: bool, restored: bool) -> list[Lost]:
+def restore_or_remove(root: Path, ids: list[str], *, everything: bool, restoring: bool) -> list[LostItem]:
     """Restore or remove items, while no server uses the directory. Raises DoctorError, SettingError."""
-    with taken(root):
+    with locked(root):
         chosen = _chosen(root, ids, everything=everything)
-        (_restore if restored else _remove)(root, chosen)
+        (_restore if restoring else _remove)(root, chosen)
     return chosen
 
 
@@ -71,34 +71,34 @@ def faults(root: Path, *, verify: bool) -> Iterator[Fault]:
         yield from _verify_files(root)
 
 
-def _chosen(root: Path, ids: list[str], *, everything: bool) -> list[Lost]:
+def _chosen(root: Path, ids: list[str], *, everything: bool) -> list[LostItem]:
     if everything == bool(ids):
         raise DoctorError("give the ids that `lorakeet doctor` lists, or --all")
-    by_id = {thing.id: thing for thing in found(root)}
+    by_id = {item.id: item for item in lost_items(root)}
     if unknown := [id_ for id_ in ids if id_ not in by_id]:
         raise DoctorError(f"{unknown[0]}: no item of this id was set aside")
     return [by_id[id_] for id_ in ids] if ids else list(by_id.values())
 
 
-def _remove(root: Path, chosen: list[Lost]) -> None:
-    for thing in chosen:
-        lost.remove(Path(thing.path))
-        if thing.kind == "files":
-            lost.remove(files.record_of(root / HOMES["files"], thing.id))
+def _remove(root: Path, chosen: list[LostItem]) -> None:
+    for item in chosen:
+        lost.remove(Path(item.path))
+        if item.kind == "files":
+            lost.remove(files.record_of(root / FOLDERS["files"], item.id))
 
 
-def _restore(root: Path, chosen: list[Lost]) -> None:
+def _restore(root: Path, chosen: list[LostItem]) -> None:
     """Move items back to their places, then write their rows."""
-    moves = {Path(thing.path): root / HOMES[thing.kind] / thing.id.partition("~")[0] for thing in chosen}
-    for thing in chosen:
-        if not thing.names:
-            raise DoctorError(f"the name of {thing.id} is not recorded; upload it again from {thing.path}")
-        if moves[Path(thing.path)].exists():
-            raise DoctorError(f"{thing.id} already exists in its place: delete this copy with --remove")
-    for path, home in moves.items():
-        home.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(home)
-    moved = {kind: [moves[Path(thing.path)] for thing in chosen if thing.kind == kind] for kind in HOMES}
+    moves = {Path(item.path): root / FOLDERS[item.kind] / item.id.partition("~")[0] for item in chosen}
+    for item in chosen:
+        if not item.names:
+            raise DoctorError(f"the name of {item.id} is not recorded; upload it again from {item.path}")
+        if moves[Path(item.path)].exists():
+            raise DoctorError(f"{item.id} already exists in its place: delete this copy with --remove")
+    for path, target in moves.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    moved = {kind: [moves[Path(item.path)] for item in chosen if item.kind == kind] for kind in FOLDERS}
     try:
         names = LocalNames(root / "adapters.db")
         restore_names(names, moved["versions"])
@@ -121,15 +121,15 @@ def _damaged_databases(root: Path) -> Iterator[Fault]:
 
 
 def _verify_databases(root: Path) -> Iterator[Fault]:
-    anew = "the next start sets it aside and makes a new one"
-    restored = "restore it from a backup: it has the tenants and keys, and no server starts without it"
-    for name, remedy in (("adapters.db", anew), ("finetuning.db", anew), ("tenants.db", restored)):
+    recreate = "the next start sets it aside and makes a new one"
+    from_backup = "restore it from a backup: it has the tenants and keys, and no server starts without it"
+    for name, remedy in (("adapters.db", recreate), ("finetuning.db", recreate), ("tenants.db", from_backup)):
         if (root / name).exists() and (fault := find_damage(root / name)):
             yield Fault(str(root / name), fault, remedy)
 
 
 def _verify_versions(root: Path) -> Iterator[Fault]:
-    for path in lost.entries(root / HOMES["versions"]):
+    for path in lost.entries(root / FOLDERS["versions"]):
         try:
             record.check(path)
         except record.DamagedFile as fault:
@@ -142,6 +142,6 @@ def _verify_versions(root: Path) -> Iterator[Fault]:
 
 
 def _verify_files(root: Path) -> Iterator[Fault]:
-    for path in lost.entries(root / HOMES["files"]):
+    for path in lost.entries(root / FOLDERS["files"]):
         if path.is_file() and not files.whole(path):
             yield Fault(str(path), "its content differs from the upload", "upload it again")

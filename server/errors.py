@@ -23,11 +23,11 @@ from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.record import DamagedFile
 from adapters.storage.database import DatabaseBusy, UnknownCursorError
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter
-from server.logs import note
+from server.logs import add_log_fields
 
 _ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors
-_OF_ANOTHER_TYPE = ("literal_error", "model_type", "dict_type", "list_type", "string_type", "int_type", "float_type")
-_NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")  # their messages speak of pydantic and Python
+_TYPE_ERRORS = ("literal_error", "model_type", "dict_type", "list_type", "string_type", "int_type", "float_type")
+_NOT_OBJECT = ("model_type", "model_attributes_type", "dict_type")  # their messages speak of pydantic and Python
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -118,7 +118,7 @@ class ModelNotFound(NotFound):
     default_code = "model_not_found"
 
     def __init__(self, name: str, *, param: str | None = "model") -> None:
-        super().__init__(f"The model `{shown(name)}` does not exist.", param=param)
+        super().__init__(f"The model `{printable(name)}` does not exist.", param=param)
 
 
 class Conflict(InvalidRequest):
@@ -210,7 +210,7 @@ class AdapterStoreUnavailable(Unavailable):
         super().__init__("The object store (--adapter-store) does not answer.", retry_after=5)
 
 
-class DatabaseHeld(Unavailable):
+class DatabaseInUse(Unavailable):
     """503: another process has locked the database for longer than --database-seconds."""
 
     default_code = "database_busy"
@@ -226,7 +226,7 @@ class AdapterDamaged(LorakeetError):
     default_code = "adapter_damaged"
 
     def __init__(self, name: str | None = None, digest: str = "") -> None:
-        which = "this adapter" if name is None else f"the adapter `{shown(name)}` ({digest})"
+        which = "this adapter" if name is None else f"the adapter `{printable(name)}` ({digest})"
         super().__init__(f"The files of {which} are damaged or missing; upload it again.")
 
 
@@ -240,11 +240,11 @@ class StorageFull(LorakeetError):
 
 def unknown_adapter(name: str) -> NotFound:
     """Return the 404 for an unknown name."""
-    return NotFound(f"The adapter `{shown(name)}` does not exist.", param="name", code="adapter_not_found")
+    return NotFound(f"The adapter `{printable(name)}` does not exist.", param="name", code="adapter_not_found")
 
 
 @contextmanager
-def known_adapter(name: str) -> Iterator[None]:
+def as_not_found(name: str) -> Iterator[None]:
     """Turn UnknownAdapter into NotFound."""
     try:
         yield
@@ -278,7 +278,7 @@ def as_error(exc: Exception) -> LorakeetError:
         case DamagedAdapter() | DamagedFile():
             return AdapterDamaged()
         case DatabaseBusy():
-            return DatabaseHeld()
+            return DatabaseInUse()
         case UnknownCursorError():
             return InvalidRequest("`after` is not the id of anything in this list.", param="after")
         case AdapterError():
@@ -292,7 +292,7 @@ def as_error(exc: Exception) -> LorakeetError:
 
 def error_response(error: LorakeetError, path: str = "") -> Response:
     """Return the error as an HTTP response, in the path's format, and note its code for the access line."""
-    note(code=error.code or error.type)
+    add_log_fields(code=error.code or error.type)
     anthropic = path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
     body = anthropic_body(error) if anthropic else error.body()
     return JSONResponse(body, status_code=error.status, headers=error.headers)
@@ -304,10 +304,10 @@ def anthropic_body(error: LorakeetError) -> dict[str, Any]:
     return {"type": "error", "error": error.body()["error"] | {"type": kind}}
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """Return client text for use in a message: printable, and shortened to 200 characters."""
-    printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:200])
-    return printable if len(text) <= 200 else printable + "..."
+    cleaned = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:200])
+    return cleaned if len(text) <= 200 else f"{cleaned}..."
 
 
 async def handle_exception(request: Request, exc: Exception) -> Response:
@@ -319,8 +319,8 @@ async def handle_exception(request: Request, exc: Exception) -> Response:
     return error_response(error, request.url.path)
 
 
-_FROM_BELOW = (RemoteUnavailable, DamagedAdapter, DamagedFile, DatabaseBusy, UnknownCursorError, disk.StorageFull)
-_HANDLED = (LorakeetError, *_FROM_BELOW, AdapterError, ValidationError, HTTPException)
+_STORAGE_ERRORS = (RemoteUnavailable, DamagedAdapter, DamagedFile, DatabaseBusy, UnknownCursorError, disk.StorageFull)
+_HANDLED = (LorakeetError, *_STORAGE_ERRORS, AdapterError, ValidationError, HTTPException)
 EXCEPTION_HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys(_HANDLED, handle_exception)
 
 
@@ -331,16 +331,16 @@ def _with_status(status: int, error: LorakeetError) -> LorakeetError:
 
 
 def _unknown_route(request: Request, exc: HTTPException) -> LorakeetError:
-    asked = f"{request.method} {shown(request.url.path)}"
+    asked = f"{request.method} {printable(request.url.path)}"
     if exc.status_code == 404:
-        meant = _meant(request)
-        hint = f" Did you mean {shown(meant)}?" if meant else ""
+        similar = _similar_path(request)
+        hint = f" Did you mean {printable(similar)}?" if similar else ""
         return NotFound(f"Unknown request URL: {asked}.{hint}", code="unknown_url")
     headers = {"Allow": ", ".join(sorted(_methods(request)))}
     return _with_status(405, InvalidRequest(f"Not allowed: {asked}.", code="method_not_allowed", headers=headers))
 
 
-def _meant(request: Request) -> str | None:
+def _similar_path(request: Request) -> str | None:
     """Return an existing path that differs from the requested one in slashes or `/v1` only."""
     path = re.sub("/{2,}", "/", request.url.path).rstrip("/")
     bare = re.sub("^(/v1)+(?=/|$)", "", path)
@@ -373,12 +373,12 @@ def invalid_body(exc: ValidationError, data: Any = None) -> InvalidRequest:
     fault, path, alternatives = faults[0], _path(faults[0], data), faults[:1]
     if data is not None:  # a union's field has faults for each branch: report the branch that it nearly matches
         branches = [(each, place) for each in faults if (place := _path(each, data))[: len(path)] == path]
-        fault, path = max(branches, key=lambda found: (found[0]["type"] not in _OF_ANOTHER_TYPE, len(found[1])))
-        if fault["type"] in _OF_ANOTHER_TYPE:  # it nearly matches none: report all types
-            alternatives = [each for each, place in branches if place == path and each["type"] in _OF_ANOTHER_TYPE]
+        fault, path = max(branches, key=lambda found: (found[0]["type"] not in _TYPE_ERRORS, len(found[1])))
+        if fault["type"] in _TYPE_ERRORS:  # it nearly matches none: report all types
+            alternatives = [each for each, place in branches if place == path and each["type"] in _TYPE_ERRORS]
     param = ".".join(path)[:200] or None
     if fault["type"] == "extra_forbidden":
-        message = f"Unsupported parameter: `{shown(param or '')}`."
+        message = f"Unsupported parameter: `{printable(param or '')}`."
         return InvalidRequest(message, param=param, code="unsupported_parameter")
     texts = dict.fromkeys(map(_text, alternatives if fault in alternatives else [fault]))
     message = " or ".join([text if not i else text.removeprefix("Input should be ") for i, text in enumerate(texts)])
@@ -386,7 +386,7 @@ def invalid_body(exc: ValidationError, data: Any = None) -> InvalidRequest:
 
 
 def _text(fault: ErrorDetails) -> str:
-    return "Input should be an object" if fault["type"] in _NO_OBJECT else fault["msg"].removeprefix("Value error, ")
+    return "Input should be an object" if fault["type"] in _NOT_OBJECT else fault["msg"].removeprefix("Value error, ")
 
 
 def _path(fault: ErrorDetails, data: Any) -> list[str]:

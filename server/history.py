@@ -8,11 +8,11 @@ from adapters.peft_format.sizes import device_bytes
 from adapters.storage.store import AdapterStore
 from server.client.engine import EngineClient
 from server.metrics import PREFIX, Metrics
-from server.repeat import repeatedly
+from server.repeat import run_periodically
 
-SECONDS = 5.0  # between samples
-MINUTE = int(60 / SECONDS)  # samples for rates of training, which is counted by steps, and these may take long
-KEPT = int(3600 / SECONDS)
+SAMPLE_SECONDS = 5.0  # between samples
+MINUTE_SAMPLES = int(60 / SAMPLE_SECONDS)  # for rates of training, which is counted by steps, and these may take long
+MAX_SAMPLES = int(3600 / SAMPLE_SECONDS)
 # Rates per second -> their counters.
 _RATES = {
     "generation_tokens_per_second": "generation_tokens_total",
@@ -26,7 +26,8 @@ _GAUGES = {"requests_running": "num_requests_running", "requests_waiting": "num_
 _SHARES = {"kv_usage": "kv_cache_usage_perc", "state_usage": "state_cache_usage_perc"}
 _ERRORS = "request_success_total"
 _STEPS, _STEP_ADAPTERS = "engine_step_adapters_count", "engine_step_adapters_sum"
-_READ = [*_RATES.values(), *_SLOW_RATES.values(), *_GAUGES.values(), *_SHARES.values(), _ERRORS, _STEPS, _STEP_ADAPTERS]
+_COUNTERS = [*_RATES.values(), *_SLOW_RATES.values()]
+_METRICS = [*_COUNTERS, *_GAUGES.values(), *_SHARES.values(), _ERRORS, _STEPS, _STEP_ADAPTERS]
 COLUMNS = (
     *("time", *_RATES, *_SLOW_RATES, *_GAUGES, *_SHARES, "adapters_per_step", "errors", "engine_restarts"),
     *("adapters_on_device", "adapters_in_host_memory", "adapter_device_bytes", "adapter_host_bytes"),
@@ -42,9 +43,9 @@ class History:
         self._metrics = metrics
         self._engine = engine
         self._store = store
-        self._samples: deque[Sample] = deque(maxlen=KEPT)
-        self._read = metrics.registry.restricted_registry([PREFIX + name for name in _READ])
-        self._read_before: deque[tuple[float, dict[str, float]]] = deque(maxlen=MINUTE)
+        self._samples: deque[Sample] = deque(maxlen=MAX_SAMPLES)
+        self._registry = metrics.registry.restricted_registry([PREFIX + name for name in _METRICS])
+        self._previous: deque[tuple[float, dict[str, float]]] = deque(maxlen=MINUTE_SAMPLES)
         self._pid: int | None = None
         self._sizes: dict[str, int] = {}  # digest -> bytes on the device
 
@@ -54,18 +55,18 @@ class History:
         async def sample() -> None:
             self.sample()
 
-        await repeatedly(sample, SECONDS, "a sample of the server's history")
+        await run_periodically(sample, SAMPLE_SECONDS, "sampling the server's history")
 
     def sample(self) -> None:
         """Take one sample."""
         now, values = time.time(), self._values()
-        self._read_before = self._read_before or deque([(now, values)], maxlen=MINUTE)
-        (long_ago, first), (lately, before) = self._read_before[0], self._read_before[-1]
-        self._read_before.append((now, values))
-        passed, minute = max(now - lately, 1e-3), max(now - long_ago, 1e-3)
-        grown = {name: values[name] - before[name] for name in values}
+        self._previous = self._previous or deque([(now, values)], maxlen=MINUTE_SAMPLES)
+        (minute_ago, first), (last_time, before) = self._previous[0], self._previous[-1]
+        self._previous.append((now, values))
+        passed, minute = max(now - last_time, 1e-3), max(now - minute_ago, 1e-3)
+        increase = {name: values[name] - before[name] for name in values}
         slow = {column: (values[name] - first[name]) / minute for column, name in _SLOW_RATES.items()}
-        steps = grown[_STEPS]
+        steps = increase[_STEPS]
         restarted = self._pid is not None and self._engine.pid not in (None, self._pid)
         self._pid = self._engine.pid or self._pid
         tiers = {tier: {digest for digest, at in self._metrics.resident if at == tier} for tier in ("device", "host")}
@@ -73,13 +74,13 @@ class History:
         self._samples.append(
             {
                 "time": round(now, 3),
-                **{column: round(grown[name] / passed, 3) for column, name in _RATES.items()},
+                **{column: round(increase[name] / passed, 3) for column, name in _RATES.items()},
                 "trained_tokens_per_second": round(slow["trained_tokens_per_second"], 3),
                 "training_share": round(min(1.0, slow["training_share"]), 3),  # jobs that share a pass count it each
                 **{column: values[name] for column, name in _GAUGES.items()},
                 **{column: round(values[name], 4) for column, name in _SHARES.items()},
-                "adapters_per_step": round(grown[_STEP_ADAPTERS] / steps, 2) if steps else None,
-                "errors": grown[_ERRORS],
+                "adapters_per_step": round(increase[_STEP_ADAPTERS] / steps, 2) if steps else None,
+                "errors": increase[_ERRORS],
                 "engine_restarts": float(restarted),
                 "adapters_on_device": len(tiers["device"]),
                 "adapters_in_host_memory": len(tiers["host"]),
@@ -95,8 +96,8 @@ class History:
 
     def _values(self) -> dict[str, float]:
         """Return the metrics' values by name without prefix; of finished requests, those that failed."""
-        values = dict.fromkeys(_READ, 0.0)
-        for metric in self._read.collect():
+        values = dict.fromkeys(_METRICS, 0.0)
+        for metric in self._registry.collect():
             for sample in metric.samples:
                 name = sample.name.removeprefix(PREFIX)
                 if name in values and sample.labels.get("finished_reason", "error") == "error":

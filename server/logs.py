@@ -10,19 +10,19 @@ from typing import Any, Literal
 
 FIELDS = "fields"  # the `extra` key of a record's structured fields
 
-_notes: ContextVar[dict[str, Any] | None] = ContextVar("notes", default=None)
+_log_fields: ContextVar[dict[str, Any] | None] = ContextVar("log_fields", default=None)
 
 
-def begin_notes() -> dict[str, Any]:
-    """Return a new dict, to which `note` adds from now on in this request and in tasks that it starts."""
+def collect_log_fields() -> dict[str, Any]:
+    """Return a new dict, to which `add_log_fields` adds from now on in this request and in tasks that it starts."""
     notes: dict[str, Any] = {}
-    _notes.set(notes)
+    _log_fields.set(notes)
     return notes
 
 
-def note(**fields: Any) -> None:
+def add_log_fields(**fields: Any) -> None:
     """Add fields to the access line of the current request, if there is one. Fields of None are left out."""
-    if (notes := _notes.get()) is not None:
+    if (notes := _log_fields.get()) is not None:
         notes.update({name: value for name, value in fields.items() if value is not None})
 
 
@@ -48,11 +48,11 @@ def configure(level: Literal["debug", "info", "warning", "error"], *, as_json: b
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if as_json else plain)
-    handler.addFilter(_is_no_cut)
+    handler.addFilter(_is_not_cancellation)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn.access").disabled = True  # our access line has the request's id and duration, too
 
 
-def _is_no_cut(record: logging.LogRecord) -> bool:
+def _is_not_cancellation(record: logging.LogRecord) -> bool:
     """Whether a record is anything but uvicorn's traceback of a request cancelled by the operator."""
     return not (record.name == "uvicorn.error" and record.exc_info and record.exc_info[0] is asyncio.CancelledError)

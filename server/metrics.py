@@ -57,9 +57,9 @@ class _AdapterCounts:
     load_seconds: float = 0.0
     evictions: int = 0
 
-    def absorb(self, gone: "_AdapterCounts") -> None:
+    def add(self, other: "_AdapterCounts") -> None:
         for name in ("requests", "prompt_tokens", "generation_tokens", "loads", "load_seconds", "evictions"):
-            setattr(self, name, getattr(self, name) + getattr(gone, name))
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 class _AdapterMetrics(Collector):
@@ -86,7 +86,7 @@ class _AdapterMetrics(Collector):
             if len(self._by_name) > self._top:
                 oldest, gone = self._by_name.popitem(last=False)
                 self._unlink(oldest, gone)
-                self._other.absorb(gone)
+                self._other.add(gone)
         else:
             self._by_name.move_to_end(name)
         if counts.digest != digest:
@@ -101,17 +101,17 @@ class _AdapterMetrics(Collector):
         if not +names:
             del self._in_flight[digest]
 
-    def of_name(self, name: str) -> _AdapterCounts:
+    def by_name(self, name: str) -> _AdapterCounts:
         return self._by_name.get(name, self._other)
 
-    def of_digest(self, digest: str) -> _AdapterCounts:
-        return self.of_name(self._names.get(digest, OTHER))
+    def by_digest(self, digest: str) -> _AdapterCounts:
+        return self.by_name(self._names.get(digest, OTHER))
 
     def forget(self, name: str) -> None:
         counts = self._by_name.pop(name, None)
         if counts is not None:
             self._unlink(name, counts)
-            self._other.absorb(counts)
+            self._other.add(counts)
 
     def _unlink(self, name: str, counts: _AdapterCounts) -> None:
         if self._names.get(counts.digest) == name:  # another name may have the same version now
@@ -194,7 +194,7 @@ class _AdapterMetrics(Collector):
         return info
 
 
-class _Renamed(Collector):
+class _PrefixedCollector(Collector):
     """A registry's metrics under another prefix, such as vLLM's."""
 
     def __init__(self, registry: CollectorRegistry, prefix: str) -> None:
@@ -204,16 +204,16 @@ class _Renamed(Collector):
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
             if metric.name.startswith(PREFIX):
-                metric.name = self._renamed(metric.name)
-                metric.samples = [sample._replace(name=self._renamed(sample.name)) for sample in metric.samples]
+                metric.name = self._with_prefix(metric.name)
+                metric.samples = [sample._replace(name=self._with_prefix(sample.name)) for sample in metric.samples]
             yield metric
 
-    def _renamed(self, name: str) -> str:
+    def _with_prefix(self, name: str) -> str:
         return self._prefix + name.removeprefix(PREFIX)
 
 
 class Metrics:
-    """All of the server's metrics, in `registry`; `page` renders them."""
+    """All of the server's metrics, in `registry`; `render` writes them."""
 
     def __init__(
         self, top_adapters: int = 100, prefix: str = PREFIX.removesuffix(":"), *, top_tenants: int = 100
@@ -222,9 +222,9 @@ class Metrics:
         disable_created_metrics()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._shown: Collector = self.registry
+        self._exposed: Collector = self.registry
         if f"{prefix}:" != PREFIX:
-            self._shown = _Renamed(self.registry, f"{prefix}:")
+            self._exposed = _PrefixedCollector(self.registry, f"{prefix}:")
         self.usage = AdapterUsage()
         self._adapters = _AdapterMetrics(top_adapters)
         self.resident: Mapping[tuple[str, str], AdapterUse] = self._adapters.resident  # by digest and tier
@@ -268,14 +268,14 @@ class Metrics:
         for reason in get_args(FinishedReason):
             self.success.labels(reason)
 
-    def page(self) -> bytes:
+    def render(self) -> bytes:
         """Render all metrics in Prometheus's text format 0.0.4.
 
         In OpenMetrics, and in text format 1.0.0, the client library escapes the colon: `lorakeet_engine_up`.
         """
-        return generate_latest(self._shown)
+        return generate_latest(self._exposed)
 
-    def pinned(self, versions: Sequence[tuple[str, str]], size: int) -> None:
+    def set_pinned(self, versions: Sequence[tuple[str, str]], size: int) -> None:
         """Set the pinned adapter versions, as (name, digest), and their bytes on the device."""
         self._adapters.pinned = versions
         self._pinned.set(len(versions))
@@ -299,7 +299,7 @@ class Metrics:
         self._adapters.forget(name)
         self.usage.forget(name)
 
-    def engine_stats(self, stats: Stats) -> None:
+    def add_engine_stats(self, stats: Stats) -> None:
         """Add one report of the engine."""
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
@@ -319,10 +319,10 @@ class Metrics:
             self._step_adapters.observe(stats.step_adapters)
             self._step_seconds.observe(stats.step_seconds)
         for digest in stats.evictions:
-            self._adapters.of_digest(digest).evictions += 1
+            self._adapters.by_digest(digest).evictions += 1
         for digest, seconds in stats.loads:
             self._load_seconds.observe(seconds)
-            counts = self._adapters.of_digest(digest)
+            counts = self._adapters.by_digest(digest)
             counts.loads += 1
             counts.load_seconds += seconds
         for use in stats.adapters:
@@ -333,7 +333,7 @@ class Metrics:
         if stats.merges is not None:
             self._merged_bytes.set(sum(report.bytes for report in stats.merges))
 
-    def engine_process(self, alive: bool, info: Ready | None = None) -> None:
+    def set_engine_process(self, alive: bool, info: Ready | None = None) -> None:
         """Set whether there is an engine process; without one, nothing runs and nothing is resident.
 
         `info`: its base, once the first engine is up.
@@ -380,7 +380,7 @@ class RequestMetrics:
     def output(self, tokens: int, prompt_tokens: int, queue_seconds: float) -> None:
         """Count an output with `tokens` new tokens, possibly 0; prompt and queue time count with the first output."""
         now = time.monotonic()
-        counts = [self._adapters.of_name(name) for name, _ in self._used]
+        counts = [self._adapters.by_name(name) for name, _ in self._used]
         for usage in self._usage:
             usage.tokens += tokens + (0 if self._prompt_counted else prompt_tokens)
         if not self._prompt_counted:

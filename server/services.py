@@ -48,7 +48,7 @@ class Services:
     tenants: Tenants
     ledger: Ledger
     audit: AuditLog
-    checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a merged checkpoint is made
+    checkpoint_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a merged checkpoint is made
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # the model's, by request field
 
     @property

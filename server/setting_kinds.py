@@ -1,6 +1,6 @@
 """Kinds of settings: declaration, parsing, checks and help.
 
-A dataclass declares its fields with the functions below, one for each kind of value; `rows` lists them.
+A dataclass declares its fields with the functions below, one for each kind of value; `settings_of` lists them.
 """
 
 import re
@@ -29,10 +29,10 @@ class Setting:
 
     help: str
     default: Any
-    shown_default: str
+    default_text: str
     parse: Callable[[str], Any]
     choices: tuple[str, ...] | None
-    within: tuple[float, float] | None
+    bounds: tuple[float, float] | None
     repeatable: bool
     aliases: tuple[str, ...]
     name: str = ""  # of its field
@@ -73,7 +73,7 @@ class Setting:
         if isinstance(value, str | Path) and _NOT_UTF8.search(str(value)):
             raise ValueError(f"{str(value)!r} is not UTF-8")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            least, most = self.within or (value, value)
+            least, most = self.bounds or (value, value)
             if not value >= least:
                 raise ValueError(f"{value} is less than {least}")
             if not value <= most:
@@ -81,7 +81,7 @@ class Setting:
         return value
 
 
-def rows(settings: Any) -> list[Setting]:
+def settings_of(settings: Any) -> list[Setting]:
     """Return the settings of a dataclass, in the order of its fields."""
     return [replace(item.metadata["setting"], name=item.name) for item in fields(settings)]
 
@@ -165,8 +165,8 @@ def _field(
     help: str,  # noqa: A002  # argparse's and typer's own word for it
     *,
     choices: Sequence[str] | None = None,
-    within: tuple[float, float] | None = None,
-    shown: str = "",
+    bounds: tuple[float, float] | None = None,
+    default_text: str = "",
     repeatable: bool = False,
     secret: bool = False,
     vllm: str | None = None,
@@ -175,8 +175,8 @@ def _field(
 
     Args:
         default: a value, or a function that makes it.
-        within: the range of a number, both ends included.
-        shown: text in place of the default in the help.
+        bounds: the range of a number, both ends included.
+        default_text: text in place of the default in the help.
         repeatable: whether several values may be given.
         vllm: vLLM's flag for it, an alias.
     """
@@ -184,10 +184,10 @@ def _field(
     row = Setting(
         help=help,
         default=MISSING if made else default,
-        shown_default=shown or _shown(default, parse),
+        default_text=default_text or _default_text(default, parse),
         parse=parse,
         choices=tuple(choices) if choices else None,
-        within=within,
+        bounds=bounds,
         repeatable=repeatable,
         aliases=(vllm,) if vllm else (),
     )
@@ -196,7 +196,7 @@ def _field(
     return field(default=default, metadata={"setting": row}, repr=not secret)
 
 
-def _shown(default: Any, parse: Callable[[str], Any]) -> str:
+def _default_text(default: Any, parse: Callable[[str], Any]) -> str:
     """Return a default's text in the help."""
     if default == ():
         return "none"
@@ -215,13 +215,13 @@ def choice(
     help: str,  # noqa: A002
     choices: Sequence[str],
     *,
-    renamed: Mapping[str, str] | None = None,
+    synonyms: Mapping[str, str] | None = None,
     **more: Any,
 ) -> Any:
-    """One of several words. `renamed`: synonyms -> words."""
+    """One of several words. `synonyms`: synonyms -> words."""
 
     def parse(written: str) -> str:
-        return (renamed or {}).get(written, _parse_text(written))
+        return (synonyms or {}).get(written, _parse_text(written))
 
     return _field(parse, default, help, choices=choices, **more)
 
@@ -236,16 +236,16 @@ def switch(default: bool, help: str, **more: Any) -> Any:  # noqa: A002
     return _field(parse_bool, default, help, **more)
 
 
-def whole(default: int | None, help: str, within: tuple[int, int], **more: Any) -> Any:  # noqa: A002
+def integer(default: int | None, help: str, bounds: tuple[int, int], **more: Any) -> Any:  # noqa: A002
     """A whole number."""
-    return _field(_parse_integer, default, help, within=within, **more)
+    return _field(_parse_integer, default, help, bounds=bounds, **more)
 
 
-def number(default: float, help: str, within: tuple[float, float], **more: Any) -> Any:  # noqa: A002
+def number(default: float, help: str, bounds: tuple[float, float], **more: Any) -> Any:  # noqa: A002
     """A number."""
-    return _field(_parse_number, default, help, within=within, **more)
+    return _field(_parse_number, default, help, bounds=bounds, **more)
 
 
-def size(default: int | None, help: str, within: tuple[int, int], **more: Any) -> Any:  # noqa: A002
+def size(default: int | None, help: str, bounds: tuple[int, int], **more: Any) -> Any:  # noqa: A002
     """A number of bytes."""
-    return _field(parse_size, default, help, within=within, **more)
+    return _field(parse_size, default, help, bounds=bounds, **more)

@@ -13,7 +13,7 @@ _NO_SETTING = re.compile(r"URL|NATIVE|TRITON|RAY_\w+|\w*SERVICE_\w+|\w*PORT(_\w+
 log = logging.getLogger(__name__)
 
 
-def tell_of_unknown(environ: Mapping[str, str]) -> None:
+def warn_about_unknown(environ: Mapping[str, str]) -> None:
     """Log a warning for each variable that has the settings' prefix and is no setting, so probably misspelt."""
     known = {row.env for row in settings_fields()}
     for name in sorted(environ.keys() - known):
@@ -34,5 +34,5 @@ def settings_table() -> str:
             meaning += " One of " + ", ".join(f"`{word}`" for word in row.choices) + "."
         if row.repeatable:
             meaning += " Repeatable; comma-separated in the variable."
-        lines.append(f"| {flag} | {', '.join(aliases)} | `{row.env}` | {row.shown_default} | {meaning} |")
+        lines.append(f"| {flag} | {', '.join(aliases)} | `{row.env}` | {row.default_text} | {meaning} |")
     return "\n".join(lines) + "\n"

@@ -16,7 +16,7 @@ from server.batches.metrics import BatchMetrics
 from server.batches.rows import Limits
 from server.batches.runner import Batches
 from server.batches.store import BatchStore
-from server.children.helper import WORK, Helpers
+from server.children.helper import WORK_PROGRAM, Helpers
 from server.client.engine import EngineClient, LocalEngine
 from server.finetune.service import FineTuning
 from server.history import History
@@ -56,14 +56,16 @@ def open_services(settings: Settings, model: Path) -> tuple[Services, LocalEngin
     metrics = new_metrics(settings)
     engine = LocalEngine(
         _engine_config(settings, model),
-        metrics.engine_stats,
+        metrics.add_engine_stats,
         start_seconds=settings.engine_start_seconds,
         stall_seconds=settings.engine_stall_seconds,
     )
     store, outline = open_store(settings, PinLimit(settings, engine)), Outline.read(model)
-    checker = Helpers(_CHECKERS, WORK, priority=settings.background_priority, memory=settings.adapter_check_bytes)
+    checker = Helpers(
+        _CHECKERS, WORK_PROGRAM, priority=settings.background_priority, memory=settings.adapter_check_bytes
+    )
     defaults = sampling_defaults(settings.generation_config, settings.model, model)
-    with data_dir.readable():
+    with data_dir.as_setting_error():
         services = make_services(
             settings,
             engine,
@@ -159,7 +161,7 @@ def make_services(
         batches=_batches(settings, tuning, metrics),
         responses=_responses(settings, tuning.database),
         history=History(metrics, engine, store),
-        tenants=Tenants(database, settings.api_key, _shared(settings, "tenants"), settings.store_poll_seconds),
+        tenants=Tenants(database, settings.api_key, _shared_records(settings, "tenants"), settings.store_poll_seconds),
         ledger=ledger,
         audit=AuditLog(settings.data_dir / "audit.jsonl", settings.audit_bytes, _pages(settings, "audit", database)),
         sampling_defaults=sampling_defaults or {},
@@ -175,10 +177,10 @@ def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batche
 
         store = shared = SharedBatches(tuning.database, directory)
         shared.join(Bucket(settings.adapter_store, settings.store_request_limits), settings.job_lease_seconds, at_once)
-    of_body = settings.max_body_bytes, settings.max_body_items, settings.max_body_depth
-    limits = Limits(settings.batch_file_requests, *of_body)
-    counted = BatchMetrics(metrics.registry)
-    batches = Batches(directory, store, tuning.files, counted, at_once=at_once, limits=limits)
+    body_limits = settings.max_body_bytes, settings.max_body_items, settings.max_body_depth
+    limits = Limits(settings.batch_file_requests, *body_limits)
+    batch_metrics = BatchMetrics(metrics.registry)
+    batches = Batches(directory, store, tuning.files, batch_metrics, at_once=at_once, limits=limits)
     if shared is not None:
         from server.finetune.sharing import Sharing
 
@@ -204,7 +206,7 @@ def _responses(settings: Settings, database: Database) -> ResponseStore:
     )
 
 
-def _shared(settings: Settings, prefix: str) -> "Records | None":
+def _shared_records(settings: Settings, prefix: str) -> "Records | None":
     """The records shared by all servers of one object store. Raises ValueError for an invalid URL."""
     if settings.adapter_store is None:
         return None

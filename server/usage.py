@@ -50,7 +50,7 @@ class AdapterUsage:
             entry.last_used = time.time()
         return entries
 
-    def of(self, tenant: str, adapter: str) -> Usage:
+    def get(self, tenant: str, adapter: str) -> Usage:
         return self._entries.get((tenant, adapter)) or Usage()
 
     def forget(self, adapter: str) -> None:
@@ -72,7 +72,7 @@ class Ledger:
         self._unsent: set[str] = set()  # days with changes
         self._caught_up = False  # whether days from before this start are in `_unsent`, too
         self._pending: dict[tuple[str, str, str], list[float]] = {}
-        self._kept: asyncio.Future[None] | None = None  # done once `_pending` is on disk
+        self._flushed: asyncio.Future[None] | None = None  # done once `_pending` is on disk
         self._writing: asyncio.Task[None] | None = None
         self._failing = self._stopped = False
         self._writer = thread_pool(1, "usage", "normal")  # its own, since responses wait for it
@@ -84,18 +84,18 @@ class Ledger:
 
         The future is done when it is on disk, together with concurrent additions.
         """
-        if self._kept is None:
-            self._kept = asyncio.get_running_loop().create_future()
-        kept = self._kept
+        if self._flushed is None:
+            self._flushed = asyncio.get_running_loop().create_future()
+        flushed = self._flushed
         if self._failing:
-            kept.set_result(None)
-            self._kept = None
+            flushed.set_result(None)
+            self._flushed = None
         row = self._pending.setdefault((tenant, adapter, today()), [0] * len(COUNTS))
         for i, count in enumerate((1, prompt, cached, generated, 0, device_seconds)):
             row[i] += count
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
-        return kept
+        return flushed
 
     async def stop(self) -> None:
         """Write the pending rows, with at most one more attempt."""
@@ -106,7 +106,7 @@ class Ledger:
     async def _write(self) -> None:
         while self._pending:
             rows, self._pending = self._pending, {}
-            kept, self._kept = self._kept, None
+            flushed, self._flushed = self._flushed, None
             try:
                 await run_in(self._writer, partial(self._commit, rows))
                 self._failing = False
@@ -117,15 +117,15 @@ class Ledger:
                 for key, counts in rows.items():
                     row = self._pending.setdefault(key, [0] * len(COUNTS))
                     row[:] = [a + b for a, b in zip(row, counts, strict=True)]
-            if kept is not None and not kept.done():
-                kept.set_result(None)
+            if flushed is not None and not flushed.done():
+                flushed.set_result(None)
             if self._failing:
                 if self._stopped:
                     break
                 await asyncio.sleep(RETRY_SECONDS)
         self._writing = None
 
-    def train(self, tenant: str, adapter: str, job: str, tokens: int, device_seconds: float) -> None:
+    def add_training(self, tenant: str, adapter: str, job: str, tokens: int, device_seconds: float) -> None:
         """Add a job's training, up to `tokens` in total; `device_seconds` are those since its last step. A repeated
         step counts once. Blocks on the disk."""
         with self._database.transaction() as connection:
@@ -136,7 +136,7 @@ class Ledger:
             connection.execute(_ADD, (tenant, adapter, day := today(), 0, 0, 0, 0, more, device_seconds))
             self._database.after_commit(lambda: self._unsent.add(day))
 
-    def counted(self, job: str, tokens: int) -> None:
+    def note_trained(self, job: str, tokens: int) -> None:
         """Note that other servers have counted a job's first `tokens` tokens."""
         with self._database.transaction() as connection:
             connection.execute(
@@ -150,7 +150,7 @@ class Ledger:
 
         Raises RemoteUnavailable.
         """
-        rows = {(row["day"], row["tenant"], row["adapter"]): row for row in self._own(tenant, first, last)}
+        rows = {(row["day"], row["tenant"], row["adapter"]): row for row in self._local_rows(tenant, first, last)}
         for page in self._pages.read(first, last, include_own=False) if self._pages is not None else ():
             for row in json.loads(page):
                 if tenant not in (None, row["tenant"]):
@@ -164,7 +164,7 @@ class Ledger:
         try:
             rows = self.rows(tenant, today(), today())
         except RemoteUnavailable:
-            rows = self._own(tenant, today(), today())
+            rows = self._local_rows(tenant, today(), today())
         return sum(row["trained_tokens"] for row in rows)
 
     def send(self) -> None:
@@ -185,9 +185,9 @@ class Ledger:
                 raise
 
     def _page(self, day: str, before: bytes) -> bytes:
-        return json.dumps(self._own(None, day, day)).encode()
+        return json.dumps(self._local_rows(None, day, day)).encode()
 
-    def _own(self, tenant: str | None, first: str, last: str) -> list[dict[str, Any]]:
+    def _local_rows(self, tenant: str | None, first: str, last: str) -> list[dict[str, Any]]:
         query = (
             "SELECT * FROM usage WHERE day BETWEEN ? AND ? AND (? IS NULL OR tenant = ?) ORDER BY day, tenant, adapter"
         )

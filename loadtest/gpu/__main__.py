@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from loadtest import machine
-from loadtest.gpu.lines import Line, Part, keep
+from loadtest.gpu.lines import Line, Part, write_results
 from loadtest.gpu.models import FULL, SMOKE, Size
 from loadtest.gpu.parts import PARTS, Bench
 
@@ -35,39 +35,39 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--window", type=float, help=f"seconds of standing load [default: {FULL.window:.0f}]")
     parser.add_argument("--folder", type=Path, help="where models are made, and kept for the next run")
     parser.add_argument("--results", type=Path, help="where results go [default: loadtest/results]")
-    asked = parser.parse_args(arguments)
-    if unknown := set(asked.parts) - set(PARTS):
+    options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    if not asked.smoke and not torch.cuda.is_available():
+    if not options.smoke and not torch.cuda.is_available():
         print("No NVIDIA GPU that torch can use: nothing was measured.", file=sys.stderr)
         return 2
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         print(f"Not installed, so that some lines cannot be measured: {', '.join(missing)}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="lorakeet-gpu-") as folder:
-        bench = Bench(asked.folder or Path(folder), SMOKE if asked.smoke else size_of(asked))
-        parts = [run(name, bench, arguments) for name in asked.parts or PARTS]
-    results = asked.results or (None if asked.smoke else RESULTS)
+        bench = Bench(options.folder or Path(folder), SMOKE if options.smoke else size_of(options))
+        parts = [run(name, bench, arguments) for name in options.parts or PARTS]
+    results = options.results or (None if options.smoke else RESULTS)
     if results is not None:
-        keep(results / f"gpu-{'-'.join(parts[0].machine['gpu'].lower().split())}", parts)
+        write_results(results / f"gpu-{'-'.join(parts[0].machine['gpu'].lower().split())}", parts)
     return 0 if all(line.held for part in parts for line in part.lines) else 1
 
 
-def size_of(asked: argparse.Namespace) -> Size:
+def size_of(options: argparse.Namespace) -> Size:
     """Return the full size, changed by the arguments."""
-    layers = {} if asked.layers is None else {"num_hidden_layers": asked.layers}
+    layers = {} if options.layers is None else {"num_hidden_layers": options.layers}
     return replace(
         FULL,
-        models={name: FULL.models[name] | layers for name in asked.models or FULL.models},
-        rounds=asked.rounds or FULL.rounds,
-        window=asked.window or FULL.window,
+        models={name: FULL.models[name] | layers for name in options.models or FULL.models},
+        rounds=options.rounds or FULL.rounds,
+        window=options.window or FULL.window,
     )
 
 
 def run(name: str, bench: Bench, arguments: list[str]) -> Part:
     """Run one part; its failure becomes a line and does not stop the others."""
-    described: dict[str, Any] = machine.describe([sys.executable, "-m", "loadtest.gpu", *arguments])
+    circumstances: dict[str, Any] = machine.describe([sys.executable, "-m", "loadtest.gpu", *arguments])
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    described |= {"gpu": gpu, "cuda": torch.version.cuda}
+    circumstances |= {"gpu": gpu, "cuda": torch.version.cuda}
     bench.raw = {}
     try:
         lines = PARTS[name](bench)
@@ -77,7 +77,7 @@ def run(name: str, bench: Bench, arguments: list[str]) -> Part:
         lines = [Line(name, PARTS[name].__name__, "runs", reason[-1][:200], None)]
     for line in lines:
         print(line.text, flush=True)
-    return Part(name, described, lines, bench.raw)
+    return Part(name, circumstances, lines, bench.raw)
 
 
 if __name__ == "__main__":

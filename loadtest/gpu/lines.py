@@ -49,27 +49,27 @@ class Part:
     raw: dict[str, Any]
 
 
-def keep(prefix: Path, parts: Sequence[Part]) -> None:
+def write_results(prefix: Path, parts: Sequence[Part]) -> None:
     """Write `prefix.json` and `prefix.md`; other parts in these files stay as they are."""
     file = prefix.with_suffix(".json")
-    kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for part in parts:
         lines = [asdict(line) | {"verdict": line.verdict} for line in part.lines]
-        kept[part.name] = {"machine": part.machine, "lines": lines, **part.raw}
+        results[part.name] = {"machine": part.machine, "lines": lines, **part.raw}
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(kept, indent=1) + "\n")
-    prefix.with_suffix(".md").write_text(page(kept))
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    prefix.with_suffix(".md").write_text(page(results))
 
 
-def page(kept: dict[str, Any]) -> str:
+def page(results: dict[str, Any]) -> str:
     """Return a result as Markdown."""
     rows: list[Sequence[str]] = [HEADERS, ("---",) * len(HEADERS)]
-    about: dict[str, list[str]] = {}  # circumstances -> the parts measured in them
-    for name, part in kept.items():
+    parts_by_circumstances: dict[str, list[str]] = {}  # circumstances -> the parts measured in them
+    for name, part in results.items():
         rows += [[line[header] for header in ("name", *HEADERS[1:])] for line in part["lines"]]
-        about.setdefault(_circumstances(part["machine"]), []).append(name)
+        parts_by_circumstances.setdefault(_circumstances(part["machine"]), []).append(name)
     table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
-    sources = "\n".join(f"- {', '.join(names)}: {text}" for text, names in about.items())
+    sources = "\n".join(f"- {', '.join(names)}: {text}" for text, names in parts_by_circumstances.items())
     return f"# On one GPU\n\n{table}\n\n{sources}\n"
 
 

@@ -20,7 +20,7 @@ from loadtest.gpu.models import Size, adapter_bytes, bytes_per_token, make_model
 from loadtest.synthetic import make_adapters, random_prompts
 from loadtest.workers import Ask, worker
 
-OURS = "server.engine.offline"
+OUR_ENGINE = "server.engine.offline"
 OUR_TRAINER = "server.training.bench"
 PEFT = "loadtest.peers.peft_worker"
 PEFT_TRAINER = "loadtest.peers.peft_training"
@@ -37,8 +37,8 @@ RANK = 16
 PEFT_TOKENS = 24  # few, since PEFT's step gets slower with every adapter
 # Distinct adapters -> share of the throughput without adapters, if bandwidth were the only cost.
 LORA_TAX = {1: 0.98, 8: 0.88, 32: 0.65, 64: 0.48}
-BESIDE = 16  # running requests while cold adapters are loaded
-SLOWER, KEPT = 1.25, 0.15  # limits of P99 inter-token latency, and of a job's speed, when they share the device
+RUNNING = 16  # running requests while cold adapters are loaded
+MAX_SLOWDOWN, MIN_KEPT = 1.25, 0.15  # of P99 inter-token latency, and of a job's speed, when they share the device
 LOG_PROBABILITY = 0.5  # largest difference between bf16 and stock transformers
 SEED = 0
 
@@ -96,7 +96,7 @@ class Bench:
             "engine": {"device": self.size.device, **config},
             "check": True,
         }
-        with worker(OURS, settings) as asked:
+        with worker(OUR_ENGINE, settings) as asked:
             yield asked
 
 
@@ -195,21 +195,21 @@ def cold(bench: Bench) -> list[Line]:
     disk (just written, so in the file cache), later in host memory, since the device has no room for all.
     """
     size, name = bench.size, next(iter(bench.size.models))
-    size_of_one = adapter_bytes(size.models[name], RANK)
-    names = list(bench.adapters(name, BESIDE + size.cold))
-    warm, strange = names[:BESIDE], names[BESIDE:]
-    room = round((BESIDE + size.cold / 2 + 0.5) * size_of_one)
+    one_adapter = adapter_bytes(size.models[name], RANK)
+    names = list(bench.adapters(name, RUNNING + size.cold))
+    warm, cold_names = names[:RUNNING], names[RUNNING:]
+    room = round((RUNNING + size.cold / 2 + 0.5) * one_adapter)
     with bench.engine(name, bench.adapters(name, len(names)), max_batch_requests=32, adapter_bytes=room) as (ask, _):
-        step = 1 / (rate(bench, ask, BESIDE, warm, rounds=1) / BESIDE)  # seconds
+        step = 1 / (rate(bench, ask, RUNNING, warm, rounds=1) / RUNNING)  # seconds
         tokens = min(math.ceil((size.cold + 2) * size.spacing / step), 4000)
         runs: dict[str, list[Burst]] = {"warm": [], "disk": [], "host": []}
         for kind in ("warm", "disk", *("warm", "host") * size.rounds):
-            arrivals = warm[: len(strange)] if kind == "warm" else strange
-            runs[kind].append(beside(bench, ask, warm, arrivals, tokens))
+            arrivals = warm[: len(cold_names)] if kind == "warm" else cold_names
+            runs[kind].append(run_beside(bench, ask, warm, arrivals, tokens))
     firsts = {kind: statistics.median(t for burst in bursts for t in burst.firsts) for kind, bursts in runs.items()}
     p99 = {kind: percentile([gap for burst in bursts for gap in burst.gaps], 99) for kind, bursts in runs.items()}
-    transfer = 2 * size_of_one / bench.bandwidths["host_to_device"]
-    bench.raw["cold"] = {"first": firsts, "itl_p99": p99, "bytes": size_of_one, "step": step, **bench.bandwidths}
+    transfer = 2 * one_adapter / bench.bandwidths["host_to_device"]
+    bench.raw["cold"] = {"first": firsts, "itl_p99": p99, "bytes": one_adapter, "step": step, **bench.bandwidths}
     lines = []
     for kind, place in (("host", "in host memory"), ("disk", "on disk")):
         what = f"a cold adapter {place}, time to the first token"
@@ -232,13 +232,13 @@ def training(bench: Bench) -> list[Line]:
     found: dict[str, Trained] = {}
     with worker(PEFT_TRAINER, settings) as (ask, _):
         for title, checkpointing in (("PEFT", False), ("PEFT, checkpointing", True)):
-            found[title] = trained(ask, {"checkpointing": checkpointing, **wide}, size.steps)
+            found[title] = train(ask, {"checkpointing": checkpointing, **wide}, size.steps)
     with worker(OUR_TRAINER, settings) as (ask, _):
         for memory in ("keep", "recompute"):
-            found[memory] = trained(ask, {"memory": memory, "jobs": 1, **wide}, size.steps)
+            found[memory] = train(ask, {"memory": memory, "jobs": 1, **wide}, size.steps)
             for jobs in (1, 2, 4):
                 title = f"{memory}, {jobs} jobs"
-                found[title] = trained(ask, {"memory": memory, "jobs": jobs, **narrow}, size.steps)
+                found[title] = train(ask, {"memory": memory, "jobs": jobs, **narrow}, size.steps)
     bench.raw["training"] = {title: {"tokens_per_second": one.speed, "peak": one.peak} for title, one in found.items()}
     lines = []
     for ours, theirs in (("keep", "PEFT"), ("recompute", "PEFT, checkpointing")):
@@ -290,9 +290,11 @@ def background(bench: Bench) -> list[Line]:
     served = f"{busy.rate:.0f} beside {quiet.rate:.0f} tokens/s"
     share = speeds[1] / speeds[0] if speeds[0] else math.nan
     return [
-        at_most("h", "half load beside a job, P99 inter-token latency", latencies[1] / latencies[0], SLOWER, "x", itl),
+        at_most(
+            "h", "half load beside a job, P99 inter-token latency", latencies[1] / latencies[0], MAX_SLOWDOWN, "x", itl
+        ),
         at_least("h", "half load beside a job, tokens served", busy.rate / quiet.rate, 0.95, "", served),
-        at_least("h", "half load beside a job, the job's speed kept", share, KEPT, "", kept),
+        at_least("h", "half load beside a job, the job's speed kept", share, MIN_KEPT, "", kept),
     ]
 
 
@@ -319,7 +321,7 @@ def run_json(module: str, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def told(what: str, value: float, unit: str) -> float:
+def reported(what: str, value: float, unit: str) -> float:
     """Print the value at once, since a part may be cut short before its lines are printed; return it."""
     print(f"{what}: {value:.4g} {unit}", file=sys.stderr, flush=True)
     return value
@@ -348,7 +350,7 @@ def rate(
         last = max(answer["times"][-1] for answer in answers)
         rates.append(sum(time > first for answer in answers for time in answer["times"]) / (last - first))
     adapted = len({name for name in adapters if name is not None})
-    return told(f"{requests} requests on {adapted} adapters", statistics.median(rates[1:]), "tokens/s")
+    return reported(f"{requests} requests on {adapted} adapters", statistics.median(rates[1:]), "tokens/s")
 
 
 @dataclass(frozen=True)
@@ -360,18 +362,18 @@ class Burst:
     rate: float  # tokens per second, from the first request to the last token
 
     @classmethod
-    def of(cls, answers: Sequence[dict[str, Any]], among: Sequence[dict[str, Any]] | None = None) -> "Burst":
-        """Compute the latencies of `answers`; with `among`, the gaps are those of other answers."""
+    def of(cls, answers: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]] | None = None) -> "Burst":
+        """Compute the latencies of `answers`; with `others`, the gaps are those of other answers."""
         times = [answer["times"] for answer in answers]
         seconds = max(map(max, times)) - min(answer["sent"] for answer in answers)
         return cls(
             [answer["times"][0] - answer["sent"] for answer in answers],
-            [b - a for other in among or answers for a, b in zip(other["times"], other["times"][1:], strict=False)],
+            [b - a for other in others or answers for a, b in zip(other["times"], other["times"][1:], strict=False)],
             sum(map(len, times)) / seconds,
         )
 
 
-def beside(bench: Bench, ask: Ask, standing: Sequence[str], arriving: Sequence[str], tokens: int) -> Burst:
+def run_beside(bench: Bench, ask: Ask, standing: Sequence[str], arriving: Sequence[str], tokens: int) -> Burst:
     """Send `arriving` requests one after the other beside `standing` ones; first tokens are those of the arriving ones,
     gaps those of the standing ones."""
     spacing, few = bench.size.spacing, 4
@@ -394,12 +396,12 @@ class Trained:
     peak: int  # bytes above the base
 
 
-def trained(ask: Ask, settings: dict[str, Any], steps: int) -> Trained:
+def train(ask: Ask, settings: dict[str, Any], steps: int) -> Trained:
     """Train for `steps`, after a step to warm up."""
     ask({"steps": 1, **settings})
     answer = ask({"steps": steps, **settings})
     about = ", ".join(f"{name} {value}" for name, value in settings.items())
-    speed = told(f"training, {about}", answer["tokens"] / statistics.median(answer["seconds"]), "tokens/s")
+    speed = reported(f"training, {about}", answer["tokens"] / statistics.median(answer["seconds"]), "tokens/s")
     return Trained(speed, answer["peak"])
 
 
@@ -411,7 +413,7 @@ def requests_per_second(bench: Bench, ask: Ask, adapters: Sequence[str]) -> floa
         answers = ask({"prompts": bench.prompts(count, seed), "tokens": bench.size.tokens, "adapters": names})
     begin = min(answer["sent"] for answer in answers)
     seconds = max(answer["times"][-1] for answer in answers) - begin
-    return told(f"{count} requests, most of them waiting", count / seconds, "requests/s")
+    return reported(f"{count} requests, most of them waiting", count / seconds, "requests/s")
 
 
 def poisson(rate_: float, seconds: float) -> list[float]:

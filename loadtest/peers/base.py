@@ -62,7 +62,7 @@ class Side(ABC):
     per_request_adapters: ClassVar[bool] = True  # False: adapters are fixed at start
 
     @abstractmethod
-    def missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         """Return the reason why this side cannot run here, or None if it can."""
 
     @abstractmethod
@@ -155,7 +155,7 @@ class ServerSide(Side):
     def request(self, work: Work) -> tuple[str, dict[str, Any]]:
         """Return the model's name and additional body fields for one request."""
 
-    async def loaded(self, kit: Kit) -> None:
+    async def prepare(self, kit: Kit) -> None:
         """Prepare the server once it answers, such as by uploading adapters."""
         return
 
@@ -167,7 +167,7 @@ class ServerSide(Side):
         self._process.start()
         await self._process.wait_for(self.url + self.ready_path, self.ready_seconds)
         self._client = Client(self.url, self.dialect)
-        await self.loaded(kit)
+        await self.prepare(kit)
 
     async def burst(self, works: Sequence[Work]) -> list[Timeline]:
         client = self._client

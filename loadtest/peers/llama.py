@@ -81,7 +81,7 @@ class Llama(base.ServerSide):
         super().__init__()
         self._ids: dict[base.AdapterId, int] = {}
 
-    def missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         if _server() is None or _model(self._quantization) is None:
             return "not installed: python -m loadtest peers install llama"
         return None

@@ -26,7 +26,7 @@ class Lorakeet(base.ServerSide):
         self._upload = upload
         self.flags = *self.flags, *flags
 
-    def missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         return None if executable().exists() else f"{executable()} does not exist: make install"
 
     def describe(self) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class Lorakeet(base.ServerSide):
         flags = ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--data-dir", str(data)]
         return [str(executable()), "serve", "--model", str(kit.model), *flags, *self.flags], {}
 
-    async def loaded(self, kit: base.Kit) -> None:
+    async def prepare(self, kit: base.Kit) -> None:
         if not self._upload:
             return
         async with httpx.AsyncClient(base_url=self.url, timeout=120) as http:

@@ -16,7 +16,7 @@ class LorakeetOffline(WorkerSide):
 
     name = "lorakeet-offline"
 
-    def missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         return None
 
     def describe(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Peft(WorkerSide):
     _switching: ClassVar[bool] = False
     _dtype: ClassVar[str] = "float32"
 
-    def missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         if importlib.util.find_spec("peft") is None:
             return "not installed: pip install 'lorakeet[peers]'"
         return None

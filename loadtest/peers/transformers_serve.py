@@ -50,7 +50,7 @@ class TransformersServe(base.ServerSide):
         super().__init__()
         self._model = Path()
 
-    def missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         if base.package_version(base.venv_python(_PEER), "transformers") is None:
             return f"not installed: python -m loadtest peers install {_PEER}"
         return None

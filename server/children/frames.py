@@ -31,7 +31,7 @@ def serve(answer: Callable[[bytes], bytes]) -> None:
         answers.flush()
 
 
-def within(kind: int, wanted: int) -> int:
+def capped(kind: int, wanted: int) -> int:
     """Return the wanted limit, or this process's hard limit if that is lower, since it cannot be raised."""
     hard = resource.getrlimit(kind)[1]
     return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

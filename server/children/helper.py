@@ -20,15 +20,15 @@ import msgspec
 from adapters.background import Priority, lower_priority
 from adapters.peft_format.fields import AdapterError
 from server.children.fair_queue import FairQueue
-from server.children.frames import PREFIX_BYTES, frame, within
+from server.children.frames import PREFIX_BYTES, capped, frame
 
 FORK_GRACE_SECONDS = 2.0  # beyond an order's limit, for its child to end and the program to report it
-WORK = "server.children.programs.work"
+WORK_PROGRAM = "server.children.programs.work"
 # Variables of every process that we start: its modules are ours, not those in the working directory, and have
 # docstrings, which transformers reads.
-OURS = {"PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": ""}
+CHILD_ENVIRONMENT = {"PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": ""}
 _MAX_ANSWER = 256 * 1024 * 1024  # bytes
-_DIED = (asyncio.IncompleteReadError, ConnectionError)
+_PROCESS_ENDED = (asyncio.IncompleteReadError, ConnectionError)
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class HelperLimit(Exception):
     """The order exceeded its time or memory and was ended. The message is a predicate, such as "takes too long"."""
 
 
-class HelperLate(HelperLimit):
+class HelperTimeout(HelperLimit):
     """The order exceeded its wall time: it may be too large, or the machine busy."""
 
 
@@ -58,7 +58,7 @@ class Helper:
         self._priority: Priority = priority
         self._memory = memory
         self._process: Process | None = None
-        self.ready = 0.0  # time of the last start, on the monotonic clock
+        self.started_at = 0.0  # time of the last start, on the monotonic clock
         self._closed = False
 
     async def ask(self, order: Any, seconds: float | None, kind: Any = Any) -> Any:
@@ -67,7 +67,7 @@ class Helper:
         Raises:
             AdapterError: the program refuses the order.
             OSError: a fault of the disk.
-            HelperLimit, HelperLate, HelperFailed.
+            HelperLimit, HelperTimeout, HelperFailed.
         """
         content, answer = frame(msgspec.json.encode(order, enc_hook=str)), None
         served_before = self._process is not None
@@ -75,14 +75,14 @@ class Helper:
             async with asyncio.timeout(seconds):
                 try:
                     answer = await self._exchange(content)
-                except _DIED:
+                except _PROCESS_ENDED:
                     if not served_before:
                         raise
                     await self._end()  # the process may have died since its last answer
                     answer = await self._exchange(content)
         except TimeoutError:
-            raise HelperLate(f"takes more than {seconds:g} s") from None
-        except _DIED:
+            raise HelperTimeout(f"takes more than {seconds:g} s") from None
+        except _PROCESS_ENDED:
             status = await self._end() or 0
             log.error("%s ended with status %d", " ".join(self._command), status)
             if status < 0 and not self._closed:  # mostly for lack of memory
@@ -91,7 +91,7 @@ class Helper:
         finally:
             if answer is None:
                 await self._end()
-        return _opened(answer, kind)
+        return _decode_answer(answer, kind)
 
     async def close(self) -> None:
         """Kill the process, even at work."""
@@ -114,17 +114,17 @@ class Helper:
             *(sys.executable, "-m", *self._command),
             stdin=PIPE,
             stdout=PIPE,
-            env=environment | dict(os.environ) | OURS,
+            env=environment | dict(os.environ) | CHILD_ENVIRONMENT,
             start_new_session=True,
         )
         with suppress(ProcessLookupError):  # set while the interpreter still starts
             lower_priority(self._priority, self._process.pid)
             if self._memory and sys.platform == "linux":
-                limit = within(resource.RLIMIT_DATA, self._memory)
+                limit = capped(resource.RLIMIT_DATA, self._memory)
                 resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (limit, limit))
         process = self._process
         await _read(process)
-        self.ready = time.monotonic()
+        self.started_at = time.monotonic()
         return process
 
     async def _end(self) -> int | None:
@@ -142,27 +142,27 @@ class Helpers:
     """Several processes that run one program, shared among keys: see `FairQueue`."""
 
     def __init__(self, count: int, *command: str, priority: Priority = "normal", memory: int | None = None) -> None:
-        self._all = [Helper(*command, priority=priority, memory=memory) for _ in range(count)]
-        self._idle = list(self._all)
+        self._helpers = [Helper(*command, priority=priority, memory=memory) for _ in range(count)]
+        self._idle = list(self._helpers)
         self._queue = FairQueue(count)
 
     async def ask(self, key: str, order: Any, seconds: float, kind: Any = Any, work: str | None = None) -> Any:
         """As `Helper.ask`, in the key's turn, from which `seconds` count. `work`: a name for orders of like duration,
         by default `key`."""
-        async with self._queue.take(key, work or key) as call:
+        async with self._queue.acquire(key, work or key) as call:
             helper = self._idle.pop()
             try:
                 return await helper.ask(order, seconds, kind)
             finally:
-                call.began = max(call.began, helper.ready)  # without the start of a process
+                call.began = max(call.began, helper.started_at)  # without the start of a process
                 self._idle.append(helper)
 
     async def close(self) -> None:
         """Kill the processes, even at work."""
-        await asyncio.gather(*(helper.close() for helper in self._all))
+        await asyncio.gather(*(helper.close() for helper in self._helpers))
 
 
-def forking(program: str, seconds: float, cpu_seconds: int, memory: int) -> Helpers:
+def forking_helpers(program: str, seconds: float, cpu_seconds: int, memory: int) -> Helpers:
     """Make two helpers of a program that forks a child for each order, within these limits (`server.children.forked`).
 
     Their callers wait `FORK_GRACE_SECONDS` longer than `seconds`.
@@ -172,7 +172,7 @@ def forking(program: str, seconds: float, cpu_seconds: int, memory: int) -> Help
 
 async def ask_once(function: str, order: Any, seconds: float | None) -> Any:
     """Run a function (`package.module.function`) in a process of its own. Raises the errors of `Helper.ask`."""
-    helper = Helper(WORK, priority="low")
+    helper = Helper(WORK_PROGRAM, priority="low")
     try:
         return await helper.ask({"function": function, "order": order}, seconds)
     finally:
@@ -187,14 +187,14 @@ async def _read(process: Process) -> bytes:
     return await process.stdout.readexactly(size)
 
 
-def _opened(content: bytes, kind: Any) -> Any:
+def _decode_answer(content: bytes, kind: Any) -> Any:
     match msgspec.json.decode(content):
         case {"answer": answer}:
             return msgspec.convert(answer, kind)
         case {"refused": fields}:
             raise AdapterError(**fields)
         case {"late": predicate}:
-            raise HelperLate(predicate)
+            raise HelperTimeout(predicate)
         case {"limit": predicate}:
             raise HelperLimit(predicate)
         case {"system": fault}:

@@ -19,7 +19,7 @@ import zmq
 
 from adapters.peft_format.sizes import device_bytes
 from adapters.scratch import scratch
-from server.children.helper import OURS
+from server.children.helper import CHILD_ENVIRONMENT
 from server.errors import EngineUnavailable
 from server.messages import protocol
 from server.messages.protocol import EngineConfig, Ready
@@ -175,7 +175,7 @@ class EngineProcess:
                 protocol.encode_config(config).decode(),
                 stdin=asyncio.subprocess.DEVNULL,
                 # torch's idle threads must sleep, not spin, or they take the cores from our own kernels' threads.
-                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **OURS},
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **CHILD_ENVIRONMENT},
             )
             self._process, self._wire = process, wire
             death = asyncio.create_task(process.wait())

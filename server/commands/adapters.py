@@ -22,7 +22,7 @@ from server.commands.remote import (
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-BESIDE = {"tokenizer": "tokenizer.json", "chat_template": "chat_template.jinja"}  # optional
+OPTIONAL_FILES = {"tokenizer": "tokenizer.json", "chat_template": "chat_template.jinja"}  # optional
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.")]
 
@@ -39,12 +39,12 @@ def push(
     for file in (CONFIG, WEIGHTS):
         if not (directory / file).is_file():
             pickled = " (adapter_model.bin is not accepted: save it again with PEFT's save_pretrained)"
-            there = pickled if (directory / "adapter_model.bin").exists() else ""
-            raise CommandError(f"{directory / file}: no such file; a PEFT adapter has {CONFIG} and {WEIGHTS}{there}")
+            hint = pickled if (directory / "adapter_model.bin").exists() else ""
+            raise CommandError(f"{directory / file}: no such file; a PEFT adapter has {CONFIG} and {WEIGHTS}{hint}")
     with (
         connect(url, api_key) as client,
         _progress() as progress,
-        ExitStack() as beside,
+        ExitStack() as open_files,
         (directory / CONFIG).open("rb") as config,
         progress.open(directory / WEIGHTS, "rb", description=f"Uploading {name}") as weights,
     ):
@@ -52,9 +52,9 @@ def push(
             "config": (CONFIG, config, "application/json"),
             "weights": (WEIGHTS, weights, "application/octet-stream"),
         }
-        for part, file in BESIDE.items():
+        for part, file in OPTIONAL_FILES.items():
             if (directory / file).is_file():
-                files[part] = (file, beside.enter_context((directory / file).open("rb")), "text/plain")
+                files[part] = (file, open_files.enter_context((directory / file).open("rb")), "text/plain")
         response = checked(client.post("/v1/adapters", data={"name": name}, files=files))
     receipt = response.json()
     state = "is now" if response.status_code == 201 else "was already"

@@ -48,7 +48,7 @@ class _Chat:
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
         self._history = list(self._opening)
         self._notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        self._model = self._known(adapter)
+        self._model = self._existing_model(adapter)
 
     def run(self) -> None:
         if sys.stdin.isatty():
@@ -70,7 +70,7 @@ class _Chat:
                     self._history.append({"role": "user", "content": line})
                     self._history.append({"role": "assistant", "content": self._answer()})
 
-    def _known(self, adapter: str | None) -> str:
+    def _existing_model(self, adapter: str | None) -> str:
         """The adapter's name, after checking that it exists; the base's for None. Raises CommandError."""
         if adapter is None:
             return base_name(self._client)
@@ -79,7 +79,7 @@ class _Chat:
 
     def _switch(self, adapter: str | None) -> None:
         try:
-            self._model = self._known(adapter)
+            self._model = self._existing_model(adapter)
         except CommandError as error:
             self._notes.print(f"{error}; still talking to {self._model}.")
         else:
@@ -91,18 +91,18 @@ class _Chat:
         finish = None
         body = {**self._options, "model": self._model, "messages": self._history, "stream": True}
         console = Console()
-        page = _Wrapped(console.width if console.is_terminal else None)
+        printer = _Wrapped(console.width if console.is_terminal else None)
         with contextlib.suppress(KeyboardInterrupt), self._stream(body) as response:
             for event in _events(response):
                 if error := event.get("error"):
-                    page.end()
+                    printer.end()
                     raise CommandError(error["message"])
                 for choice in event["choices"]:
                     piece = choice["delta"].get("content") or ""
                     finish = choice.get("finish_reason") or finish
                     pieces.append(piece)
-                    page.write(piece)
-        page.end()
+                    printer.write(piece)
+        printer.end()
         if finish == "length":
             self._notes.print(f"[cut at the limit of tokens: --max-tokens {body['max_tokens']}]", style="dim")
         return "".join(pieces)
@@ -111,8 +111,8 @@ class _Chat:
     def _stream(self, body: dict[str, Any]) -> Iterator[httpx.Response]:
         """Stream the answer to a request. If `max_tokens` does not fit into the context, send it again without."""
         with contextlib.ExitStack() as stack:
-            for asked in (body, {name: value for name, value in body.items() if name != "max_tokens"}):
-                response = stack.enter_context(self._client.stream("POST", "/v1/chat/completions", json=asked))
+            for attempt in (body, {name: value for name, value in body.items() if name != "max_tokens"}):
+                response = stack.enter_context(self._client.stream("POST", "/v1/chat/completions", json=attempt))
                 if response.status_code != 400 or b"context_length_exceeded" not in response.read():
                     break
             yield checked(response)
@@ -134,8 +134,8 @@ class _Wrapped:
         if self._width is None:
             print(piece, end="", flush=True)
             return
-        *whole, self._held = _PARTS.findall(self._held + piece) or [""]
-        for part in whole:
+        *complete, self._held = _PARTS.findall(self._held + piece) or [""]
+        for part in complete:
             self._put(part)
         sys.stdout.flush()
 

@@ -26,7 +26,7 @@ def doctor(
 
     Works on the data directory itself. Restoring and removing need the server to be stopped.
     """
-    from server import doctor as surgery  # late, since it imports every store
+    from server import doctor as maintenance  # late, since it imports every store
 
     root = (data_dir or default_data_dir()).expanduser()
     if not root.is_dir():
@@ -34,20 +34,20 @@ def doctor(
     if restore and remove:
         raise CommandError("give --restore or --remove, not both")
 
-    def show(what: surgery.Lost | surgery.Fault, line: str) -> None:
-        typer.echo(json.dumps(asdict(what)) if as_json else line)
+    def show(entry: maintenance.LostItem | maintenance.Fault, line: str) -> None:
+        typer.echo(json.dumps(asdict(entry)) if as_json else line)
 
     if restore or remove:
         try:
-            chosen = surgery.treat(root, ids or [], everything=everything, restored=restore)
-        except surgery.DoctorError as reason:
+            chosen = maintenance.restore_or_remove(root, ids or [], everything=everything, restoring=restore)
+        except maintenance.DoctorError as reason:
             raise CommandError(str(reason)) from None
-        for thing in chosen:
-            show(thing, f"{thing.id} {'is restored' if restore else 'is deleted'}")
+        for item in chosen:
+            show(item, f"{item.id} {'is restored' if restore else 'is deleted'}")
         return
-    for thing in surgery.found(root):
-        show(thing, f"{thing.id}  {thing.kind}  {', '.join(thing.names) or '-'}  {thing.path}")
-    faults = list(surgery.faults(root, verify=verify))
+    for item in maintenance.lost_items(root):
+        show(item, f"{item.id}  {item.kind}  {', '.join(item.names) or '-'}  {item.path}")
+    faults = list(maintenance.faults(root, verify=verify))
     for fault in faults:
         show(fault, f"{fault.path}: {fault.fault}; {fault.remedy}")
     if verify and faults:

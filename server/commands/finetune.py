@@ -23,7 +23,7 @@ from server.commands.remote import (
 )
 
 JOBS = "/v1/fine_tuning/jobs"
-_ENDS = ("succeeded", "failed", "cancelled")
+_FINAL_STATUSES = ("succeeded", "failed", "cancelled")
 _POLL_SECONDS = 0.5
 _INTERRUPTED = 130  # a shell's status for a command ended by Ctrl-C
 
@@ -72,9 +72,9 @@ def finetune(
         try:
             job = _watch(client, job)
         except KeyboardInterrupt:
-            look = f"lorakeet jobs {job['id']}" + ("" if url == DEFAULT_URL else f" --url {url}")
+            command = f"lorakeet jobs {job['id']}" + ("" if url == DEFAULT_URL else f" --url {url}")
             Console(stderr=True, highlight=False, soft_wrap=True).print(
-                f"The job continues. `{look}` shows its log, `{look} --cancel` ends it."
+                f"The job continues. `{command}` shows its log, `{command} --cancel` ends it."
             )
             raise typer.Exit(_INTERRUPTED) from None
     if job["status"] != "succeeded":
@@ -167,8 +167,8 @@ def _watch(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
     last = None
     with _progress(*columns) as progress:
         bar = progress.add_task("Waiting", total=None, loss="-", speed=0.0)
-        began: tuple[float, int] | None = None  # time of the first step seen, and the tokens up to it
-        while (job := get_json(client, f"{JOBS}/{job['id']}"))["status"] not in _ENDS:
+        start: tuple[float, int] | None = None  # time of the first step seen, and the tokens up to it
+        while (job := get_json(client, f"{JOBS}/{job['id']}"))["status"] not in _FINAL_STATUSES:
             headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last} if last else {})
             with client.stream("GET", f"{JOBS}/{job['id']}/events", headers=headers) as response:
                 for line in checked(response).iter_lines():
@@ -181,15 +181,15 @@ def _watch(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
                     if (step := event["data"]) is None:
                         progress.console.print(event["message"], highlight=False, markup=False)
                         continue
-                    began = began or (time.monotonic(), step["trained_tokens"])
-                    seconds = time.monotonic() - began[0]
+                    start = start or (time.monotonic(), step["trained_tokens"])
+                    seconds = time.monotonic() - start[0]
                     progress.update(
                         bar,
                         description="Training",
                         completed=step["step"],
                         total=step["total_steps"],
                         loss=f"{step['train_loss']:.3f}" if step.get("train_loss") is not None else "-",
-                        speed=(step["trained_tokens"] - began[1]) / seconds if seconds else 0.0,
+                        speed=(step["trained_tokens"] - start[1]) / seconds if seconds else 0.0,
                     )
     return job
 

@@ -13,7 +13,7 @@ Url = Annotated[str, typer.Option("--url", envvar="LORAKEET_URL", help="The serv
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LORAKEET_API_KEY", help="An API key of the server.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
-_HERE = re.compile(r"localhost|127(\.\d+){3}|::1")
+_LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")
 
 # Generation and uploads have no time limit; only connecting has.
 _TIMEOUT = httpx.Timeout(None, connect=10.0)
@@ -33,8 +33,8 @@ def connect(url: str, api_key: str | None) -> Iterator[httpx.Client]:
     headers = {b"Authorization": f"Bearer {api_key.split(',')[0].strip()}".encode()} if api_key else {}
     server = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
     try:
-        here = _HERE.fullmatch(httpx.URL(server).host)
-        direct = httpx.HTTPTransport(verify=server.startswith("https:")) if here else None
+        is_local = _LOOPBACK.fullmatch(httpx.URL(server).host)
+        direct = httpx.HTTPTransport(verify=server.startswith("https:")) if is_local else None
         client = httpx.Client(base_url=server, headers=headers, timeout=_TIMEOUT, transport=direct)
     except (httpx.InvalidURL, ImportError, OSError, ValueError) as error:  # the last three mostly from variables
         raise CommandError(f"--url {url!r}, or the environment's proxies and certificates: {error}") from None

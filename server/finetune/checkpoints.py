@@ -63,7 +63,7 @@ class CheckpointAdapters:
 
     async def _publish(self, job: Job, name: str, directory: Path) -> None:
         """Publish a checkpoint's adapter under a name."""
-        async with self._publisher.stage() as staging:
+        async with self._publisher.staging_directory() as staging:
             for file in (CONFIG_NAME, WEIGHTS_NAME):
                 await asyncio.to_thread(shutil.copyfile, directory / file, staging / file)
             learned = AdapterText(
@@ -71,7 +71,7 @@ class CheckpointAdapters:
                 tool_format=job.tool_format,
                 reasoning_format=job.reasoning_format,
             )
-            await self._publisher.admit(job.tenant, name, staging, fine_tuned=True, learned=learned)
+            await self._publisher.publish(job.tenant, name, staging, fine_tuned=True, from_training=learned)
 
     def _commit(self, job: Job, checkpoint: Checkpoint, name: str | None, hashes: dict[str, str]) -> None:
         with self._jobs.at_once():

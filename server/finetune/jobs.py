@@ -264,7 +264,7 @@ class JobStore(RecordTable[Job, Status]):
         """Record a step's metrics. A step repeated after a restart is replaced, without a second event."""
         metrics = step.metrics
         if self._ledger is not None:
-            self._ledger.train(job.tenant, job.model_name, job.id, step.trained_tokens, step.busy_seconds)
+            self._ledger.add_training(job.tenant, job.model_name, job.id, step.trained_tokens, step.busy_seconds)
         with self.database.transaction() as connection:
             known = connection.execute(
                 "SELECT 1 FROM steps WHERE job = ? AND step = ?", (job.id, metrics.step)

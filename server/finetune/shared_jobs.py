@@ -77,7 +77,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
         taken = super().take_up(but)
         if self._ledger is not None:
             for job in taken:
-                self._ledger.counted(job.id, job.trained_tokens or 0)
+                self._ledger.note_trained(job.id, job.trained_tokens or 0)
         return taken
 
     def move(

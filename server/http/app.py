@@ -43,7 +43,7 @@ from server.http.routes import (
     vllm,
 )
 from server.services import Services
-from server.tenants.sending import keep_sending
+from server.tenants.sending import send_periodically
 
 _LAST_SENDING_SECONDS = 10  # for the last usage and audit records to reach the object store
 _THREADS = 64
@@ -67,7 +67,7 @@ def build_app(services: Services) -> Starlette:
         background = [asyncio.create_task(work) for work in (*working, *others)]
         shared, seconds = services.settings.adapter_store is not None, services.settings.store_send_seconds
         sends = services.ledger.send, services.audit.send
-        sending = asyncio.create_task(keep_sending(seconds, *sends)) if shared else None
+        sending = asyncio.create_task(send_periodically(seconds, *sends)) if shared else None
         try:
             yield
         finally:

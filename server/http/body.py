@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from adapters.background import thread_pool
 from adapters.strict_json import BYTE_ORDER_MARK, JsonFault, check_characters, count_items, parse_json
-from server.errors import InvalidRequest, RequestTooLarge, UnsupportedMediaType, shown
+from server.errors import InvalidRequest, RequestTooLarge, UnsupportedMediaType, printable
 from server.http.answer import unless_gone
 from server.services import services_of
 from server.settings import Settings
@@ -75,5 +75,5 @@ def parse_body(raw: bytes, max_items: int = 2**18, max_depth: int = 64) -> Any:
         data = parse_json(raw, max_depth=max_depth)
         check_characters(raw, data)
     except JsonFault as fault:
-        raise InvalidRequest(shown(f"The body {fault}.")) from None
+        raise InvalidRequest(printable(f"The body {fault}.")) from None
     return data

@@ -19,13 +19,13 @@ class FetchBody(Body):
 async def fetch(request: Request, name: str, source: str, *, param: str, promote: bool = True) -> tuple[Version, bool]:
     """Fetch the adapter and publish it; return the version and whether the name changed.
 
-    Raises the errors of admitting an upload and of `Hub`, with `param`.
+    Raises the errors of publishing an upload and of `Hub`, with `param`.
     """
     services, caller = services_of(request), caller_of(request)
     publisher, hub = services.registry.publisher, services.registry.hub
-    reference = hub.allowed(source, param=param)
+    reference = hub.parse_reference(source, param=param)
     publisher.check_name(name)
     check_bound(caller, name)
-    async with hub.staged(reference, param=param) as staging:
+    async with hub.fetched(reference, param=param) as staging:
         await check_room(request, staging)
-        return await publisher.admit(caller.tenant, name, staging, promote=promote, strict_text=False)
+        return await publisher.publish(caller.tenant, name, staging, promote=promote, strict_text=False)

@@ -29,7 +29,7 @@ from server.errors import (
     as_error,
     error_response,
 )
-from server.logs import FIELDS, begin_notes
+from server.logs import FIELDS, collect_log_fields
 from server.settings import Settings
 from server.tenants.caller import Caller
 from server.tenants.keys import Tenants
@@ -108,7 +108,7 @@ class _Exchange:
         given = headers.get(b"x-request-id", b"")
         self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = self.request_id
-        self._notes = begin_notes()
+        self._notes = collect_log_fields()
 
     async def receive(self) -> Message:
         if self._body_complete:  # the next message is the disconnect, without a time limit
@@ -193,7 +193,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            caller: Caller | None = self._tenants.everything
+            caller: Caller | None = self._tenants.default_caller
             if self._needs_key(scope["path"]):
                 caller = self._caller(Headers(scope=scope))
             if caller is None:
@@ -205,10 +205,10 @@ class Authentication:
         await self._app(scope, receive, send)
 
     def _needs_key(self, path: str) -> bool:
-        if not self._tenants.closed:
+        if not self._tenants.requires_key:
             return False
         # The metrics name all tenants' adapters.
-        return path not in self._open_paths or (path == METRICS and self._tenants.several)
+        return path not in self._open_paths or (path == METRICS and self._tenants.is_multi_tenant)
 
     def _caller(self, headers: Headers) -> Caller | None:
         given = headers.getlist("authorization") or [f"Bearer {key}" for key in headers.getlist("x-api-key")]

@@ -86,11 +86,11 @@ async def mix(services: Services, caller: Caller, body: MixBody) -> tuple[Versio
     check_bound(caller, body.name)
     async with AsyncExitStack() as held:
         versions = [
-            await held.enter_async_context(registry.open(caller, source.adapter, param=f"mix.{i}.adapter", whole=True))
+            await held.enter_async_context(registry.open(caller, source.adapter, param=f"mix.{i}.adapter", verify=True))
             for i, source in enumerate(body.mix)
         ]
         learned = _learned(versions)
-        async with publisher.stage() as staging:
+        async with publisher.staging_directory() as staging:
             order = {
                 "sources": [str(version.path) for version in versions],
                 "recipe": asdict(body.recipe),
@@ -104,4 +104,6 @@ async def mix(services: Services, caller: Caller, body: MixBody) -> tuple[Versio
             except HelperLimit as limit:
                 message = f"Mixing {limit} (--mix-seconds); mix fewer adapters, or by `cat`."
                 raise InvalidRequest(message, param="mix", code="mix_too_slow") from None
-            return await publisher.admit(caller.tenant, body.name, staging, promote=body.promote, learned=learned)
+            return await publisher.publish(
+                caller.tenant, body.name, staging, promote=body.promote, from_training=learned
+            )

@@ -25,7 +25,7 @@ def receipt(store: AdapterStore, version: Version, tenant: str) -> dict[str, Any
 
 def listed(services: Services, version: Version, tenant: str) -> dict[str, Any]:
     """Return the receipt with the nearest tier that holds the adapter, and its use since the server started."""
-    tier, usage = tier_of(services, version), services.metrics.usage.of(tenant, version.label)
+    tier, usage = tier_of(services, version), services.metrics.usage.get(tenant, version.label)
     use = {"tier": tier, "requests": usage.requests, "tokens": usage.tokens, "last_used": usage.last_used}
     return receipt(services.store, version, tenant) | use
 
@@ -49,7 +49,7 @@ def sort_key(services: Services, tenant: str, column: str, version: Version) -> 
         return [*TIERS, "disk"].index(tier_of(services, version))
     if column in version.receipt:
         return version.receipt[column]
-    return getattr(services.metrics.usage.of(tenant, version.label), column) or 0
+    return getattr(services.metrics.usage.get(tenant, version.label), column) or 0
 
 
 def resident(report: MergeReport) -> dict[str, Any]:

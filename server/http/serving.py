@@ -21,7 +21,7 @@ from server.http.app import build_app
 from server.http.connection import LimitedHttpProtocol
 from server.model_source import ModelError, resolve
 from server.services import TENANT, Services
-from server.setting_table import tell_of_unknown
+from server.setting_table import warn_about_unknown
 from server.settings import SettingError, Settings
 from server.startup import open_services
 
@@ -37,7 +37,7 @@ def serve(settings: Settings) -> None:
     Raises `ModelError` and `SettingError`, with one line for the operator, when the server cannot start as configured.
     """
     logs.configure(settings.log_level, as_json=settings.log_json)
-    tell_of_unknown(os.environ)
+    warn_about_unknown(os.environ)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # leaves the cores to the engine
     sys.setswitchinterval(_SWITCH_SECONDS)
     with contextlib.ExitStack() as held:
@@ -47,7 +47,7 @@ def serve(settings: Settings) -> None:
 
 def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
     directory = resolve(settings.model, settings.cache_dir, log.info)
-    with data_dir.taken(settings.data_dir):
+    with data_dir.locked(settings.data_dir):
         remove_stale()  # files left by killed servers
         services, engine = open_services(settings, directory)
         gc.freeze()  # keeps present objects out of collections, which pause all threads
@@ -150,7 +150,7 @@ class _Server(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        key = ' -H "Authorization: Bearer $LORAKEET_API_KEY"' if self._services.tenants.closed else ""
+        key = ' -H "Authorization: Bearer $LORAKEET_API_KEY"' if self._services.tenants.requires_key else ""
         json_type = f"{key} -H 'Content-Type: application/json'"
         base = settings.base_name
         brief = {"max_tokens": 64, "stream": True}

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from server.admission import BACKGROUND, Ticket
 from server.errors import ContextLengthExceeded, InvalidRequest
-from server.logs import note
+from server.logs import add_log_fields
 from server.messages.protocol import Generate, Sampling
 from server.metrics import FinishedReason
 from server.openai.body import Body, Label
@@ -112,7 +112,7 @@ async def scores(
         await asyncio.gather(*running, return_exceptions=True)
         for ticket in tickets:
             ticket.end()
-        note(adapter=target.adapters[0].label, prompt_tokens=usage.prompt_tokens, completion_tokens=0)
+        add_log_fields(adapter=target.adapters[0].label, prompt_tokens=usage.prompt_tokens, completion_tokens=0)
 
 
 async def _scores(

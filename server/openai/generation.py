@@ -17,7 +17,7 @@ import msgspec
 
 from server.admission import BACKGROUND, Ticket
 from server.errors import ContextLengthExceeded, EngineUnavailable, InternalError, InvalidRequest
-from server.logs import note
+from server.logs import add_log_fields
 from server.messages.protocol import (
     INVALID_GRAMMAR,
     LOAD_FAILED,
@@ -158,7 +158,7 @@ class Generation:
                 ticket.end()
             if ended or self.usage.completion_tokens:
                 kept = charge(self.services, self.target, self.usage)
-            note(
+            add_log_fields(
                 adapter="+".join(version.label for version in self.target.adapters) or None,
                 prompt_tokens=self.usage.prompt_tokens,
                 completion_tokens=self.usage.completion_tokens,

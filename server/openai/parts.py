@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BeforeValidator
 
-from server.errors import InvalidRequest, LorakeetError, shown
+from server.errors import InvalidRequest, LorakeetError, printable
 from server.openai.body import Body
 
 Kinds = Mapping[str, type[Body]]
@@ -19,7 +19,7 @@ def read_part(kinds: Kinds, value: Any, place: str, type_of: Callable[[Mapping[s
         raise InvalidRequest(f"`{place}` must be an object.", param=place)
     kind = kinds.get(name) if isinstance(name := type_of(value), str) else None
     if kind is None:
-        asked = f"`{shown(name)}` is not served" if isinstance(name, str) else "must be a string"
+        asked = f"`{printable(name)}` is not served" if isinstance(name, str) else "must be a string"
         message = f"`{place}.type`: {asked}; it may be {', '.join(kinds)}."
         raise InvalidRequest(message, param=f"{place}.type", code="unsupported_parameter")
     try:

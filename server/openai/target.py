@@ -11,7 +11,7 @@ from typing import Literal
 
 from adapters.peft_format.directory import AdapterSpec
 from adapters.storage.versions import Version
-from server.errors import InvalidRequest, shown
+from server.errors import InvalidRequest, printable
 from server.messages.protocol import AdapterRef
 from server.openai.schema import WeightedAdapter
 from server.registry.capacity import row_units
@@ -89,7 +89,7 @@ def _for_task(target: Target, task: Task, param: str) -> Target:
     """Return the target. Raises InvalidRequest when it does not support the task."""
     if task == "any" or bool(target.num_labels) == (task == "classify"):
         return target
-    name = shown(target.adapters[0].name_for(target.caller.tenant) if target.adapters else target.asked)
+    name = printable(target.adapters[0].name_for(target.caller.tenant) if target.adapters else target.asked)
     if task == "generate":
         message = f"`{name}` classifies and generates nothing: ask /v1/classify."
     else:

@@ -20,7 +20,7 @@ from server.registry.publish import Publisher
 from server.settings import SettingError, Settings
 
 _POLL_SECONDS = 0.1
-_FAULTS = (AdapterError, OSError, LorakeetError, DatabaseBusy, RemoteUnavailable)
+_IMPORT_ERRORS = (AdapterError, OSError, LorakeetError, DatabaseBusy, RemoteUnavailable)
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +39,13 @@ class Discovery:
         self._publisher = publisher
         self._hub = hub
         self._importing = asyncio.Lock()
-        self._unwanted: dict[str, object] = {}  # name -> signature of the files refused or deleted
+        self._ignored: dict[str, object] = {}  # name -> signature of the files refused or deleted
         self._fetching: dict[str, asyncio.Task[bool]] = {}  # by name
-        self._not_before: dict[str, float] = {}  # name -> time of the next attempt on the hub
+        self._retry_at: dict[str, float] = {}  # name -> time of the next attempt on the hub
 
     async def discover(self, tenant: str, name: str) -> bool:
         """Look for an unknown name in `adapter_dir` and among `adapter_hub`; return whether it is in the store now."""
-        root, reference = self._settings.adapter_dir, self._hub.named(name)
+        root, reference = self._settings.adapter_dir, self._hub.reference_of(name)
         if root is None and reference is None:
             return False
         try:
@@ -57,13 +57,13 @@ class Discovery:
                 return True
         return reference is not None and await self._fetch(tenant, name, reference)
 
-    async def forget(self, name: str) -> None:
+    async def ignore(self, name: str) -> None:
         """Do not import a deleted name again: from its directory until its files change, from the hub until the next
         start of the server."""
         if self._settings.adapter_dir is not None:
-            self._unwanted[name] = await run_in_threadpool(_signature, self._settings.adapter_dir / name)
-        if self._hub.named(name) is not None:
-            self._not_before[name] = float("inf")
+            self._ignored[name] = await run_in_threadpool(_signature, self._settings.adapter_dir / name)
+        if self._hub.reference_of(name) is not None:
+            self._retry_at[name] = float("inf")
 
     async def import_configured(self, tenant: str) -> None:
         """Import the adapters of `adapter` and `adapter_dir` once an engine is up.
@@ -76,10 +76,10 @@ class Discovery:
         for name, source in self._settings.adapter_sources.items():
             try:
                 if isinstance(source, Reference):
-                    version, changed = await self._hub.bring(tenant, name, source)
+                    version, changed = await self._hub.fetch_and_publish(tenant, name, source)
                 else:
                     version, changed = await self._publisher.import_directory(tenant, name, source)
-            except _FAULTS as error:
+            except _IMPORT_ERRORS as error:
                 raise SettingError(f"--adapter {name}: {error}") from None
             log.info("adapter %s is %s%s", name, version.digest, "" if changed else " (unchanged)")
         self.pending = False
@@ -88,7 +88,7 @@ class Discovery:
         try:
             directories = sorted(path for path in root.iterdir() if path.is_dir())
         except OSError as fault:  # the directory may appear later
-            log.warning("--adapter-dir: nothing is read from it yet: %s", fault)
+            log.warning("--adapter-dir: the directory cannot be read yet: %s", fault)
             return
         for directory in directories:
             async with self._importing:
@@ -96,18 +96,18 @@ class Discovery:
 
     async def _fetch(self, tenant: str, name: str, reference: Reference) -> bool:
         """Fetch once for all concurrent requests; the cancellation of one does not stop it."""
-        if time.monotonic() < self._not_before.get(name, 0.0):
+        if time.monotonic() < self._retry_at.get(name, 0.0):
             return False
         if name not in self._fetching:
-            task = self._fetching[name] = asyncio.create_task(self._bring(tenant, name, reference))
+            task = self._fetching[name] = asyncio.create_task(self._fetch_and_publish(tenant, name, reference))
             task.add_done_callback(lambda _: self._fetching.pop(name))
         return await asyncio.shield(self._fetching[name])
 
-    async def _bring(self, tenant: str, name: str, reference: Reference) -> bool:
+    async def _fetch_and_publish(self, tenant: str, name: str, reference: Reference) -> bool:
         try:
-            await self._hub.bring(tenant, name, reference, again=False)
-        except _FAULTS as error:
-            self._not_before[name] = time.monotonic() + self._settings.adapter_hub_retry_seconds
+            await self._hub.fetch_and_publish(tenant, name, reference, republish=False)
+        except _IMPORT_ERRORS as error:
+            self._retry_at[name] = time.monotonic() + self._settings.adapter_hub_retry_seconds
             log.warning("--adapter-hub: %s is not served: %s", name, error)
             return False
         return True
@@ -115,17 +115,17 @@ class Discovery:
     async def _import(self, tenant: str, name: str, root: Path) -> bool:
         directory = root / name
         signature = await run_in_threadpool(_signature, directory)
-        if signature is None or self._unwanted.get(name) == signature:
+        if signature is None or self._ignored.get(name) == signature:
             return False
         try:
             # A version given to the name over HTTP since then was intended: unchanged files do not undo it.
-            await self._publisher.import_directory(tenant, name, directory, root=root, again=False)
-        except _FAULTS as error:
+            await self._publisher.import_directory(tenant, name, directory, root=root, republish=False)
+        except _IMPORT_ERRORS as error:
             if isinstance(error, AdapterError | Conflict):
-                self._unwanted[name] = signature  # until its files change
+                self._ignored[name] = signature  # until its files change
             log.warning("--adapter-dir: %s is not served: %s", name, error)
             return False
-        self._unwanted.pop(name, None)
+        self._ignored.pop(name, None)
         return True
 
 

@@ -13,7 +13,7 @@ from adapters.peft_format.fields import AdapterError
 from adapters.storage.versions import Version
 from server.children.helper import HelperFailed, HelperLimit, ask_once
 from server.children.programs.hub import UNAVAILABLE, Order
-from server.errors import PermissionDenied, Unavailable, disk_faults, shown
+from server.errors import PermissionDenied, Unavailable, disk_faults, printable
 from server.hub import Reference
 from server.registry.publish import FILES, Publisher
 from server.settings import Settings
@@ -35,46 +35,48 @@ class Hub:
     def __init__(self, settings: Settings, publisher: Publisher) -> None:
         self._allowed = frozenset(settings.adapter_hub)
         self._seconds = settings.adapter_hub_seconds
-        self._most_bytes = settings.max_upload_bytes
+        self._max_bytes = settings.max_upload_bytes
         self._publisher = publisher
 
-    def allowed(self, written: str, *, param: str) -> Reference:
+    def parse_reference(self, written: str, *, param: str) -> Reference:
         """Parse a client's reference. Raises AdapterError when it is malformed, PermissionDenied when not allowed."""
         try:
             reference = Reference.parse(written)
         except ValueError as fault:
             raise AdapterError(str(fault), param, "invalid_reference") from None
         if not reference.within(self._allowed):
-            message = f"`{shown(reference.repository)}` is none of the repositories that --adapter-hub allows."
+            message = f"`{printable(reference.repository)}` is not among the repositories allowed by --adapter-hub."
             raise PermissionDenied(message, param=param, code="hub_not_allowed")
         return reference
 
-    def named(self, name: str) -> Reference | None:
+    def reference_of(self, name: str) -> Reference | None:
         """Return the repository of this name on the operator's list."""
         return Reference(name) if name in self._allowed and not name.endswith("/*") else None
 
     @asynccontextmanager
-    async def staged(self, reference: Reference, *, param: str) -> AsyncIterator[Path]:
-        """Fetch a reference's files into a private directory, removed afterwards unless they were admitted.
+    async def fetched(self, reference: Reference, *, param: str) -> AsyncIterator[Path]:
+        """Fetch a reference's files into a private directory, removed afterwards unless they were published.
 
         Raises AdapterError of `param`, HubUnavailable, StorageFull. Cancelling ends the transfer.
         """
-        async with self._publisher.stage() as staging:
+        async with self._publisher.staging_directory() as staging:
             with disk_faults():
                 commit = await self._fetch(reference, staging, param)
-            log.info("%s is fetched, commit %s", reference, commit)
+            log.info("fetched %s, commit %s", reference, commit)
             yield staging
 
-    async def bring(self, tenant: str, name: str, reference: Reference, *, again: bool = True) -> tuple[Version, bool]:
-        """Fetch a reference and publish it under the name. Arguments, result and errors as `Publisher.admit`; raises
-        the errors of `staged`, too."""
+    async def fetch_and_publish(
+        self, tenant: str, name: str, reference: Reference, *, republish: bool = True
+    ) -> tuple[Version, bool]:
+        """Fetch a reference and publish it under the name. Arguments, result and errors as `Publisher.publish`; raises
+        the errors of `fetched`, too."""
         self._publisher.check_name(name)
-        async with self.staged(reference, param="weights") as staging:
-            return await self._publisher.admit(tenant, name, staging, again=again, strict_text=False)
+        async with self.fetched(reference, param="weights") as staging:
+            return await self._publisher.publish(tenant, name, staging, republish=republish, strict_text=False)
 
     async def _fetch(self, reference: Reference, target: Path, param: str) -> str:
         where = reference.repository, reference.revision, reference.folder
-        order = Order(*where, FILES, str(target), self._most_bytes)
+        order = Order(*where, FILES, str(target), self._max_bytes)
         try:
             commit: str = await ask_once(_PROGRAM, asdict(order), self._seconds)
         except AdapterError as fault:

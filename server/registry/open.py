@@ -43,11 +43,11 @@ from server.messages.protocol import AdapterRef
 from server.metrics import Metrics
 from server.registry.capacity import row_units
 from server.registry.discovery import Discovery
-from server.registry.following import Following
+from server.registry.following import StoreFollower
 from server.registry.hub import Hub
 from server.registry.pins import Fetch, Pins
 from server.registry.publish import Publisher
-from server.repeat import repeatedly
+from server.repeat import run_periodically
 from server.settings import Settings
 from server.tenants.caller import TENANT, Caller
 from server.tenants.limits import NO_ROWS, Rows
@@ -76,7 +76,7 @@ class Registry:
         self.publisher = publisher
         self.hub = Hub(settings, publisher)
         self.discovery = Discovery(settings, engine, publisher, self.hub)
-        self.following = Following(settings, store, publisher)
+        self.following = StoreFollower(settings, store, publisher)
         self._store = store
         self._fetch = fetch
         self._orphan_seconds = settings.adapter_orphan_hours * 3600 if settings.adapter_store is not None else 0.0
@@ -100,23 +100,23 @@ class Registry:
 
     @asynccontextmanager
     async def open(
-        self, caller: Caller, asked: str, *, user: str | None = None, param: str = "model", whole: bool = False
+        self, caller: Caller, reference: str, *, user: str | None = None, param: str = "model", verify: bool = False
     ) -> AsyncIterator[Version]:
         """Find a version and hold its files until the context ends.
 
         Args:
-            asked: a name, or `name@digest prefix`.
+            reference: a name, or `name@digest prefix`.
             user: the user; a split name resolves to the same version for one user.
             param: the request's field with the name, for errors.
-            whole: see `hold`.
+            verify: see `hold`.
 
         Raises ModelNotFound (404), Conflict (409, an ambiguous digest prefix), InvalidRequest, RemoteUnavailable,
         AdapterDamaged, StorageFull.
         """
-        name, prefix = split_reference(asked)
+        name, prefix = split_reference(reference)
         if prefix is not None and not (len(prefix) >= SHORTEST_PREFIX and set(prefix.lower()) <= _HEX):
             raise InvalidRequest(
-                f"A version is asked for as NAME@ and at least {SHORTEST_PREFIX} hexadecimal digits of its digest.",
+                f"A version is written as NAME@ and at least {SHORTEST_PREFIX} hexadecimal digits of its digest.",
                 param=param,
             )
         async with AsyncExitStack() as held:
@@ -125,11 +125,11 @@ class Registry:
                     pointer = await self._pointer(caller, name)
                     version = pointer.choose(user) if prefix is None else pointer.find(prefix)
                 except UnknownAdapter:
-                    raise ModelNotFound(asked, param=param) from None
+                    raise ModelNotFound(reference, param=param) from None
                 except AmbiguousDigest:
                     raise Conflict(f"Several versions of `{name}` start with {prefix}.", param=param) from None
                 with suppress(UnknownAdapter):  # removed concurrently: look again
-                    await held.enter_async_context(self.hold(version, whole=whole))
+                    await held.enter_async_context(self.hold(version, verify=verify))
                     break
             yield version
 
@@ -145,11 +145,11 @@ class Registry:
         }
 
     @asynccontextmanager
-    async def hold(self, version: Version, *, whole: bool = False) -> AsyncIterator[Version]:
+    async def hold(self, version: Version, *, verify: bool = False) -> AsyncIterator[Version]:
         """Hold a found version and its files until the context ends.
 
         Args:
-            whole: verify all files first, and mend damaged ones. The engine needs no `whole`: it compares the files
+            verify: verify all files first, and mend damaged ones. The engine needs no `verify`: it compares the files
                 with the version's record as it reads them.
 
         Raises UnknownAdapter when it was removed in the meantime, RemoteUnavailable, AdapterDamaged, StorageFull.
@@ -157,7 +157,7 @@ class Registry:
         with self._store.lease(version):
             try:
                 await self._fetch(version)
-                if whole:
+                if verify:
                     await self._mend(version)
                 yield version
             except (DamagedAdapter, DamagedFile):
@@ -186,7 +186,7 @@ class Registry:
                     await asyncio.to_thread(self._store.mend, version)
             except DamagedAdapter as fault:
                 log.warning("adapter %s: %s", version.name, fault)
-                await self.publisher.remake(version)
+                await self.publisher.rebuild(version)
         except (DamagedAdapter, AdapterError, FileNotFoundError) as fault:
             log.error("adapter %s (%s) cannot be served: %s", version.name, version.digest, fault)
             raise AdapterDamaged(version.name, version.digest) from None
@@ -210,7 +210,7 @@ class Registry:
     async def _readable(self, tenant: str, name: str) -> Pointer:
         with suppress(UnknownAdapter):
             return self._store.readable_pointer(tenant, name)
-        await self.following.look(tenant, name)
+        await self.following.look_up(tenant, name)
         return self._store.readable_pointer(tenant, name)
 
     def list(self, caller: Caller) -> Sequence[Version]:
@@ -219,18 +219,18 @@ class Registry:
         named = sorted(((version.name_for(caller.tenant), version) for version in known), key=itemgetter(0))
         return [version for name, version in named if caller.sees(name)]
 
-    async def own(self, caller: Caller, name: str) -> Version:
+    async def find_owned(self, caller: Caller, name: str) -> Version:
         """Return the current version of a name that the caller may change. Raises UnknownAdapter, PermissionDenied."""
-        return _changeable(caller, await self._pointer(caller, name))
+        return _check_owner(caller, await self._pointer(caller, name))
 
     async def delete(self, caller: Caller, name: str) -> Version:
         """Delete the name; running requests keep their version. Raises UnknownAdapter."""
         if not caller.sees(name):
             raise UnknownAdapter(name)
-        _changeable(caller, await self._readable(caller.tenant, name))
+        _check_owner(caller, await self._readable(caller.tenant, name))
         version = await self.publisher.delete(caller.tenant, name)
         if caller.tenant == TENANT:
-            await self.discovery.forget(name)
+            await self.discovery.ignore(name)
         return version
 
     async def collect_orphans(self) -> None:
@@ -242,10 +242,12 @@ class Registry:
                 log.info("removed %d unnamed versions from the object store", count)
 
         if self._orphan_seconds:
-            await repeatedly(collect, self._orphan_seconds, "removing unnamed versions", RemoteUnavailable, OSError)
+            await run_periodically(
+                collect, self._orphan_seconds, "removal of unnamed versions", RemoteUnavailable, OSError
+            )
 
 
-def _changeable(caller: Caller, pointer: Pointer) -> Version:
+def _check_owner(caller: Caller, pointer: Pointer) -> Version:
     version = pointer.current
     if version.tenant != caller.tenant:
         message = f"`{version.name_for(caller.tenant)}` is shared with you: only its owner changes it."
@@ -269,7 +271,7 @@ async def _fetch(store: AdapterStore, version: Version, seconds: float) -> None:
                 await store.wait_until_ready(version)
     except TimeoutError:
         log.warning("%s: not fetched within --adapter-store-seconds (%g s)", version.digest, seconds)
-        raise RemoteUnavailable("its files have not come in time") from None
+        raise RemoteUnavailable("its files did not arrive in time") from None
     except (RemoteUnavailable, DamagedAdapter) as fault:
         log.warning("adapter %s (%s) cannot be served: %s", version.name, version.digest, fault)
         raise

@@ -48,15 +48,15 @@ class Pins:
         wanted = {version.digest: version for version in fitting}
         for digest in self._leases.keys() - wanted.keys():
             self._leases.pop(digest).close()
-        here = []
+        on_disk = []
         for digest, version in wanted.items():
             if digest not in self._leases:
                 self._lease(version)
             if digest in self._leases and self._store.has(version):
-                here.append(AdapterRef(digest=digest, path=str(version.path)))
-        self._engine.pin(here)
+                on_disk.append(AdapterRef(digest=digest, path=str(version.path)))
+        self._engine.pin(on_disk)
         size = sum(device_bytes(version.receipt["rows"], base.linears) for version in fitting)
-        self._metrics.pinned([(version.label, version.digest) for version in fitting], size)
+        self._metrics.set_pinned([(version.label, version.digest) for version in fitting], size)
 
     def _lease(self, version: Version) -> None:
         held = contextlib.ExitStack()
@@ -77,5 +77,5 @@ class Pins:
             except (RemoteUnavailable, DamagedAdapter, StorageFull):
                 pass
             except Exception:
-                log.exception("%s: pinned, and not fetched", version.name)
+                log.exception("%s: the pinned adapter could not be fetched", version.name)
             await asyncio.sleep(_RETRY_SECONDS)

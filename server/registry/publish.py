@@ -44,7 +44,7 @@ from server.settings import Settings
 from server.text.processor import TextProcessor
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, TEMPLATE_NAME)  # of an imported directory
-_CHANGES = 8  # concurrent changes: being checked, or waiting for a disk or a network
+_CONCURRENT_CHANGES = 8  # being checked, or waiting for a disk or a network
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class Publisher:
         self._text = text
         self._checker = checker
         self._forgetting: set[asyncio.Task[None]] = set()
-        self._workers = thread_pool(_CHANGES, "publisher", settings.background_priority)
+        self._workers = thread_pool(_CONCURRENT_CHANGES, "publisher", settings.background_priority)
 
     async def close(self) -> None:
         """End the checker processes."""
@@ -98,8 +98,8 @@ class Publisher:
             raise AdapterError(f"'{name}' is the base model's name.", "name")
 
     @contextlib.asynccontextmanager
-    async def stage(self) -> AsyncIterator[Path]:
-        """Make a private directory for incoming files, removed afterwards unless admitted. Raises StorageFull."""
+    async def staging_directory(self) -> AsyncIterator[Path]:
+        """Make a private directory for incoming files, removed afterwards unless published. Raises StorageFull."""
         clean_up = contextlib.ExitStack()
         with disk_faults():
             staging = clean_up.enter_context(self._store.stage())
@@ -108,7 +108,7 @@ class Publisher:
         finally:
             await run_in(self._workers, clean_up.close)  # removing gigabytes takes a while
 
-    async def admit(
+    async def publish(
         self,
         tenant: str,
         name: str,
@@ -116,17 +116,17 @@ class Publisher:
         *,
         fine_tuned: bool = False,
         promote: bool = True,
-        again: bool = True,
+        republish: bool = True,
         strict_text: bool = True,
-        learned: AdapterText = NO_TEXT,
+        from_training: AdapterText = NO_TEXT,
     ) -> tuple[Version, bool]:
         """Validate the files in `staging` and publish them as the current version of `name`.
 
         Args:
             promote: False to stage the version only.
-            again: False to leave a name that already has this version as it is.
+            republish: False to leave a name that already has this version as it is.
             strict_text: refuse an unusable tokenizer or chat template; False leaves it out with a warning.
-            learned: learned from a fine-tune's rows: stop tokens beside the base's, formats of calls and thoughts.
+            from_training: stop tokens beside the base's and formats of calls and thoughts, learned from its rows.
 
         Returns the version and whether the name changed. Raises AdapterError (the adapter's fault), StorageFull,
         EngineUnavailable.
@@ -134,15 +134,15 @@ class Publisher:
         base = served_base(self._engine)
         self.check_name(name, fine_tuned=fine_tuned)
         self._store.check_case(tenant, name)
-        text, warnings = await self._text_beside(name, staging, strict=strict_text)
-        text = dataclasses.replace(learned, tokens=text.tokens, chat_template=text.chat_template)
+        text, warnings = await self._read_text_files(name, staging, strict=strict_text)
+        text = dataclasses.replace(from_training, tokens=text.tokens, chat_template=text.chat_template)
         with disk_faults():
             spec = await self._inspect(name, staging, base, text)
         check_fit(spec, base)
         self._check_vocabulary(spec, base)
         spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
         before = self._shares(tenant, name)
-        if before and not again and spec.digest in {known.digest for known in self._store.versions(tenant, name)}:
+        if before and not republish and spec.digest in {known.digest for known in self._store.versions(tenant, name)}:
             return self._store.get(tenant, name), False
         publish = partial(self._store.publish, tenant, name, staging, spec, fine_tuned=fine_tuned, promote=promote)
         version, changed = await self._change(publish)
@@ -180,14 +180,14 @@ class Publisher:
         if have < size:
             raise AdapterError(f"the weights have {have} tokens, fewer than the {size} of the tokenizer", "weights")
 
-    async def remake(self, version: Version) -> None:
+    async def rebuild(self, version: Version) -> None:
         """Rebuild a leased version's damaged files from its own config and weights.
 
         Raises AdapterError or DamagedAdapter when these are damaged, too; EngineUnavailable, StorageFull.
         """
         base = served_base(self._engine)
         await run_in(self._workers, partial(check_recorded, version.path, CONFIG_NAME))
-        async with self.stage() as staging:
+        async with self.staging_directory() as staging:
             with disk_faults():
                 files = (CONFIG_NAME, WEIGHTS_NAME)
                 await run_in(self._workers, partial(copy_files, files, version.path, staging, version.path))
@@ -197,33 +197,33 @@ class Publisher:
                 await run_in(self._workers, partial(self._store.replace_damaged, staging, spec))
 
     async def import_directory(
-        self, tenant: str, name: str, directory: Path, *, root: Path = Path("/"), again: bool = True
+        self, tenant: str, name: str, directory: Path, *, root: Path = Path("/"), republish: bool = True
     ) -> tuple[Version, bool]:
-        """Copy a PEFT directory of this machine and admit the copy.
+        """Copy a PEFT directory of this machine and publish the copy.
 
         Args:
             root: files outside of it are refused, links to them included.
         """
         self.check_name(name)
-        async with self.stage() as staging:
+        async with self.staging_directory() as staging:
             with disk_faults():
                 await run_in(self._workers, partial(copy_files, FILES, directory, staging, root))
             # A trainer may have saved its own modified tokenizer there.
-            return await self.admit(tenant, name, staging, again=again, strict_text=False)
+            return await self.publish(tenant, name, staging, republish=republish, strict_text=False)
 
-    async def _text_beside(self, name: str, directory: Path, *, strict: bool) -> tuple[AdapterText, list[str]]:
+    async def _read_text_files(self, name: str, directory: Path, *, strict: bool) -> tuple[AdapterText, list[str]]:
         """Read and remove the tokenizer and template files of a staged directory; return their content and warnings."""
         tokenizer, template = directory / TOKENIZER_NAME, directory / TEMPLATE_NAME
-        made: AdapterText = NO_TEXT
+        text: AdapterText = NO_TEXT
         warnings: list[str] = []
         base = self._text
         if base is None:
-            return made, warnings
+            return text, warnings
         try:
             if tokenizer.exists():
                 added = await self._run(name, read_added_tokens, tokenizer, "tokenizer")
                 size = base.tokenizer.get_vocab_size()
-                made = AdapterText(
+                text = AdapterText(
                     await run_in(self._workers, partial(find_new_tokens, added, base.tokenizer.token_to_id, size))
                 )
             if template.exists():
@@ -234,15 +234,15 @@ class Publisher:
                     warnings.append("its chat template is not used: the operator has not allowed any")
                 else:
                     await base.renderer.check(source)
-                    made = dataclasses.replace(made, chat_template=source)
+                    text = dataclasses.replace(text, chat_template=source)
         except (AdapterError, InvalidRequest) as fault:
             if strict:
                 raise
-            warnings.append(f"what was saved beside it is not used: {fault}")
+            warnings.append(f"its tokenizer and chat template are not used: {fault}")
         finally:
             tokenizer.unlink(missing_ok=True)
             template.unlink(missing_ok=True)
-        return made, warnings
+        return text, warnings
 
     async def promote(self, tenant: str, name: str, digest: str, expected: Collection[str] | None) -> Pointer:
         """Point the name at one of its versions. Raises the errors of `AdapterStore.promote`, and StorageFull."""
@@ -250,7 +250,7 @@ class Publisher:
             "promote", tenant, name, partial(self._store.promote, tenant, name, digest, expected)
         )
 
-    async def divide(
+    async def split(
         self, tenant: str, name: str, shares: Mapping[str, float], expected: Collection[str] | None
     ) -> Pointer:
         """Split the name's requests among its versions. Raises the errors of `AdapterStore.split`, and StorageFull."""
@@ -299,7 +299,7 @@ class Publisher:
         self._forget_unused(before)
         return version
 
-    def follow(self, changes: Iterable[Change]) -> None:
+    def apply_remote_changes(self, changes: Iterable[Change]) -> None:
         """Update metrics, pins and the engine after changes made by other servers."""
         for before, after in changes:
             if before is not None and after is None:

@@ -24,7 +24,7 @@ from adapters.storage.leases import LEASE, LeaseLost, Leases
 from adapters.storage.records import Content, Records
 from adapters.storage.versions import RemoteUnavailable
 from server.errors import NotFound
-from server.repeat import repeatedly
+from server.repeat import run_periodically
 from server.responses.running import Followed, Running
 from server.responses.store import STOPPED, Fields, KeptResponse, ResponseStore, log
 from server.tenants.caller import tenant_name, tenant_of
@@ -209,7 +209,9 @@ class SharedResponses(ResponseStore):
 
     async def run(self) -> None:
         look = partial(asyncio.to_thread, self._tend)
-        await repeatedly(look, self._sweep_seconds, "counting kept responses", RemoteUnavailable, DatabaseBusy, OSError)
+        await run_periodically(
+            look, self._sweep_seconds, "counting stored responses", RemoteUnavailable, DatabaseBusy, OSError
+        )
 
     def _tend(self) -> None:
         if not self._all_shared:

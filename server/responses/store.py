@@ -15,7 +15,7 @@ import msgspec
 
 from adapters.disk import StorageFull
 from adapters.storage.database import Database, DatabaseBusy
-from server.errors import InvalidRequest, NotFound, shown
+from server.errors import InvalidRequest, NotFound, printable
 from server.responses.running import Ended, Followed, Running
 
 DAY = 86400
@@ -99,7 +99,7 @@ class ResponseStore:
         """Return a stored response. Raises NotFound."""
         kept = self._row(tenant, id_)
         if kept is None:
-            raise NotFound(f"No such response: {shown(id_)}; it was not stored, or no longer is.", param=param)
+            raise NotFound(f"No such response: {printable(id_)}; it was not stored, or no longer is.", param=param)
         if kept.goes_on and id_ not in self.running:
             kept.response.update(status="failed", error=STOPPED)
         return kept
@@ -124,7 +124,7 @@ class ResponseStore:
                 if item["id"] == id_:
                     found: Fields = item
                     return found
-        raise NotFound(f"No such item: {shown(id_)}; its response was not stored, or no longer is.", param=param)
+        raise NotFound(f"No such item: {printable(id_)}; its response was not stored, or no longer is.", param=param)
 
     def stored_bytes(self, tenant: str) -> int:
         """Total bytes of a tenant's responses."""

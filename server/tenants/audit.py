@@ -20,7 +20,7 @@ from server.tenants.caller import DEFAULT_NAME, Caller, tenant_name
 if TYPE_CHECKING:
     from adapters.storage.pages import Pages
 
-OLDER = 4  # files beside the current one
+OLD_FILES = 4  # files beside the current one
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class AuditLog:
         self._lock = threading.Lock()
 
     async def record(
-        self, caller: Caller, action: str, named: str | None, digest: str | None, request_id: str | None
+        self, caller: Caller, action: str, object_name: str | None, digest: str | None, request_id: str | None
     ) -> None:
         """Append a change that was made. If the disk fails, the entry is logged and the change stands."""
         entry = Entry(
@@ -67,7 +67,7 @@ class AuditLog:
             tenant=caller.tenant or DEFAULT_NAME,
             key=caller.key or None,
             action=action,
-            object=named,
+            object=object_name,
             digest=digest,
             request_id=request_id,
         )
@@ -76,12 +76,12 @@ class AuditLog:
         try:
             await asyncio.to_thread(self._append, msgspec.json.encode(entry) + b"\n")
         except OSError as fault:
-            log.error("%s takes nothing (%s): %s", self._path, fault, msgspec.json.encode(entry).decode())
+            log.error("%s cannot be written (%s); entry: %s", self._path, fault, msgspec.json.encode(entry).decode())
 
     def _append(self, line: bytes) -> None:
         with self._lock:
             if self._path.exists() and self._path.stat().st_size + len(line) > self._max_bytes:
-                for i in range(OLDER, 0, -1):
+                for i in range(OLD_FILES, 0, -1):
                     older = self._file(i - 1)
                     if older.exists():
                         older.replace(self._file(i))
@@ -100,7 +100,7 @@ class AuditLog:
         """
         found: list[Entry] = []
         started = after is None
-        for entry in self._everywhere():
+        for entry in self._all_servers():
             if tenant is not None and entry.tenant != tenant_name(tenant):
                 continue
             if not started:
@@ -113,25 +113,27 @@ class AuditLog:
             raise UnknownCursorError(after)
         return found, False
 
-    def _entries(self) -> Iterator[Entry]:
+    def _entries_on_disk(self) -> Iterator[Entry]:
         """Yield the entries on this disk, newest first."""
         with self._lock:
-            contents = [path.read_bytes() for i in range(OLDER + 1) if (path := self._file(i)).exists()]
+            contents = [path.read_bytes() for i in range(OLD_FILES + 1) if (path := self._file(i)).exists()]
         for content in contents:
             yield from reversed(_read(content))
 
-    def _everywhere(self) -> Iterator[Entry]:
+    def _all_servers(self) -> Iterator[Entry]:
         """Yield the entries of all servers, each once, newest first."""
         if self._pages is None:
-            yield from self._entries()
+            yield from self._entries_on_disk()
             return
         seen = set()
-        for entry in heapq.merge(self._entries(), self._sent(self._pages), key=lambda entry: -entry.time):
+        for entry in heapq.merge(
+            self._entries_on_disk(), self._entries_in_store(self._pages), key=lambda entry: -entry.time
+        ):
             if entry.id not in seen:
                 seen.add(entry.id)
                 yield entry
 
-    def _sent(self, pages: "Pages") -> Iterator[Entry]:
+    def _entries_in_store(self, pages: "Pages") -> Iterator[Entry]:
         """Yield the entries in the object store, newest first."""
         hour, found = "", list[Entry]()
         for page in pages.read("", "~", include_own=True):
@@ -147,12 +149,12 @@ class AuditLog:
         assert self._pages is not None
         if not self._caught_up:
             last = max(self._pages.own_pages(), default="")
-            self._unsent += [entry for entry in self._entries() if _hour(entry) >= last]
+            self._unsent += [entry for entry in self._entries_on_disk() if _hour(entry) >= last]
             self._caught_up = True
         new = list(self._unsent)
         for hour in sorted({_hour(entry) for entry in new}):
             entries = [entry for entry in new if _hour(entry) == hour]
-            self._pages.write(hour, partial(_added, entries=entries))
+            self._pages.write(hour, partial(_merge, entries=entries))
         del self._unsent[: len(new)]
 
 
@@ -160,7 +162,7 @@ def _hour(entry: Entry) -> str:
     return time.strftime("%Y-%m-%dT%H", time.gmtime(entry.time))
 
 
-def _added(page: bytes, entries: list[Entry]) -> bytes:
+def _merge(page: bytes, entries: list[Entry]) -> bytes:
     """Return the page with these entries added, each once."""
     there = {entry.id for entry in _read(page)}
     fresh = {entry.id: entry for entry in sorted(entries, key=lambda entry: entry.time) if entry.id not in there}

@@ -20,7 +20,7 @@ class Caller:
 
     Attributes:
         key: the id of the key, which is not secret; empty without a key.
-        roles: the key's roles, included ones among them; see `allowed`.
+        roles: the key's roles, included ones among them; see `effective_roles`.
         adapters: names that the key is bound to; None: all.
         allowance: the rest of the tenant's limits.
     """
@@ -32,7 +32,7 @@ class Caller:
     allowance: Allowance = field(default_factory=Allowance, compare=False)
 
     @property
-    def only_tenant(self) -> str | None:
+    def visible_tenant(self) -> str | None:
         """The only tenant of which the caller sees keys, usage and changes; None: all."""
         return None if OPERATOR in self.roles else self.tenant
 
@@ -41,14 +41,15 @@ class Caller:
         return self.adapters is None or name in self.adapters
 
 
-def allowed(tenant: str, roles: frozenset[str]) -> frozenset[str]:
+def effective_roles(tenant: str, roles: frozenset[str]) -> frozenset[str]:
     """Return a key's roles, together with the roles that they include."""
     if "admin" not in roles:
         return roles
     return frozenset(ROLES) | ({OPERATOR} if tenant == TENANT else set())
 
 
-EVERYTHING = Caller(roles=allowed(TENANT, frozenset({"admin"})))  # any caller of a server without keys; its own work
+# Any caller of a server without keys, and the server's own work.
+OPERATOR_CALLER = Caller(roles=effective_roles(TENANT, frozenset({"admin"})))
 
 
 def tenant_name(tenant: str) -> str:

@@ -22,11 +22,11 @@ from msgspec.structs import replace as replace_fields
 from adapters.disk import StorageFull
 from adapters.storage.database import Database, DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
-from server.errors import Conflict, InvalidRequest, NotFound, shown
-from server.repeat import repeatedly
-from server.tenants.caller import DEFAULT_NAME, EVERYTHING, TENANT, Caller, Role, allowed, tenant_name
+from server.errors import Conflict, InvalidRequest, NotFound, printable
+from server.repeat import run_periodically
+from server.tenants.caller import DEFAULT_NAME, OPERATOR_CALLER, TENANT, Caller, Role, effective_roles, tenant_name
 from server.tenants.limits import UNLIMITED, Allowance, Limits
-from server.tenants.rolls import DEFAULT, Change, KeptKey, Key, Roll, Rolls, Tenant
+from server.tenants.rolls import DEFAULT_RECORD, Change, Key, StoredKey, Tenant, TenantRecord, TenantStore
 
 if TYPE_CHECKING:
     from adapters.storage.records import Records
@@ -44,11 +44,11 @@ class Tenants:
 
     Args:
         static_keys: secrets of the command line, each an admin of the default tenant.
-        shared: the rolls in the object store, which other servers read and change.
+        shared: the records in the object store, which other servers read and change.
         poll_seconds: the time within which their changes are seen.
 
     Attributes:
-        closed: whether requests need a key: from the first key on.
+        requires_key: whether requests need a key: from the first key on.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class Tenants:
         shared: "Records | None" = None,
         poll_seconds: float = 2.0,
     ) -> None:
-        self._kept = Rolls(database, shared)
+        self._store = TenantStore(database, shared)
         self._shared = shared is not None
         self._poll_seconds = poll_seconds / 2
         self._static = [_hash(key.encode()) for key in static_keys]
         self._changing = threading.Lock()
-        self.closed = bool(self._static)
-        self._used: dict[str, int] = {}  # key -> Unix time of its last use, not yet written
-        self._rolls = {TENANT: DEFAULT}
-        self.tenants: dict[str, Tenant] = {TENANT: DEFAULT.tenant}
+        self.requires_key = bool(self._static)
+        self._last_used: dict[str, int] = {}  # key -> Unix time of its last use, not yet written
+        self._records = {TENANT: DEFAULT_RECORD}
+        self.tenants: dict[str, Tenant] = {TENANT: DEFAULT_RECORD.tenant}
         self.keys: dict[str, Key] = {}
-        self._known: dict[str, tuple[bytes, Caller]] = {}  # by key
+        self._callers: dict[str, tuple[bytes, Caller]] = {}  # by key
         self._allowances = {TENANT: Allowance()}
-        self.everything = replace(EVERYTHING, allowance=self._allowances[TENANT])
+        self.default_caller = replace(OPERATOR_CALLER, allowance=self._allowances[TENANT])
 
     # --- start and background tasks -------------------------------------------------------------------
 
@@ -79,50 +79,54 @@ class Tenants:
         await asyncio.to_thread(self._read)
 
     def _read(self) -> None:
-        for id_, roll in self._kept.load().items():
-            self._know(id_, roll)
+        for id_, record in self._store.load().items():
+            self._apply(id_, record)
 
     async def follow(self) -> None:
         """Poll other servers' changes until cancelled."""
         if self._shared:
             look = partial(asyncio.to_thread, self.poll)
-            await repeatedly(look, self._poll_seconds, "taking over other servers' keys", RemoteUnavailable)
+            await run_periodically(look, self._poll_seconds, "polling keys in the object store", RemoteUnavailable)
 
     def poll(self) -> None:
         """Apply other servers' changes once. Raises RemoteUnavailable."""
         with self._changing:
-            for id_, roll in self._kept.news(self._rolls):
-                self._know(id_, roll)
+            for id_, record in self._store.changes(self._records):
+                self._apply(id_, record)
 
     async def run(self) -> None:
         """Write keys' times of last use, periodically and when cancelled."""
         try:
-            await repeatedly(partial(asyncio.to_thread, self._flush), FLUSH_SECONDS, "writing when keys were used")
+            await run_periodically(
+                partial(asyncio.to_thread, self._flush), FLUSH_SECONDS, "writing last-used times of keys"
+            )
         finally:
             await asyncio.to_thread(self._flush)
 
     def _flush(self) -> None:
-        used, self._used = self._used, {}
+        used, self._last_used = self._last_used, {}
         for tenant in {self.keys[id_].tenant for id_ in list(used) if id_ in self.keys}:
 
-            def note(roll: Roll | None) -> Roll | None:
-                for kept in list(roll.keys.values()) if roll is not None else ():
-                    when = used.get(kept.key.id, 0)
-                    if roll is not None and when > (kept.key.last_used_at or 0):
-                        roll = roll.having(replace_fields(kept, key=replace_fields(kept.key, last_used_at=when)))
-                return roll
+            def note(record: TenantRecord | None) -> TenantRecord | None:
+                for stored in list(record.keys.values()) if record is not None else ():
+                    when = used.get(stored.key.id, 0)
+                    if record is not None and when > (stored.key.last_used_at or 0):
+                        record = record.with_key(
+                            replace_fields(stored, key=replace_fields(stored.key, last_used_at=when))
+                        )
+                return record
 
             try:
                 self._change(tenant, note)
             except (RemoteUnavailable, DatabaseBusy, StorageFull) as fault:
-                log.warning("when keys were used is not written yet: %s", fault)
+                log.warning("last-used times of keys are not written yet: %s", fault)
                 for id_, when in used.items():
-                    self._used.setdefault(id_, when)
+                    self._last_used.setdefault(id_, when)
 
     # --- authentication -------------------------------------------------------------------------------
 
     @property
-    def several(self) -> bool:
+    def is_multi_tenant(self) -> bool:
         """Whether there is a tenant beside the default one."""
         return len(self.tenants) > 1
 
@@ -132,19 +136,19 @@ class Tenants:
         # All comparisons are made, so that the time taken reveals nothing about the keys.
         static = [hmac.compare_digest(digest, known) for known in self._static]
         id_ = secret[:_ID_LENGTH].decode("latin-1")
-        kept, caller = self._known.get(id_, (_NOTHING, None))
+        stored, caller = self._callers.get(id_, (_NOTHING, None))
         key = self.keys.get(id_)
-        if hmac.compare_digest(digest, kept) and key is not None and key.valid(now := time.time()):
-            self._used[id_] = int(now)
+        if hmac.compare_digest(digest, stored) and key is not None and key.valid(now := time.time()):
+            self._last_used[id_] = int(now)
             return caller
-        return self.everything if any(static) else None
+        return self.default_caller if any(static) else None
 
     # --- tenants --------------------------------------------------------------------------------------
 
-    def tenant(self, id_: str, own: str | None = None) -> Tenant:
-        """Return a tenant. With `own`, all other tenants count as missing. Raises NotFound."""
+    def tenant(self, id_: str, visible: str | None = None) -> Tenant:
+        """Return a tenant. With `visible`, all other tenants count as missing. Raises NotFound."""
         tenant = self.tenants.get(id_)
-        if tenant is None or own not in (None, tenant.id):
+        if tenant is None or visible not in (None, tenant.id):
             raise _no_tenant(id_)
         return tenant
 
@@ -155,20 +159,20 @@ class Tenants:
             message = f"`id`: 1 to 64 of a-z, 0-9 and -, neither first nor last a -, and not `{DEFAULT_NAME}`."
             raise InvalidRequest(message, param="id")
 
-        def create(roll: Roll | None) -> Roll:
-            if roll is not None:
-                raise Conflict(f"There is a tenant `{id_}` already.", param="id", code="tenant_exists")
-            return Roll(Tenant(id=id_, created_at=int(time.time()), limits=limits))
+        def create(record: TenantRecord | None) -> TenantRecord:
+            if record is not None:
+                raise Conflict(f"The tenant `{id_}` already exists.", param="id", code="tenant_exists")
+            return TenantRecord(Tenant(id=id_, created_at=int(time.time()), limits=limits))
 
         self._change(id_, create)
         return self.tenant(id_)
 
-    def limit(self, id_: str, limits: Limits) -> Tenant:
+    def set_limits(self, id_: str, limits: Limits) -> Tenant:
         """Replace a tenant's limits. Raises NotFound."""
 
-        def limited(roll: Roll | None) -> Roll:
-            roll = _there(id_, roll)
-            return replace_fields(roll, tenant=replace_fields(roll.tenant, limits=limits))
+        def limited(record: TenantRecord | None) -> TenantRecord:
+            record = _existing(id_, record)
+            return replace_fields(record, tenant=replace_fields(record.tenant, limits=limits))
 
         self._change(id_, limited)
         return self.tenant(id_)
@@ -176,43 +180,43 @@ class Tenants:
     def delete_tenant(self, id_: str) -> None:
         """Delete a tenant and its keys. Raises NotFound, Conflict."""
 
-        def delete(roll: Roll | None) -> None:
-            if _there(id_, roll).tenant.id == TENANT:
-                raise Conflict("The default tenant stays.", param="tenant")
+        def delete(record: TenantRecord | None) -> None:
+            if _existing(id_, record).tenant.id == TENANT:
+                raise Conflict("The default tenant cannot be deleted.", param="tenant")
 
         self._change(id_, delete)
 
     def _change(self, id_: str, change: Change) -> None:
         with self._changing:
-            self._know(id_, self._kept.change(id_, self._rolls.get(id_), change))
+            self._apply(id_, self._store.change(id_, self._records.get(id_), change))
 
-    def _know(self, id_: str, roll: Roll | None) -> None:
-        """Replace a tenant's roll in memory; None: the tenant was deleted."""
-        before = self._rolls.get(id_)
-        for gone in (before.keys.keys() if before else set()) - (roll.keys.keys() if roll else set()):
-            self._known.pop(gone)
+    def _apply(self, id_: str, record: TenantRecord | None) -> None:
+        """Replace a tenant's record in memory; None: the tenant was deleted."""
+        before = self._records.get(id_)
+        for gone in (before.keys.keys() if before else set()) - (record.keys.keys() if record else set()):
+            self._callers.pop(gone)
             self.keys.pop(gone)
-        if roll is None:
-            for known in (self._rolls, self.tenants, self._allowances):
-                known.pop(id_, None)
+        if record is None:
+            for table in (self._records, self.tenants, self._allowances):
+                table.pop(id_, None)
             return
         allowance = self._allowances.setdefault(id_, Allowance())
-        if roll.tenant.limits != allowance.limits:
-            allowance.set(roll.tenant.limits)
-        self._rolls[id_], self.tenants[id_] = roll, roll.tenant
-        for kept in roll.keys.values():
-            key = kept.key
+        if record.tenant.limits != allowance.limits:
+            allowance.set(record.tenant.limits)
+        self._records[id_], self.tenants[id_] = record, record.tenant
+        for stored in record.keys.values():
+            key = stored.key
             bound = None if key.adapters is None else frozenset(key.adapters)
-            roles = allowed(key.tenant, frozenset(key.roles))
+            roles = effective_roles(key.tenant, frozenset(key.roles))
             self.keys[key.id] = key
-            self._known[key.id] = bytes.fromhex(kept.digest), Caller(key.tenant, key.id, roles, bound, allowance)
-            self.closed = True
+            self._callers[key.id] = bytes.fromhex(stored.digest), Caller(key.tenant, key.id, roles, bound, allowance)
+            self.requires_key = True
 
     # --- keys -----------------------------------------------------------------------------------------
 
     def last_used(self, key: Key) -> int | None:
         """Return the Unix time of the last request with the key; None: it was never used."""
-        return self._used.get(key.id, key.last_used_at)
+        return self._last_used.get(key.id, key.last_used_at)
 
     def key(self, tenant: str | None, id_: str) -> Key:
         """Return a key of this tenant, or with None of any tenant. Raises NotFound."""
@@ -244,12 +248,14 @@ class Tenants:
             expires_at=expires_at,
         )
 
-        def create(roll: Roll | None) -> Roll:
-            roll = _there(tenant, roll)
-            if not (self.closed or roll.keys or _lasting_operator(key)):
-                message = "The first key is an admin's of the default tenant that does not expire: from then on all"
+        def create(record: TenantRecord | None) -> TenantRecord:
+            record = _existing(tenant, record)
+            if not (self.requires_key or record.keys or _lasting_operator(key)):
+                message = (
+                    "The first key must be an admin key of the default tenant that does not expire: from then on, all"
+                )
                 raise InvalidRequest(f"{message} requests need a key.", param="roles", code="first_key")
-            return roll.having(KeptKey(key, _hash(secret.encode()).hex()))
+            return record.with_key(StoredKey(key, _hash(secret.encode()).hex()))
 
         self._change(tenant, create)
         return key, secret
@@ -257,36 +263,36 @@ class Tenants:
     def revoke(self, key: Key) -> Key:
         """Revoke a key at once. Raises NotFound, and Conflict for the last key that can create others."""
 
-        def revoked(roll: Roll | None) -> Roll:
-            roll = _there(key.tenant, roll)
-            kept = roll.keys.get(key.id)
-            if kept is None:
+        def revoked(record: TenantRecord | None) -> TenantRecord:
+            record = _existing(key.tenant, record)
+            stored = record.keys.get(key.id)
+            if stored is None:
                 raise _no_key(key.id)
-            if kept.key.revoked_at is not None:
-                return roll
-            others = self.keys | {id_: other.key for id_, other in roll.keys.items()}
+            if stored.key.revoked_at is not None:
+                return record
+            others = self.keys | {id_: other.key for id_, other in record.keys.items()}
             others.pop(key.id)
             if not self._static and not any(map(_lasting_operator, others.values())):
-                message = "This is the last key of the server's operator; make another one first."
+                message = "This is the operator's last key; create another one first."
                 raise Conflict(message, param="id", code="last_key")
-            return roll.having(replace_fields(kept, key=replace_fields(kept.key, revoked_at=int(time.time()))))
+            return record.with_key(replace_fields(stored, key=replace_fields(stored.key, revoked_at=int(time.time()))))
 
         self._change(key.tenant, revoked)
         return self.key(None, key.id)
 
 
-def _there(id_: str, roll: Roll | None) -> Roll:
-    if roll is None:
+def _existing(id_: str, record: TenantRecord | None) -> TenantRecord:
+    if record is None:
         raise _no_tenant(id_)
-    return roll
+    return record
 
 
 def _no_tenant(id_: str) -> NotFound:
-    return NotFound(f"No such tenant: {shown(tenant_name(id_))}", param="tenant", code="tenant_not_found")
+    return NotFound(f"No such tenant: {printable(tenant_name(id_))}", param="tenant", code="tenant_not_found")
 
 
 def _no_key(id_: str) -> NotFound:
-    return NotFound(f"No such key: {shown(id_)}", param="id", code="key_not_found")
+    return NotFound(f"No such key: {printable(id_)}", param="id", code="key_not_found")
 
 
 def _lasting_operator(key: Key) -> bool:

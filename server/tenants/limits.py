@@ -14,7 +14,9 @@ from server.errors import PermissionDenied, TooManyRequests
 _MINUTE = 60.0
 Rows = Mapping[str, Mapping[str, int]]  # digest of an adapter -> its rows on the device, by module kind
 NO_ROWS: Rows = MappingProxyType({})
-RATE_HEADERS = [f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")]
+RATE_HEADERS = [
+    f"x-ratelimit-{kind}-{unit}" for unit in ("requests", "tokens") for kind in ("limit", "remaining", "reset")
+]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,18 +44,18 @@ class _Bucket:
         self._level = float(per_minute)
         self._since = time.monotonic()
 
-    def left(self) -> float:
+    def level(self) -> float:
         now = time.monotonic()
         self._level = min(self.limit, self._level + (now - self._since) * self.limit / _MINUTE)
         self._since = now
         return self._level
 
     def take(self, amount: float) -> None:
-        self._level = self.left() - amount
+        self._level = self.level() - amount
 
-    def seconds(self, amount: float) -> float:
+    def wait_seconds(self, amount: float) -> float:
         """Return the seconds until this amount is available."""
-        return max(0.0, amount - self.left()) * _MINUTE / self.limit
+        return max(0.0, amount - self.level()) * _MINUTE / self.limit
 
 
 class Allowance:
@@ -81,11 +83,11 @@ class Allowance:
         self.check_rows(rows)
         running = self.limits.running
         if running is not None and self.running and self.running + sequences > running:
-            raise self._refused(f"{self.running} sequences are under way; your limit is {running}.", 1)
+            raise self._too_many(f"{self.running} sequences are under way; your limit is {running}.", 1)
         wanted = {"requests": 1, "tokens": prompt_tokens}
         for name, bucket in self._buckets.items():
-            if wait := bucket.seconds(min(wanted[name], bucket.limit)):
-                raise self._refused(f"Your limit is {bucket.limit} {name} per minute.", wait)
+            if wait := bucket.wait_seconds(min(wanted[name], bucket.limit)):
+                raise self._too_many(f"Your limit is {bucket.limit} {name} per minute.", wait)
 
     def check_rows(self, rows: Rows) -> None:
         """Check that these adapters' rows fit the limit, together with those of running requests' adapters.
@@ -95,14 +97,14 @@ class Allowance:
         most = self.limits.device_rows
         if most is None or not rows:
             return
-        kind, count = _most(rows)
+        kind, count = _largest(rows)
         if count > most:
             message = f"This adapter and those that you have pinned take {count} rows of {kind} on the device;"
             raise PermissionDenied(f"{message} your limit is {most}.", code="device_rows_exceeded")
-        kind, count = _most({**self._rows, **rows})
+        kind, count = _largest({**self._rows, **rows})
         if count > most:
             message = f"With adapters that you use at present this one takes {count} rows of {kind} on the device;"
-            raise self._refused(f"{message} your limit is {most}.", 1)
+            raise self._too_many(f"{message} your limit is {most}.", 1)
 
     def take(self, sequences: int, prompt_tokens: int, rows: Rows = NO_ROWS) -> None:
         """Count a starting request; each of its sequences must `end`."""
@@ -131,15 +133,15 @@ class Allowance:
         found = {}
         for name, bucket in self._buckets.items():
             found[f"x-ratelimit-limit-{name}"] = str(bucket.limit)
-            found[f"x-ratelimit-remaining-{name}"] = str(max(0, int(bucket.left())))
-            found[f"x-ratelimit-reset-{name}"] = f"{bucket.seconds(bucket.limit):.3f}s"
+            found[f"x-ratelimit-remaining-{name}"] = str(max(0, int(bucket.level())))
+            found[f"x-ratelimit-reset-{name}"] = f"{bucket.wait_seconds(bucket.limit):.3f}s"
         return found
 
-    def _refused(self, message: str, seconds: float) -> TooManyRequests:
+    def _too_many(self, message: str, seconds: float) -> TooManyRequests:
         return TooManyRequests(message, retry_after=max(1, math.ceil(seconds)))
 
 
-def _most(rows: Rows) -> tuple[str, int]:
+def _largest(rows: Rows) -> tuple[str, int]:
     """Return the module kind of which these adapters take the most rows together, and the number of rows."""
     sums = Counter[str]()
     for each in rows.values():

@@ -12,7 +12,7 @@ _EXPECTED = (RemoteUnavailable, DatabaseBusy, OSError)
 log = logging.getLogger(__name__)
 
 
-async def keep_sending(seconds: float, *sends: Callable[[], None]) -> None:
+async def send_periodically(seconds: float, *sends: Callable[[], None]) -> None:
     """Call `sends` periodically, and once more when cancelled. After a fault the next call sends the rest, also after a
     restart."""
     outage = False
@@ -24,9 +24,7 @@ async def keep_sending(seconds: float, *sends: Callable[[], None]) -> None:
             except Exception as fault:
                 if not outage:
                     unexpected = not isinstance(fault, _EXPECTED)
-                    log.warning(
-                        "other servers do not see what is used and changed here: %s", fault, exc_info=unexpected
-                    )
+                    log.warning("usage and audit log are not sent to the object store: %s", fault, exc_info=unexpected)
                 outage = True
             await asyncio.sleep(seconds)
     finally:
@@ -34,7 +32,9 @@ async def keep_sending(seconds: float, *sends: Callable[[], None]) -> None:
             try:
                 await _send(*sends)
             except _EXPECTED as fault:
-                log.warning("what was used and changed here last goes to the object store at the next start: %s", fault)
+                log.warning(
+                    "the last usage and audit entries are sent to the object store at the next start: %s", fault
+                )
 
 
 async def _send(*sends: Callable[[], None]) -> None:

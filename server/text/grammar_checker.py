@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from server.children.helper import FORK_GRACE_SECONDS, HelperFailed, HelperLate, HelperLimit, forking
-from server.errors import InvalidRequest, Unavailable, shown
+from server.children.helper import FORK_GRACE_SECONDS, HelperFailed, HelperLimit, HelperTimeout, forking_helpers
+from server.errors import InvalidRequest, Unavailable, printable
 from server.messages.protocol import INVALID_GRAMMAR, Grammar
 
 _KEPT = 1024  # answers, a few numbers each
@@ -31,7 +31,7 @@ class GrammarChecker:
     def __init__(self, seconds: float, memory: int) -> None:
         self._seconds = seconds
         self._memory = memory
-        self._helpers = forking("grammar_check", _WAIT * seconds, math.ceil(seconds), memory)
+        self._helpers = forking_helpers("grammar_check", _WAIT * seconds, math.ceil(seconds), memory)
         self._answers: OrderedDict[bytes, dict[str, Any] | None] = OrderedDict()
 
     async def close(self) -> None:
@@ -56,7 +56,7 @@ class GrammarChecker:
             answer = None
             try:
                 answer = await self._helpers.ask(key.hex(), order, _WAIT * self._seconds + FORK_GRACE_SECONDS)
-            except HelperLate as late:  # not the grammar's fault
+            except HelperTimeout as late:  # not the grammar's fault
                 log.warning("a grammar was not compiled: it %s", late)
                 raise Unavailable(f"The server was too busy to compile `{param}`.", retry_after=5) from None
             except (HelperLimit, HelperFailed) as fault:
@@ -75,9 +75,11 @@ class GrammarChecker:
         path = answer.get("path") or []
         limits = f"{self._seconds:g} s (--grammar-seconds), {self._memory >> 20} MiB (--grammar-bytes)"
         reason = answer.get("error") or f"it takes more than is allowed to compile: {limits}"
-        place = f" at `{shown('/' + '/'.join(path))}`" if path else ""
+        place = f" at `{printable('/' + '/'.join(path))}`" if path else ""
         where = ".".join([param, *path])[:200]
-        return InvalidRequest(f"`{param}` is not supported{place}: {shown(reason)}", param=where, code=INVALID_GRAMMAR)
+        return InvalidRequest(
+            f"`{param}` is not supported{place}: {printable(reason)}", param=where, code=INVALID_GRAMMAR
+        )
 
 
 def _heaviest(text: str) -> list[str]:

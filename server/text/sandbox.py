@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 from adapters.peft_format.fields import AdapterError
-from server.children.helper import FORK_GRACE_SECONDS, HelperFailed, HelperLimit, forking
+from server.children.helper import FORK_GRACE_SECONDS, HelperFailed, HelperLimit, forking_helpers
 from server.errors import InvalidRequest
 from server.text.chat_template import MAX_OUTPUT
 
@@ -17,7 +17,7 @@ class TemplateRenderer:
 
     def __init__(self, seconds: float, cpu_seconds: int, memory_bytes: int) -> None:
         self._seconds = seconds + FORK_GRACE_SECONDS
-        self._helpers = forking("template_sandbox", seconds, cpu_seconds, memory_bytes)
+        self._helpers = forking_helpers("template_sandbox", seconds, cpu_seconds, memory_bytes)
 
     async def close(self) -> None:
         """End the processes."""

@@ -90,7 +90,7 @@ async def _use_everything(served: Served, training: TrainingMetrics, folder: Pat
     answer = await served.client.post("/v1/completions", json={"model": "poet", "prompt": "Hi"})
     assert answer.status_code == 200
     metrics = served.services.metrics
-    metrics.engine_stats(Stats(adapters=[AdapterUse(digest, "device", 8, 0, 0)]))
+    metrics.add_engine_stats(Stats(adapters=[AdapterUse(digest, "device", 8, 0, 0)]))
     step = StepMetrics(step=1, train_loss=2.0)
     training.step(
         TrainingStep(

@@ -77,7 +77,7 @@ def test_the_cost_goes_through_what_was_measured() -> None:
 
 
 def test_every_request_is_answered_once() -> None:
-    world = capacity._World(3, "residency", COST, DEMAND)
+    world = capacity._Simulation(3, "residency", COST, DEMAND)
     world.run()
     assert len(world.finished) == 3 * 16 * 12
     assert all(not replica.requests and not any(replica.held.values()) for replica in world.replicas)
@@ -87,7 +87,7 @@ def test_every_request_is_answered_once() -> None:
 
 
 def test_a_device_full_of_adapters_in_use_lets_others_wait() -> None:
-    world = capacity._World(1, "queue", replace(COST, device_adapters=2), DEMAND)
+    world = capacity._Simulation(1, "queue", replace(COST, device_adapters=2), DEMAND)
     world.run()
     assert len(world.finished) == 16 * 12
 

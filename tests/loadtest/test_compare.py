@@ -25,7 +25,7 @@ class Scripted(Side):
         self.bursts: list[list[Work]] = []
         self.stopped = False
 
-    def missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         return "not here" if self.rate == 0 else None
 
     def describe(self) -> dict[str, Any]:

@@ -57,8 +57,8 @@ def test_parts_run_again_replace_their_own_lines(tmp_path: Path) -> None:
         found = [lines.Line(name, f"tests {value}", "all | any", value, True) for value in measured]
         return lines.Part(name, machine, found, {"raw": measured})
 
-    lines.keep(tmp_path / "gpu-g", [part("a", "3 passed", "old"), part("b", "1.5x")])
-    lines.keep(tmp_path / "gpu-g", [part("a", "4 passed")])
+    lines.write_results(tmp_path / "gpu-g", [part("a", "3 passed", "old"), part("b", "1.5x")])
+    lines.write_results(tmp_path / "gpu-g", [part("a", "4 passed")])
     page = (tmp_path / "gpu-g.md").read_text().splitlines()
     assert page[4:6] == [
         "| a | tests 4 passed | all / any | 4 passed | holds |",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from loadtest.loading import MODES, Uploads, _repeated, table
+from loadtest.loading import MODES, Uploads, _repeat_in_thread, table
 from server.services import TENANT
 from tests.support.harness import write_adapter
 from tests.support.scripted import serving
@@ -22,9 +22,9 @@ async def test_every_upload_is_another_adapter(tmp_path: Path) -> None:
         while not server.started:  # noqa: ASYNC110 - uvicorn has no event
             await asyncio.sleep(0.01)
         uploads = Uploads(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", folder)
-        await asyncio.to_thread(uploads.fresh)
+        await asyncio.to_thread(uploads.upload_new)
         for _ in range(2):
-            await asyncio.to_thread(uploads.fresh_and_warm)
+            await asyncio.to_thread(uploads.upload_and_warm)
         assert len(served.services.store.versions(TENANT, "fresh")) == 3
         assert await asyncio.to_thread(uploads.warm, "fresh") == 0.0
         server.should_exit = True
@@ -34,21 +34,21 @@ async def test_every_upload_is_another_adapter(tmp_path: Path) -> None:
 def test_work_is_repeated_as_long_as_the_block_lasts_and_its_fault_is_told() -> None:
     done: list[float] = []
     began = time.perf_counter()
-    with _repeated(lambda: done.append(time.perf_counter()), every=0.01) as took:
+    with _repeat_in_thread(lambda: done.append(time.perf_counter()), every=0.01) as took:
         while len(done) < 5:
             time.sleep(0.01)
     over = time.perf_counter()
     assert len(took) == len(done)
     assert sum(took) < over - began
     assert all(at - began > 0.009 * i for i, at in enumerate(done)), "at the required interval"
-    with _repeated(None, every=0.01) as took:
+    with _repeat_in_thread(None, every=0.01) as took:
         pass
     assert took == []
 
     def fail() -> None:
         raise OSError("no server")
 
-    with pytest.raises(OSError, match="no server"), _repeated(fail, every=0.01):
+    with pytest.raises(OSError, match="no server"), _repeat_in_thread(fail, every=0.01):
         pass
 
 

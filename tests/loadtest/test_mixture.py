@@ -39,7 +39,7 @@ def test_a_step_is_timed_when_everybody_has_begun() -> None:
 
 def test_the_verdicts_take_the_fastest_peer() -> None:
     def side(name: str, one: list[float], eight: list[float]) -> mixture.Side:
-        module = mixture.OURS if name.startswith("ours") else mixture.PEER
+        module = mixture.OUR_ENGINE if name.startswith("ours") else mixture.PEER
         return mixture.Side(name, module, {}, {1: one, 8: eight})
 
     ours = side("ours", [2.0, 3.0, 9.0], [30.0]), side("ours, int8", [2.0], [9.0])

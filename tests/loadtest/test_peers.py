@@ -71,7 +71,7 @@ class Worker(WorkerSide):
         super().__init__()
         self._settings = {"fail": fail, "short": short}
 
-    def missing(self) -> str | None:
+    def missing_reason(self) -> str | None:
         return None
 
     def describe(self) -> dict[str, Any]:
@@ -199,4 +199,4 @@ def test_missing_peers_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.M
         (vllm.Vllm(), "vllm"),
         (transformers_serve.TransformersServe(), "transformers"),
     ):
-        assert side.missing() == f"not installed: python -m loadtest peers install {recipe}"
+        assert side.missing_reason() == f"not installed: python -m loadtest peers install {recipe}"

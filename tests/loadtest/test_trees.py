@@ -17,7 +17,7 @@ def test_each_side_runs_the_code_of_its_checkout(tmp_path: Path) -> None:
     (package / "cli.py").write_text(f"def main():\n    {show}\n")
     kit = Kit(model=tmp_path, adapters={}, rank=16, threads=2, folder=tmp_path)
     side = other(tmp_path)()
-    assert side.missing() is None
+    assert side.missing_reason() is None
     command, environment = side.command(kit, 8000)
     here = Path(__file__).parents[2]
     shown = subprocess.run(command, env=os.environ | environment, cwd=here, capture_output=True, text=True, check=True)
@@ -28,7 +28,7 @@ def test_each_side_runs_the_code_of_its_checkout(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_server_takes_no_part(tmp_path: Path) -> None:
-    assert other(tmp_path)().missing() == f"{tmp_path} is no checkout"
+    assert other(tmp_path)().missing_reason() == f"{tmp_path} is no checkout"
 
 
 def test_verdicts_go_by_the_median_of_neighbouring_rounds() -> None:

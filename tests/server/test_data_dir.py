@@ -123,7 +123,7 @@ def test_one_of_them_is_restored_as_an_older_version_and_one_removed(
 
 
 def test_the_doctor_keeps_its_hands_off_a_directory_in_use(tmp_path: Path, kept: dict[str, list[str]]) -> None:
-    with data_dir.taken(tmp_path):
+    with data_dir.locked(tmp_path):
         code, said = doctor(tmp_path, "--remove", "--all")
         assert code != 0
         assert "another server" in said
@@ -134,7 +134,7 @@ def test_a_disk_without_locks_is_called_that(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(SettingError, match=r"cannot be locked \(No locks available\)"), data_dir.taken(tmp_path):
+    with pytest.raises(SettingError, match=r"cannot be locked \(No locks available\)"), data_dir.locked(tmp_path):
         pass
 
 
@@ -297,7 +297,7 @@ def test_a_disk_that_takes_nothing_serves_what_it_has_and_takes_more_when_it_can
             fill(root / "filler")
         else:
             subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
-        with data_dir.taken(root), opened(root) as store:
+        with data_dir.locked(root), opened(root) as store:
             assert meaning(store) == before
             with pytest.raises(OSError, match=r"full|read-only|No space"):
                 put(store, "b", 2)

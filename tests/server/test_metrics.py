@@ -10,7 +10,7 @@ from tests.support.harness import base_info
 def scrape(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Every sample by (name, labels); a duplicate series fails here."""
     samples: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-    for family in text_string_to_metric_families(metrics.page().decode()):
+    for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:
             key = (sample.name.removeprefix("lorakeet:"), tuple(sorted(sample.labels.items())))
             assert key not in samples
@@ -64,8 +64,8 @@ def test_engine_reports_are_gauges_and_increments() -> None:
         drafted_tokens=7,
         accepted_tokens=5,
     )
-    metrics.engine_stats(report)
-    metrics.engine_stats(report)
+    metrics.add_engine_stats(report)
+    metrics.add_engine_stats(report)
     assert value(metrics, "num_requests_running") == 3
     assert value(metrics, "num_requests_waiting") == 2
     assert value(metrics, "kv_cache_usage_perc") == 0.5
@@ -80,25 +80,25 @@ def test_engine_reports_are_gauges_and_increments() -> None:
 
 def test_a_heartbeat_is_no_step() -> None:
     metrics = Metrics()
-    metrics.engine_stats(Stats())
+    metrics.add_engine_stats(Stats())
     assert value(metrics, "engine_step_requests_count") == 0
 
 
 def test_counters_survive_the_engine_and_gauges_do_not() -> None:
     metrics = Metrics()
-    metrics.engine_stats(Stats(running=3, prefix_hits=4, adapters=[AdapterUse("sha256:1", "device", 8, 1, 0)]))
-    metrics.engine_process(alive=False)
+    metrics.add_engine_stats(Stats(running=3, prefix_hits=4, adapters=[AdapterUse("sha256:1", "device", 8, 1, 0)]))
+    metrics.set_engine_process(alive=False)
     assert value(metrics, "num_requests_running") == 0
     assert value(metrics, "engine_up") == 0
     assert value(metrics, "num_loaded_lora_adapters", level="device") == 0
-    metrics.engine_stats(Stats(prefix_hits=1))
+    metrics.add_engine_stats(Stats(prefix_hits=1))
     assert value(metrics, "prefix_cache_hits_total") == 5
 
 
 def test_adapters_are_counted_by_name() -> None:
     metrics = Metrics()
     served(metrics, "legal", "sha256:1")
-    metrics.engine_stats(
+    metrics.add_engine_stats(
         Stats(
             loads=[("sha256:1", 0.5)],
             evictions=["sha256:1", "sha256:unknown"],
@@ -118,10 +118,10 @@ def test_adapters_are_counted_by_name() -> None:
 def test_adapters_are_told_by_their_changes() -> None:
     metrics = Metrics()
     served(metrics, "legal", "sha256:1")
-    metrics.engine_stats(Stats(adapters=[AdapterUse("sha256:1", "host", 8), AdapterUse("sha256:2", "device", 4)]))
-    metrics.engine_stats(Stats())
+    metrics.add_engine_stats(Stats(adapters=[AdapterUse("sha256:1", "host", 8), AdapterUse("sha256:2", "device", 4)]))
+    metrics.add_engine_stats(Stats())
     moved = [AdapterUse("sha256:1", "host", present=False), AdapterUse("sha256:1", "device", 8)]
-    metrics.engine_stats(Stats(adapters=[*moved, AdapterUse("sha256:2", "device", present=False)]))
+    metrics.add_engine_stats(Stats(adapters=[*moved, AdapterUse("sha256:2", "device", present=False)]))
     loaded = {labels: count for (name, labels), count in scrape(metrics).items() if name == "lora_adapter_loaded"}
     labels = {"adapter_name": "legal", "level": "device", "pinned": "false", "rank": "8"}
     assert loaded == {tuple(sorted(labels.items())): 1}
@@ -165,7 +165,7 @@ def test_gateway_info_names_running_and_waiting_adapters() -> None:
         metrics.request(("c", "sha256:2")),
     ]
     requests.append(metrics.request(("d", "sha256:3")))  # still on disk
-    metrics.engine_stats(
+    metrics.add_engine_stats(
         Stats(adapters=[AdapterUse("sha256:1", "device", 8, 2, 0), AdapterUse("sha256:2", "host", 8, 0, 1)])
     )
     labels = {"max_lora": "1", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c,d"}
@@ -173,15 +173,15 @@ def test_gateway_info_names_running_and_waiting_adapters() -> None:
     for request in requests:
         request.finish("stop")
     gone = [AdapterUse("sha256:1", "device", present=False), AdapterUse("sha256:2", "host", present=False)]
-    metrics.engine_stats(Stats(adapters=[*gone, AdapterUse("sha256:2", "device", 8, 0, 0)]))
+    metrics.add_engine_stats(Stats(adapters=[*gone, AdapterUse("sha256:2", "device", 8, 0, 0)]))
     labels = {"max_lora": "1", "running_lora_adapters": "c", "waiting_lora_adapters": ""}  # nobody asks, it is there
     assert value(metrics, "lora_requests_info", **labels) > 1.6e9
 
 
 def test_a_pinned_adapter_is_named_before_anybody_asks_for_it() -> None:
     metrics = Metrics()
-    metrics.pinned([("faq", "sha256:1")], 4096)
-    metrics.engine_stats(Stats(adapters=[AdapterUse("sha256:1", "device", 8, 0, 0)]))
+    metrics.set_pinned([("faq", "sha256:1")], 4096)
+    metrics.add_engine_stats(Stats(adapters=[AdapterUse("sha256:1", "device", 8, 0, 0)]))
     labels = {"max_lora": "1", "running_lora_adapters": "faq", "waiting_lora_adapters": ""}
     assert value(metrics, "lora_requests_info", **labels) > 1.6e9
     labels = {"adapter_name": "other", "level": "device", "pinned": "true", "rank": ""}
@@ -192,9 +192,9 @@ def test_residency_tells_tier_pin_and_rank() -> None:
     metrics = Metrics()
     served(metrics, "legal", "sha256:1")
     served(metrics, "poet", "sha256:2")
-    metrics.pinned([("legal", "sha256:1")], 4096)
-    metrics.engine_process(alive=True, info=base_info())
-    metrics.engine_stats(
+    metrics.set_pinned([("legal", "sha256:1")], 4096)
+    metrics.set_engine_process(alive=True, info=base_info())
+    metrics.add_engine_stats(
         Stats(
             adapters=[
                 AdapterUse("sha256:1", "device", 8, 0, 0),
@@ -216,7 +216,7 @@ def test_residency_tells_tier_pin_and_rank() -> None:
     assert value(metrics, "max_gpu_lora_adapters") == min(base_info().pool_rows.values()) // 16
     labels = {"block_size": str(base_info().block_size), "num_gpu_blocks": str(base_info().num_blocks)}
     assert value(metrics, "cache_config_info", **labels) == 1
-    metrics.engine_process(alive=False)
+    metrics.set_engine_process(alive=False)
     assert value(metrics, "num_gpu_loaded_lora_adapters") == 0
 
 
@@ -226,7 +226,7 @@ def test_another_prefix_renames_everything_of_ours() -> None:
         served(metrics, "legal", "sha256:1")
     expected = {name for name, _ in scrape(ours)}
     names = {
-        sample.name for family in text_string_to_metric_families(vllm.page().decode()) for sample in family.samples
+        sample.name for family in text_string_to_metric_families(vllm.render().decode()) for sample in family.samples
     }
     own = {name for name in names if name.startswith("vllm:")}
     assert {name.removeprefix("vllm:") for name in own} | (names - own) == expected
@@ -255,8 +255,8 @@ def test_equal_names_of_two_tenants_are_two_adapters() -> None:
         metrics.request((label, "sha256:1"), tenant=tenant).output(1, 5, 0.0)
     assert value(metrics, "lora_requests_total", adapter_name="law") == 1
     assert value(metrics, "lora_requests_total", adapter_name="acme//law") == 1
-    assert metrics.usage.of("acme", "acme//law").requests == 1
-    assert metrics.usage.of("acme", "law").requests == 0
+    assert metrics.usage.get("acme", "acme//law").requests == 1
+    assert metrics.usage.get("acme", "law").requests == 0
     metrics.adapter_deleted("acme//law")
-    assert metrics.usage.of("acme", "acme//law").requests == 0
-    assert metrics.usage.of("", "law").requests == 1
+    assert metrics.usage.get("acme", "acme//law").requests == 0
+    assert metrics.usage.get("", "law").requests == 1

@@ -10,7 +10,7 @@ from typing import NoReturn
 import pytest
 
 from server import history
-from server.repeat import repeatedly
+from server.repeat import run_periodically
 from server.tenants import keys, sending
 from tests.support.harness import Site
 
@@ -26,11 +26,11 @@ async def test_it_goes_on_after_a_fault_which_is_logged_once(caplog: pytest.LogC
             raise fault
 
     caplog.set_level("INFO")
-    task = asyncio.create_task(repeatedly(work, 0.001, "work", OSError))
+    task = asyncio.create_task(run_periodically(work, 0.001, "work", OSError))
     await asyncio.wait_for(done.wait(), 60)
     task.cancel()
     logged = [(record.message, bool(record.exc_info)) for record in caplog.records]
-    again = ("work: works again", False)
+    again = ("work: recovered", False)
     assert logged == [("work: odd", True), ("work: full", False), again, ("work: odd", True), again]
 
 
@@ -44,7 +44,7 @@ async def test_no_loop_of_the_server_ends_with_a_fault(tmp_path: Path, monkeypat
 
         return fail
 
-    monkeypatch.setattr(history, "SECONDS", 0.01)
+    monkeypatch.setattr(history, "SAMPLE_SECONDS", 0.01)
     monkeypatch.setattr(keys, "FLUSH_SECONDS", 0.01)
     with contextlib.closing(Site(tmp_path, store_poll_seconds=0.1, adapter_orphan_hours=1e-5)) as site:
         registry, tenants, samples = site.registry, site.services.tenants, site.services.history
@@ -55,7 +55,7 @@ async def test_no_loop_of_the_server_ends_with_a_fault(tmp_path: Path, monkeypat
         for name, owner in (names | {"sample": samples}).items():
             monkeypatch.setattr(owner, name, failing(name))
         loops = registry.collect_orphans(), registry.following.run(), tenants.run(), tenants.follow(), samples.run()
-        tasks = [asyncio.create_task(loop) for loop in (*loops, sending.keep_sending(0.01, failing("send")))]
+        tasks = [asyncio.create_task(loop) for loop in (*loops, sending.send_periodically(0.01, failing("send")))]
         async with asyncio.timeout(60):
             while len(calls) < len(tasks) or min(calls.values()) < 3:
                 assert not any(task.done() for task in tasks)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.setting_kinds import parse_bool, parse_size
-from server.setting_table import settings_table, tell_of_unknown
+from server.setting_table import settings_table, warn_about_unknown
 from server.settings import SettingError, Settings, settings_fields
 from server.text.reasoning import VLLM_NAMES as REASONING_NAMES
 from server.text.tools.table import VLLM_NAMES as TOOL_NAMES
@@ -143,13 +143,13 @@ def test_a_bad_value_is_named_by_where_it_came_from(flags: Any, environ: Any, me
 def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting(caplog: pytest.LogCaptureFixture) -> None:
     environ = {"LORAKEET_PORT": "tcp://10.96.0.7:80", "LORAKEET_SERVICE_PORT": "80", "LORAKEET_PORT_80_TCP": "tcp://x"}
     assert Settings.load({}, environ).port == 8000
-    tell_of_unknown(environ)
+    warn_about_unknown(environ)
     assert not caplog.records
 
 
 def test_a_misspelt_variable_is_told(caplog: pytest.LogCaptureFixture) -> None:
     environ = {"LORAKEET_API_KEYS": "a", "LORAKEET_MAX_MODEL_LENGTH": "64", "LORAKEET_MODEL": "x", "HOME": "/"}
-    tell_of_unknown(environ | {"LORAKEET_URL": "x", "LORAKEET_TRITON": "0", "LORAKEET_RAY_COMMAND": "x"})
+    warn_about_unknown(environ | {"LORAKEET_URL": "x", "LORAKEET_TRITON": "0", "LORAKEET_RAY_COMMAND": "x"})
     assert caplog.messages == ["LORAKEET_API_KEYS is not a setting", "LORAKEET_MAX_MODEL_LENGTH is not a setting"]
 
 

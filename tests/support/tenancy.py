@@ -20,7 +20,7 @@ Headers = dict[str, str]
 async def key(served: Served, tenant: str = "", roles: Sequence[Role] = ROLES, **more: Any) -> Headers:
     """Create a key; return the headers for its requests. The first key of an application is an operator's."""
     tenants = served.services.tenants
-    if not tenants.closed:
+    if not tenants.requires_key:
         await asyncio.to_thread(tenants.create_key, "", ["admin"])
     if tenant not in tenants.tenants:
         await asyncio.to_thread(tenants.create_tenant, tenant)

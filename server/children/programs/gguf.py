@@ -20,23 +20,23 @@ def convert(order: Mapping[str, Path]) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source, destination = order["source"], order["target"]
+    source, target = order["source"], order["target"]
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    packed = AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         source.parent,
         gguf_file=source.name,
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
     # transformers refuses to save a model read from GGUF, so the weights move into a fresh one.
-    config = packed.config
+    config = loaded.config
     vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(packed.state_dict(), assign=True)
+    model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
-    model.generation_config = packed.generation_config
-    model.save_pretrained(destination)
-    tokenizer.save_pretrained(destination)
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

@@ -19,12 +19,12 @@ from server.messages.grammar_definition import LIMITS, definition
 from server.messages.protocol import Grammar
 
 _BYTES = LLTokenizer("byte")
-_LATE = ("$defs", "definitions")  # members that others refer to are searched last
+_SEARCHED_LAST = ("$defs", "definitions")  # members that others refer to are searched last
 
 
-def _carry_out(order: dict[str, Any]) -> dict[str, Any]:
+def _run_order(order: dict[str, Any]) -> dict[str, Any]:
     grammar = msgspec.convert(order["grammar"], Grammar)
-    begun = time.monotonic()
+    start = time.monotonic()
     before = _resident()
     error = _error(grammar)
     if error is None:
@@ -32,7 +32,7 @@ def _carry_out(order: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {"error": " ".join(error.split())}
     if grammar.kind == "json":
         with contextlib.suppress(TimeoutError):
-            answer["path"] = culprit(json.loads(grammar.text), _is_refused_like(error, begun + order["seconds"]))
+            answer["path"] = culprit(json.loads(grammar.text), _refusal_test(error, start + order["seconds"]))
     return answer
 
 
@@ -61,7 +61,7 @@ def _error_at_start(matcher: LLMatcher) -> str | None:
     return "no text fits it, or none that ends" if matcher.is_error() else None
 
 
-def _is_refused_like(error: str, until: float) -> Callable[[Any], bool]:
+def _refusal_test(error: str, until: float) -> Callable[[Any], bool]:
     """Return a test whether a schema is refused for the same reason; it raises TimeoutError after `until`."""
     kind = error.partition(":")[0].split("'")[0]
 
@@ -101,7 +101,7 @@ def _members(part: dict[str, Any] | list[Any]) -> list[tuple[Any, Any]]:
     """Return the part's members with their keys, scalars first, since these determine the meaning of the others."""
     if isinstance(part, list):
         return list(enumerate(part))
-    return sorted(part.items(), key=lambda item: (item[0] in _LATE, isinstance(item[1], dict | list)))
+    return sorted(part.items(), key=lambda item: (item[0] in _SEARCHED_LAST, isinstance(item[1], dict | list)))
 
 
 def _keep(part: dict[str, Any] | list[Any], members: list[tuple[Any, Any]]) -> None:
@@ -113,4 +113,4 @@ def _keep(part: dict[str, Any] | list[Any], members: list[tuple[Any, Any]]) -> N
 
 
 if __name__ == "__main__":
-    serve_forked(lambda order: {"answer": _carry_out(order)})
+    serve_forked(lambda order: {"answer": _run_order(order)})

@@ -45,7 +45,7 @@ def fetch(order: Order) -> str:
         if is_disk_full(fault):
             raise
         first = next(iter(str(fault).splitlines()), "") or type(fault).__name__
-        raise AdapterError(f"the hub does not give it: {first}", "", UNAVAILABLE) from fault
+        raise AdapterError(f"the hub did not deliver it: {first}", "", UNAVAILABLE) from fault
 
 
 def _fetch(order: Order) -> str:
@@ -61,7 +61,7 @@ def _fetch(order: Order) -> str:
         size = sum(found.values())
         raise AdapterError(f"it has {size} bytes, more than {order.most_bytes} (--max-upload-bytes)", "", "too_large")
     if info.sha is None:
-        raise AdapterError("the hub does not say which commit it has", "", UNAVAILABLE)
+        raise AdapterError("the hub reported no commit", "", UNAVAILABLE)
     target = Path(order.target)
     work = target / ".hub"
     for name in found:

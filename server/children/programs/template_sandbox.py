@@ -8,7 +8,7 @@ from server.children.forked import serve_forked
 from server.text.chat_template import ChatTemplate, TemplateRefusal
 
 
-def _carry_out(order: dict[str, Any]) -> dict[str, Any]:
+def _run_order(order: dict[str, Any]) -> dict[str, Any]:
     try:
         template = ChatTemplate(order["source"], order["special_tokens"], order["max_characters"])
         text = template.render(order["messages"], **order["options"]) if order["messages"] is not None else ""
@@ -31,4 +31,4 @@ def _refused(message: str, param: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve_forked(_carry_out)
+    serve_forked(_run_order)

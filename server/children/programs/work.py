@@ -21,7 +21,7 @@ def answer(content: bytes) -> bytes:
     """Return the content of the frame that answers an order's; see `server.children.helper`."""
     result: Any
     try:
-        return msgspec.json.encode({"answer": _carry_out(**msgspec.json.decode(content))}, enc_hook=str)
+        return msgspec.json.encode({"answer": _run_order(**msgspec.json.decode(content))}, enc_hook=str)
     except AdapterError as refusal:
         result = {"refused": {"message": str(refusal), "param": refusal.param, "code": refusal.code}}
     except MemoryError:
@@ -35,7 +35,7 @@ def answer(content: bytes) -> bytes:
     return msgspec.json.encode(result)
 
 
-def _carry_out(function: str, order: Any) -> Any:
+def _run_order(function: str, order: Any) -> Any:
     module, _, name = function.rpartition(".")
     work = getattr(importlib.import_module(module), name)
     kind = next(hint for key, hint in get_type_hints(work).items() if key != "return")

@@ -13,7 +13,7 @@ from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, check_not_
 from adapters.peft_format.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, TEMPLATE_NAME, TOKENIZER_NAME
 from adapters.storage.receipt import details_of
 from adapters.storage.versions import AmbiguousDigest, Version, split_reference
-from server.errors import Conflict, InvalidRequest, disk_faults, known_adapter
+from server.errors import Conflict, InvalidRequest, as_not_found, disk_faults
 from server.http.answer import WholeFile, unless_gone
 from server.http.fetching import FetchBody, fetch
 from server.http.mixing import MixBody, mix
@@ -45,12 +45,12 @@ async def upload_adapter(request: Request, body: FetchBody | MixBody | None = No
             version, changed = await unless_gone(request.receive, mix(services, caller_of(request), body))
         else:
             publisher = services.registry.publisher
-            async with publisher.stage() as staging:
+            async with publisher.staging_directory() as staging:
                 with disk_faults():
                     name, promote = await _receive(request, services, staging)
                 check_bound(caller_of(request), name)
                 await check_room(request, staging)
-                admitted = publisher.admit(caller_of(request).tenant, name, staging, promote=promote)
+                admitted = publisher.publish(caller_of(request).tenant, name, staging, promote=promote)
                 version, changed = await unless_gone(request.receive, admitted)
     made = receipt(services.store, version, version.tenant)
     return JSONResponse(made, status_code=201 if changed else 200, headers=_digest_header(version))
@@ -85,7 +85,7 @@ async def list_adapters(request: Request, query: AdaptersQuery) -> Response:
 async def get_adapter(request: Request) -> Response:
     """Get one adapter: its receipt, details from its files, and the versions of its name."""
     services, version, tenant = services_of(request), await _find(request), caller_of(request).tenant
-    with known_adapter(version.name):  # it may be deleted concurrently
+    with as_not_found(version.name):  # it may be deleted concurrently
         pointer = services.store.pointer(version.tenant, version.name)
         async with services.registry.hold(version):
             base = services.engine.info
@@ -107,7 +107,7 @@ async def get_adapter(request: Request) -> Response:
 async def delete_adapter(request: Request) -> Response:
     """Delete an adapter's name; running requests finish with their version."""
     name = request.path_params["name"]
-    with known_adapter(name):
+    with as_not_found(name):
         version = await services_of(request).registry.delete(caller_of(request), name)
     return JSONResponse({"object": "adapter", "name": version.name, "digest": version.digest, "deleted": True})
 
@@ -151,7 +151,7 @@ async def _find(request: Request) -> Version:
     asked = request.path_params["name"]
     name, prefix = split_reference(asked)
     try:
-        with known_adapter(asked):
+        with as_not_found(asked):
             return await services_of(request).registry.find(caller_of(request), name, prefix)
     except AmbiguousDigest:
         raise Conflict(f"Several versions of `{name}` start with {prefix}.", param="name") from None
@@ -171,8 +171,8 @@ class _StoredFile(Response):
         self._file = WholeFile(version.path / filename, media_type=media_type, filename=filename, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with known_adapter(self._version.name):  # it may be deleted concurrently
-            async with self._services.registry.hold(self._version, whole=True):
+        with as_not_found(self._version.name):  # it may be deleted concurrently
+            async with self._services.registry.hold(self._version, verify=True):
                 await self._file(scope, receive, send)
 
 

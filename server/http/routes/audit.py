@@ -15,7 +15,7 @@ from server.tenants.audit import Entry
 
 async def list_audit(request: Request, query: PageQuery) -> Response:
     """List a page of changes, newest first. An operator sees all tenants' changes, another admin its own tenant's."""
-    own = caller_of(request).only_tenant
+    own = caller_of(request).visible_tenant
     entries, more = await asyncio.to_thread(services_of(request).audit.page, own, query.limit, query.after)
     return page([to_builtins(entry) for entry in entries], more)
 

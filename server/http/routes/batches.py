@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.batches.store import Batch, BatchStateError, UnknownBatchError
-from server.errors import Conflict, InvalidRequest, NotFound, StorageFull, disk_faults, shown
+from server.errors import Conflict, InvalidRequest, NotFound, StorageFull, disk_faults, printable
 from server.finetune.files import BATCH, UnknownFileError
 from server.http.objects.common import ListObject
 from server.http.objects.generation import BatchObject
@@ -34,7 +34,7 @@ async def create_batch(request: Request, body: BatchBody) -> Response:
     try:
         file = await asyncio.to_thread(services.tuning.files.fetched, caller_of(request).tenant, body.input_file_id)
     except UnknownFileError:
-        message = f"`input_file_id`: there is no file {shown(body.input_file_id)}."
+        message = f"`input_file_id`: there is no file {printable(body.input_file_id)}."
         raise InvalidRequest(message, param="input_file_id") from None
     if file.purpose != BATCH:
         message = f"`input_file_id`: the file is for `{file.purpose}`; upload it with the purpose `{BATCH}`."
@@ -71,7 +71,7 @@ async def _find(request: Request) -> Batch:
     try:
         return await asyncio.to_thread(services_of(request).batches.store.get, caller_of(request).tenant, batch_id)
     except UnknownBatchError:
-        raise NotFound(f"No such batch: {shown(batch_id)}", param="id", code="batch_not_found") from None
+        raise NotFound(f"No such batch: {printable(batch_id)}", param="id", code="batch_not_found") from None
 
 
 def _shown(request: Request, batch: Batch) -> dict[str, Any]:

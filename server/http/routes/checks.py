@@ -63,7 +63,7 @@ async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:
     services, caller, name = services_of(request), caller_of(request), request.path_params["name"]
     if body.peft:
         _check_oracle(services)
-    async with services.registry.open(caller, name, param="name", whole=body.peft) as version:
+    async with services.registry.open(caller, name, param="name", verify=body.peft) as version:
         if version.receipt.get("num_labels"):
             message = f"`{version.name}` classifies: there are no tokens to score."
             raise InvalidRequest(message, param="name", code="unsupported_task")

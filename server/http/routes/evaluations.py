@@ -8,7 +8,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.errors import InvalidRequest, NotFound, shown
+from server.errors import InvalidRequest, NotFound, printable
 from server.finetune.evaluation_store import Evaluation, UnknownEvaluationError
 from server.finetune.files import UnknownFileError
 from server.http.objects.common import DeletedObject, ListObject
@@ -35,7 +35,7 @@ async def create_evaluation(request: Request, body: EvaluationBody) -> Response:
     try:
         await asyncio.to_thread(services.tuning.files.get, caller_of(request).tenant, body.file)
     except UnknownFileError:
-        raise InvalidRequest(f"`file`: there is no file {shown(body.file)}.", param="file") from None
+        raise InvalidRequest(f"`file`: there is no file {printable(body.file)}.", param="file") from None
     async with open_target(services, caller_of(request), body.model) as target:
         version = target.adapters[0] if target.adapters else None
         evaluation = await services.tuning.evaluations.create(
@@ -79,7 +79,7 @@ async def _find(request: Request) -> Evaluation:
             services_of(request).tuning.evaluations.store.get, caller_of(request).tenant, evaluation_id
         )
     except UnknownEvaluationError:
-        raise NotFound(f"No such evaluation: {shown(evaluation_id)}", param="id") from None
+        raise NotFound(f"No such evaluation: {printable(evaluation_id)}", param="id") from None
 
 
 def evaluation_object(evaluation: Evaluation) -> dict[str, Any]:

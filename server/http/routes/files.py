@@ -10,7 +10,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.errors import InvalidRequest, NotFound, disk_faults, shown
+from server.errors import InvalidRequest, NotFound, disk_faults, printable
 from server.finetune import hyperparameters
 from server.finetune.dataset import load_dataset
 from server.finetune.files import PURPOSES, TRAINING, StoredFile, UnknownFileError
@@ -156,7 +156,7 @@ async def _find(request: Request, *, fetched: bool = False) -> StoredFile:
     try:
         return await asyncio.to_thread(files.fetched if fetched else files.get, caller_of(request).tenant, file_id)
     except UnknownFileError:
-        raise NotFound(f"No such File object: {shown(file_id)}", param="id", code="file_not_found") from None
+        raise NotFound(f"No such File object: {printable(file_id)}", param="id", code="file_not_found") from None
 
 
 def file_object(stored: StoredFile) -> dict[str, Any]:

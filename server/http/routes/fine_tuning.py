@@ -18,7 +18,7 @@ from adapters.peft_format.fields import AdapterError
 from adapters.storage.database import UnknownCursorError
 from adapters.strict_json import encode_line
 from server.client.engine import TrainingRefused
-from server.errors import InvalidRequest, NotFound, TooManyRequests, shown
+from server.errors import InvalidRequest, NotFound, TooManyRequests, printable
 from server.finetune import hyperparameters
 from server.finetune.files import UnknownFileError
 from server.finetune.jobs import FINAL, Event, Job, JobSpec, JobStateError, StoredCheckpoint, UnknownJobError
@@ -123,7 +123,7 @@ def _check_file(services: Services, tenant: str, param: str, file_id: str) -> No
     try:
         stored = services.tuning.files.get(tenant, file_id)
     except UnknownFileError:
-        message = f"`{param}`: there is no file {shown(file_id)}."
+        message = f"`{param}`: there is no file {printable(file_id)}."
         raise InvalidRequest(message, param=param, code="file_not_found") from None
     if stored.purpose != "fine-tune":
         raise InvalidRequest(f"`{param}`: {file_id} is not a file for fine-tuning.", param=param)
@@ -136,14 +136,14 @@ def _shape(
     base = services.engine_info
     if target.refs:
         if asked is not None and asked.model_fields_set - {"lora_dropout", "scale_vector"}:
-            message = f"`lora`: {shown(target.asked)} is an adapter, and its shape stays as it is."
+            message = f"`lora`: {printable(target.asked)} is an adapter, and its shape stays as it is."
             raise InvalidRequest(message, param="lora")
         spec = AdapterSpec.read(Path(target.refs[0].path))
         options = (asked or LoraBody()).options()
         try:
             shapes = hyperparameters.trained_on(spec)
         except AdapterError as error:
-            raise InvalidRequest(f"`model`: {shown(target.asked)} {error}.", param="model") from None
+            raise InvalidRequest(f"`model`: {printable(target.asked)} {error}.", param="model") from None
         if spec.variants.experts and options.lora_dropout:
             message = "`lora.lora_dropout`: adapters of experts are trained without."
             raise InvalidRequest(message, param="lora.lora_dropout")
@@ -252,7 +252,7 @@ async def _find(request: Request) -> Job:
     try:
         return await asyncio.to_thread(services_of(request).tuning.jobs.get, caller_of(request).tenant, job_id)
     except UnknownJobError:
-        message = f"Could not find fine tune: {shown(job_id)}"
+        message = f"Could not find fine tune: {printable(job_id)}"
         raise NotFound(message, param="fine_tuning_job_id", code="fine_tune_not_found") from None
 
 

@@ -51,10 +51,10 @@ async def server_version(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Get all metrics, always in Prometheus's text format."""
     services = services_of(request)
-    services.metrics.engine_process(alive=services.engine.pid is not None, info=services.engine.info)
+    services.metrics.set_engine_process(alive=services.engine.pid is not None, info=services.engine.info)
     await services.tuning.count_jobs()
     await services.batches.count()
-    return Response(services.metrics.page(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+    return Response(services.metrics.render(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
 routes = [

@@ -31,7 +31,7 @@ from server.errors import (
     StorageFull,
     TooManyRequests,
     disk_faults,
-    shown,
+    printable,
 )
 from server.http.answer import WholeFile
 from server.http.objects.adapters import DeletedMerge, MergeObject
@@ -90,7 +90,7 @@ async def merge(request: Request, body: MergeBody) -> Response:
     whole = body.dtype is None
     caller, name = caller_of(request), request.path_params["name"]
     await _check_own(services, caller, name)
-    async with services.registry.open(caller, name, param="name", whole=whole) as version:
+    async with services.registry.open(caller, name, param="name", verify=whole) as version:
         if body.dtype is None:
             return await _checkpoint(services, version)
         return await _resident(services, version, body.dtype, body.prompts or _PROMPTS)
@@ -131,9 +131,9 @@ async def _checkpoint(services: Services, version: Version) -> Response:
     target = _directory(services, version)
     if target.is_dir():
         return _receipt(version, target, 200)
-    if services.checkpointing.locked():
+    if services.checkpoint_lock.locked():
         raise TooManyRequests("A checkpoint is being made already.", retry_after=30)
-    async with services.checkpointing:
+    async with services.checkpoint_lock:
         await _make(services, version, target)
     return _receipt(version, target, 201)
 
@@ -142,7 +142,7 @@ async def get_checkpoint_file(request: Request) -> Response:
     """Download a file of the checkpoint."""
     target, wanted = await _existing(request), request.path_params["file"]
     if wanted not in {path.name for path in target.iterdir()}:
-        raise NotFound(f"The checkpoint has no file `{shown(wanted)}`.", param="file")
+        raise NotFound(f"The checkpoint has no file `{printable(wanted)}`.", param="file")
     return WholeFile(target / wanted, filename=wanted)
 
 
@@ -152,7 +152,7 @@ async def get_merge(request: Request) -> Response:
     version = await _version(services, caller_of(request), name)
     target, report = _directory(services, version), services.engine.merges.get(version.digest)
     if not target.is_dir() and report is None:
-        raise NotFound(f"`{shown(name)}` is not merged.", param="name", code="merge_not_found")
+        raise NotFound(f"`{printable(name)}` is not merged.", param="name", code="merge_not_found")
     body = {
         "object": "merge",
         "name": version.name,
@@ -177,7 +177,7 @@ async def delete_merge(request: Request, query: DeleteMergeQuery) -> Response:
         await run_in_threadpool(shutil.rmtree, doomed, ignore_errors=True)
         deleted.append("checkpoint")
     if not deleted:
-        raise NotFound(f"`{shown(name)}` is not merged.", param="name", code="merge_not_found")
+        raise NotFound(f"`{printable(name)}` is not merged.", param="name", code="merge_not_found")
     return JSONResponse({"object": "merge", "name": name, "digest": version.digest, "deleted": deleted})
 
 
@@ -216,7 +216,7 @@ def _directory(services: Services, version: Version) -> Path:
 async def _check_own(services: Services, caller: Caller, asked: str) -> None:
     """Check that the caller owns the adapter. Raises ModelNotFound, PermissionDenied."""
     try:
-        await services.registry.own(caller, split_reference(asked)[0])
+        await services.registry.find_owned(caller, split_reference(asked)[0])
     except UnknownAdapter:
         raise ModelNotFound(asked, param="name") from None
 
@@ -231,7 +231,7 @@ async def _existing(request: Request) -> Path:
     services, name = services_of(request), request.path_params["name"]
     target = _directory(services, await _version(services, caller_of(request), name))
     if not target.is_dir():
-        raise NotFound(f"`{shown(name)}` has no merged checkpoint.", param="name", code="checkpoint_not_found")
+        raise NotFound(f"`{printable(name)}` has no merged checkpoint.", param="name", code="checkpoint_not_found")
     return target
 
 

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from adapters.peft_format.sizes import device_bytes
-from server.errors import Conflict, TooManyRequests, known_adapter
+from server.errors import Conflict, TooManyRequests, as_not_found
 from server.http.objects.adapters import PinObject
 from server.http.operations import Operation
 from server.services import caller_of, services_of
@@ -26,9 +26,9 @@ async def unpin(request: Request) -> Response:
 
 async def _answer(request: Request, *, pinned: bool) -> Response:
     services, name = services_of(request), request.path_params["name"]
-    with known_adapter(name):
+    with as_not_found(name):
         caller = caller_of(request)
-        version = await services.registry.own(caller, name)
+        version = await services.registry.find_owned(caller, name)
         if pinned:
             answering = services.store.pointer(caller.tenant, version.name).answering
             caller.allowance.check_rows(services.registry.rows(caller, answering))

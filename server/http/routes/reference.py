@@ -27,7 +27,7 @@ async def get_docs(request: Request) -> Response:
 
 def _document(request: Request) -> dict[str, Any]:
     """Return the document, built on first use and when keys appear or disappear, as it takes a tenth of a second."""
-    state, closed = request.app.state, services_of(request).tenants.closed
+    state, closed = request.app.state, services_of(request).tenants.requires_key
     if getattr(state, "openapi_closed", None) != closed:
         operations = [route for route in request.app.routes if isinstance(route, Operation)]
         state.openapi = openapi.document(operations, services_of(request).settings, version("lorakeet"), closed=closed)

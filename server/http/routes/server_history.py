@@ -31,7 +31,7 @@ async def get_history(request: Request, query: HistoryQuery) -> Response:
     return JSONResponse(
         {
             "object": "server.history",
-            "interval_seconds": history.SECONDS,
+            "interval_seconds": history.SAMPLE_SECONDS,
             "limits": limits,
             "samples": services.history.since(query.after),
         }

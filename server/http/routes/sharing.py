@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from adapters.storage.versions import EVERYBODY
-from server.errors import known_adapter
+from server.errors import as_not_found
 from server.http.objects.adapters import ShareObject
 from server.http.operations import Operation
 from server.http.receipts import readers
@@ -34,8 +34,8 @@ async def unshare(request: Request) -> Response:
 
 async def _answer(request: Request, tenants: list[str]) -> Response:
     registry, caller, name = services_of(request).registry, caller_of(request), request.path_params["name"]
-    with known_adapter(name):
-        version = await registry.own(caller, name)
+    with as_not_found(name):
+        version = await registry.find_owned(caller, name)
         pointer = await registry.publisher.share(caller.tenant, version.name, set(tenants) - {caller.tenant})
     return JSONResponse({"object": "adapter.share", "name": version.name, "tenants": readers(pointer)})
 

@@ -75,7 +75,7 @@ class KeysQuery(WindowQuery):
 
 async def list_tenants(request: Request, query: WindowQuery) -> Response:
     """List the tenants by id, the default one first; all of them unless `limit` and `after` select a page."""
-    tenants, own = services_of(request).tenants.tenants, caller_of(request).only_tenant
+    tenants, own = services_of(request).tenants.tenants, caller_of(request).visible_tenant
     ids = sorted(tenants if own is None else [own])
     part, more = window(query, [tenant_name(id_) for id_ in ids])
     return page([_tenant(tenants[id_]) for id_ in ids[part]], more)
@@ -95,7 +95,7 @@ async def get_tenant(request: Request) -> Response:
 async def change_tenant(request: Request, body: TenantChange) -> Response:
     """Change a tenant's limits."""
     tenant = _visible(request, request.path_params["id"])
-    changed = await asyncio.to_thread(services_of(request).tenants.limit, tenant.id, body.limits.limits())
+    changed = await asyncio.to_thread(services_of(request).tenants.set_limits, tenant.id, body.limits.limits())
     return JSONResponse(_tenant(changed))
 
 
@@ -111,7 +111,7 @@ async def delete_tenant(request: Request) -> Response:
 
 async def list_keys(request: Request, query: KeysQuery) -> Response:
     """List the keys by age, without secrets; all of them unless `limit` and `after` select a page."""
-    tenants, own = services_of(request).tenants, caller_of(request).only_tenant
+    tenants, own = services_of(request).tenants, caller_of(request).visible_tenant
     wanted = own if query.tenant is None else _visible(request, query.tenant).id
     keys = [key for key in list(tenants.keys.values()) if wanted in (None, key.tenant)]
     keys.sort(key=lambda key: (key.created_at, key.id))
@@ -140,19 +140,21 @@ async def create_key(request: Request, body: KeyBody) -> Response:
 async def get_key(request: Request) -> Response:
     """Get one key, without its secret."""
     services = services_of(request)
-    return JSONResponse(_key(services, services.tenants.key(caller_of(request).only_tenant, request.path_params["id"])))
+    return JSONResponse(
+        _key(services, services.tenants.key(caller_of(request).visible_tenant, request.path_params["id"]))
+    )
 
 
 async def revoke_key(request: Request) -> Response:
     """Revoke a key; it stays in the list."""
     services = services_of(request)
-    key = services.tenants.key(caller_of(request).only_tenant, request.path_params["id"])
+    key = services.tenants.key(caller_of(request).visible_tenant, request.path_params["id"])
     return JSONResponse(_key(services, await asyncio.to_thread(services.tenants.revoke, key)))
 
 
 def _visible(request: Request, name: str) -> Tenant:
     """Return the tenant of this name. Raises NotFound, also for tenants that the caller may not see."""
-    return services_of(request).tenants.tenant(tenant_of(name), caller_of(request).only_tenant)
+    return services_of(request).tenants.tenant(tenant_of(name), caller_of(request).visible_tenant)
 
 
 def _tenant(tenant: Tenant) -> dict[str, Any]:

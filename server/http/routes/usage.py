@@ -33,7 +33,7 @@ async def list_usage(request: Request, query: UsageQuery) -> Response:
     """
     caller = caller_of(request)
     wanted = None if query.tenant is None else tenant_of(query.tenant)
-    own = caller.only_tenant
+    own = caller.visible_tenant
     rows: list[dict[str, Any]] = []
     if own is None or wanted in (None, own):
         find = services_of(request).ledger.rows

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.storage.store import EtagMismatch
 from adapters.storage.versions import AmbiguousDigest, Pointer, UnknownAdapter
-from server.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed, known_adapter
+from server.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed, as_not_found
 from server.http.objects.adapters import Versions
 from server.http.operations import Operation
 from server.http.receipts import receipt
@@ -37,7 +37,7 @@ class PromoteBody(Body):
 async def list_versions(request: Request) -> Response:
     """List the retained versions of a name, the current one first, with their shares of the requests."""
     services, name = services_of(request), request.path_params["name"]
-    with known_adapter(name):
+    with as_not_found(name):
         version = await services.registry.find(caller_of(request), name)
         return _answer(request, services.store.pointer(version.tenant, version.name))
 
@@ -50,7 +50,7 @@ async def promote(request: Request, body: PromoteBody) -> Response:
     if body.split is None:
         assert body.digest is not None
         return _answer(request, await _changed(publisher.promote(tenant, name, body.digest, expected), "digest"))
-    return _answer(request, await _changed(publisher.divide(tenant, name, body.split, expected), "split"))
+    return _answer(request, await _changed(publisher.split(tenant, name, body.split, expected), "split"))
 
 
 async def roll_back(request: Request) -> Response:
@@ -67,8 +67,8 @@ async def roll_back(request: Request) -> Response:
 async def _name(request: Request) -> str:
     """Return the name in the path, which the caller must own; `name@digest` is not accepted."""
     name: str = request.path_params["name"]
-    with known_adapter(name):
-        return (await services_of(request).registry.own(caller_of(request), name)).name
+    with as_not_found(name):
+        return (await services_of(request).registry.find_owned(caller_of(request), name)).name
 
 
 async def _changed(change: Awaitable[Pointer], param: str) -> Pointer:

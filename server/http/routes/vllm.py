@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from adapters.peft_format.fields import AdapterError
 from adapters.storage.versions import UnknownAdapter
-from server.errors import InvalidRequest, LorakeetError, NotFound, as_error, shown
+from server.errors import InvalidRequest, LorakeetError, NotFound, as_error, printable
 from server.http.answer import unless_gone
 from server.http.fetching import fetch
 from server.http.operations import PUBLISHING, Operation
@@ -58,7 +58,7 @@ async def load(request: Request, body: LoadBody) -> Response:
         raise InvalidUserInput("Both 'lora_name' and 'lora_path' must be provided.")
     check_bound(caller, body.lora_name)
     if not body.load_inplace and _exists(services, caller, body.lora_name):
-        message = f"The lora adapter '{shown(body.lora_name)}' has already been loaded."
+        message = f"The lora adapter '{printable(body.lora_name)}' has already been loaded."
         raise InvalidUserInput(f"{message} Set 'load_inplace' to replace it.", param="lora_name")
     try:
         if body.lora_path.startswith(SCHEME):
@@ -89,7 +89,7 @@ async def unload(request: Request, body: UnloadBody) -> Response:
     if not body.lora_name:
         raise InvalidUserInput("'lora_name' must be provided.", param="lora_name")
     if not _exists(services, caller_of(request), body.lora_name):
-        raise NotFoundError(f"The lora adapter '{shown(body.lora_name)}' cannot be found.", param="lora_name")
+        raise NotFoundError(f"The lora adapter '{printable(body.lora_name)}' cannot be found.", param="lora_name")
     await services.registry.delete(caller_of(request), body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

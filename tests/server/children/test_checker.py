@@ -15,7 +15,7 @@ from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.inspection import Check, inspect, inspect_adapter
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.text import AdapterText, NewToken, read_added_tokens
-from server.children.helper import WORK, Helpers
+from server.children.helper import WORK_PROGRAM, Helpers
 from server.registry.publish import Publisher
 from tests.support.harness import Site, base_info, write_adapter
 
@@ -29,7 +29,7 @@ def check(directory: Path) -> Check:
 
 @contextlib.asynccontextmanager
 async def running(root: Path, memory: int = 1 << 30, **settings: Any) -> AsyncIterator[Publisher]:
-    checker = Helpers(2, WORK, priority="idle", memory=memory)
+    checker = Helpers(2, WORK_PROGRAM, priority="idle", memory=memory)
     with contextlib.closing(Site(root, **settings)) as site:
         site.publisher._checker = checker
         yield site.publisher

@@ -16,8 +16,8 @@ import pytest
 
 from adapters.peft_format.fields import AdapterError
 from server.children.fair_queue import FairQueue
-from server.children.frames import within
-from server.children.helper import WORK, Helper, HelperFailed, HelperLimit, Helpers, ask_once
+from server.children.frames import capped
+from server.children.helper import WORK_PROGRAM, Helper, HelperFailed, HelperLimit, Helpers, ask_once
 
 PROGRAM = """
 import os, sys, time
@@ -45,7 +45,7 @@ def order(code: str, function: str = "run") -> dict[str, str]:
 
 @contextlib.asynccontextmanager
 async def helper(**limits: Any) -> AsyncIterator[Helper]:
-    made = Helper(WORK, **limits)
+    made = Helper(WORK_PROGRAM, **limits)
     try:
         yield made
     finally:
@@ -77,9 +77,9 @@ async def test_the_directory_where_the_server_was_started_has_none_of_our_module
 def test_no_helper_asks_for_more_than_the_system_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is refused to all but root: every upload, or every grammar, would fail."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
-    assert (within(resource.RLIMIT_DATA, 200), within(resource.RLIMIT_DATA, 50)) == (100, 50)
+    assert (capped(resource.RLIMIT_DATA, 200), capped(resource.RLIMIT_DATA, 50)) == (100, 50)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, resource.RLIM_INFINITY))
-    assert within(resource.RLIMIT_DATA, 200) == 200
+    assert capped(resource.RLIMIT_DATA, 200) == 200
 
 
 async def test_one_process_answers_one_order_after_another() -> None:
@@ -195,7 +195,7 @@ async def test_once_in_a_thread_too() -> None:
 
 
 async def test_slow_work_of_one_holds_up_nobody_else() -> None:
-    helpers = Helpers(2, WORK)
+    helpers = Helpers(2, WORK_PROGRAM)
     try:
         await asyncio.gather(*(helpers.ask(key, order("1"), 30) for key in "ab"))
         slow = [asyncio.create_task(helpers.ask("slow", order("time.sleep(50)"), 60)) for _ in range(12)]
@@ -210,7 +210,7 @@ async def test_slow_work_of_one_holds_up_nobody_else() -> None:
 
 
 async def _take(queue: FairQueue, key: str, seconds: float, done: list[str]) -> None:
-    async with queue.take(key, key):
+    async with queue.acquire(key, key):
         await asyncio.sleep(seconds)
     done.append(key)
 
@@ -245,7 +245,7 @@ async def test_many_calls_of_one_do_not_go_before_others() -> None:
 
 async def test_whoever_stops_waiting_gives_his_turn_away() -> None:
     queue, done = FairQueue(1), list[str]()
-    async with queue.take("a", "a"):
+    async with queue.acquire("a", "a"):
         waiting = [asyncio.create_task(_take(queue, key, 0, done)) for key in "bcd"]
         await asyncio.sleep(0)
         waiting[0].cancel()

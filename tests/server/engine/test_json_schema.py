@@ -9,7 +9,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 
-from server.children.programs.grammar_check import _carry_out
+from server.children.programs.grammar_check import _run_order
 from server.engine.engine import Engine
 from server.messages.grammar_definition import definition
 from server.messages.protocol import Generate, Grammar
@@ -41,7 +41,7 @@ def tokenizer(shallow_dir: Path) -> Tokenizer:
 
 def checked(schema: dict[str, Any]) -> dict[str, Any]:
     """The answer of the trial compilation."""
-    return _carry_out({"grammar": {"kind": "json", "text": json.dumps(schema), "size": 0, "thought": ""}, "seconds": 5})
+    return _run_order({"grammar": {"kind": "json", "text": json.dumps(schema), "size": 0, "thought": ""}, "seconds": 5})
 
 
 def asked(name: str, schema: dict[str, Any], seed: int, tokenizer: Tokenizer) -> Generate:

@@ -19,7 +19,7 @@ from safetensors.numpy import save as save_safetensors
 from adapters.peft_format.outline import Outline
 from adapters.storage.store import AdapterStore
 from server.services import TENANT
-from server.tenants.caller import EVERYTHING
+from server.tenants.caller import OPERATOR_CALLER
 from tests.support.harness import HIDDEN, Site, adapter_files
 from tests.support.tiny import tiny_text
 
@@ -119,7 +119,7 @@ async def test_a_download_outlives_its_name(site: Site) -> None:
     await push(site, "legal")
     version = site.store.get(TENANT, "legal")
     with site.store.lease(version):
-        await site.registry.delete(EVERYTHING, "legal")
+        await site.registry.delete(OPERATOR_CALLER, "legal")
         assert read(version.path / "adapter_model.safetensors") == weights
     async with asyncio.timeout(60):
         while kept(site):  # noqa: ASYNC110 - removed by a thread

@@ -77,7 +77,7 @@ async def test_every_version_that_answers_is_warmed(served: Served, tmp_path: Pa
     old, new = [await served.add_adapter(tmp_path, "poet", seed) for seed in range(2)]
     body = (await served.client.post("/v1/adapters/poet/warm")).json()
     assert body == {"object": "adapter.residency", "name": "poet", "digests": [new], "seconds": 0.25}
-    await served.services.registry.publisher.divide(TENANT, "poet", {old: 0.9, new: 0.1}, None)
+    await served.services.registry.publisher.split(TENANT, "poet", {old: 0.9, new: 0.1}, None)
     body = (await served.client.post("/v1/adapters/poet/warm")).json()
     assert (sorted(body["digests"]), body["seconds"]) == (sorted([old, new]), 0.5)
     await served.client.post(f"/v1/adapters/poet@{old}/warm")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server.messages.protocol import Generate
-from server.tenants.caller import EVERYTHING
+from server.tenants.caller import OPERATOR_CALLER
 from tests.support.completions import complete, events, joined
 from tests.support.scripted import BASE, BASE_DIGEST, EOS, TEXT, Served, encode, serving, unavailable
 
@@ -319,7 +319,7 @@ async def test_the_adapters_files_stay_while_it_answers(served: Served, tmp_path
 
     async def gate(request: Generate, step: int) -> None:
         if step == 1:
-            await served.services.registry.delete(EVERYTHING, "poet")
+            await served.services.registry.delete(OPERATOR_CALLER, "poet")
         present.append((Path(request.adapters[0].path) / "adapter_model.safetensors").is_file())
 
     served.engine.gate = gate

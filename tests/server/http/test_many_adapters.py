@@ -14,7 +14,7 @@ import pytest
 
 from adapters.storage.store import AdapterStore
 from server.services import TENANT
-from server.tenants.caller import EVERYTHING
+from server.tenants.caller import OPERATOR_CALLER
 from tests.support.harness import Site, write_adapter
 
 MANY = 10_000
@@ -106,4 +106,4 @@ async def test_publishing_one_more_looks_at_no_other(
         _, changed = await many.publisher.import_directory(TENANT, "zz", directory)
         assert changed
     await many.publisher.roll_back(TENANT, "zz", None)
-    await many.registry.delete(EVERYTHING, "zz")
+    await many.registry.delete(OPERATOR_CALLER, "zz")

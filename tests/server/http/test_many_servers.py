@@ -121,7 +121,7 @@ async def test_unknown_names_do_not_reach_the_store_again_and_again(pair: Pair, 
 
 async def test_many_unknown_names_do_not_either(pair: Pair, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = pair
-    monkeypatch.setattr(following, "_LOOKS", 4)
+    monkeypatch.setattr(following, "_MAX_LOOKUPS", 4)
     assert [await status(two, f"nobody{i}") for i in range(20)] == [404] * 20
     assert len(reads) == 4
     await push(one, "legal", 1)
@@ -188,9 +188,9 @@ async def test_a_store_that_hangs_holds_up_only_who_asks_for_what_is_not_known(
 
     monkeypatch.setattr(Bucket, "read", hang)
     with monkeypatch.context() as patch:
-        patch.setattr(two.registry.following, "_patience", 0.1)
+        patch.setattr(two.registry.following, "_timeout", 0.1)
         assert await status(two, "nobody") == 503
-    monkeypatch.setattr(two.registry.following, "_patience", 60)
+    monkeypatch.setattr(two.registry.following, "_timeout", 60)
     waiting = asyncio.create_task(status(two, "somebody"))
     assert await status(two, "legal") == 200
     assert not waiting.done()
@@ -204,5 +204,5 @@ async def test_a_shared_adapter_is_looked_for_under_its_owners_name(pair: Pair) 
     async with one.client() as client:
         assert (await client.post("/v1/adapters/legal/share", json={"tenants": "all"})).status_code == 200
     assert two.names() == []
-    await two.registry.following.look("someone", "default/legal")
+    await two.registry.following.look_up("someone", "default/legal")
     assert two.store.readable_pointer("someone", "default/legal").current.name == "legal"

@@ -67,9 +67,9 @@ async def test_a_mix_has_the_stop_tokens_and_formats_of_its_sources_fine_tunes(s
         "plain": NO_TEXT,
     }
     for seed, (name, text) in enumerate(learned.items()):
-        async with site.publisher.stage() as staging:
+        async with site.publisher.staging_directory() as staging:
             write_adapter(staging, seed)
-            await site.publisher.admit(TENANT, name, staging, learned=text)
+            await site.publisher.publish(TENANT, name, staging, from_training=text)
 
     async def told(*names: str) -> tuple[Any, ...]:
         made = await mix(site, name="-".join(names), mix=[{"adapter": name} for name in names], method="cat")

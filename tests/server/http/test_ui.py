@@ -79,7 +79,9 @@ async def test_adapters_are_searched_sorted_and_counted_by_the_server(site: Site
     digests = await push(site, "legal/de", "legal/en", "poet")
     for name, digest, tokens in (("legal/en", digests[1], 5), ("poet", digests[2], 2), ("poet", digests[2], 2)):
         site.metrics.request((name, digest)).output(tokens, 10, 0.0)
-    site.metrics.engine_stats(Stats(adapters=[AdapterUse(digests[0], "device", 1), AdapterUse(digests[2], "host", 3)]))
+    site.metrics.add_engine_stats(
+        Stats(adapters=[AdapterUse(digests[0], "device", 1), AdapterUse(digests[2], "host", 3)])
+    )
 
     async with site.client() as client:
 
@@ -126,7 +128,7 @@ async def test_the_history_has_rates_counts_and_sizes(site: Site, monkeypatch: p
     request.finish("error")
     site.metrics.request().finish("stop")
     for adapters in (1, 3):
-        site.metrics.engine_stats(
+        site.metrics.add_engine_stats(
             Stats(
                 running=2,
                 kv_usage=0.25,
@@ -176,6 +178,6 @@ async def test_the_history_has_rates_counts_and_sizes(site: Site, monkeypatch: p
 
 
 def test_the_history_is_bounded(site: Site) -> None:
-    for _ in range(history.KEPT + 10):
+    for _ in range(history.MAX_SAMPLES + 10):
         site.services.history.sample()
-    assert len(site.services.history.since(0)["time"]) == history.KEPT
+    assert len(site.services.history.since(0)["time"]) == history.MAX_SAMPLES

@@ -11,7 +11,7 @@ from adapters.peft_format.text import AdapterText
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import Pointer
 from server.openai.target import brings_text
-from server.tenants.caller import EVERYTHING
+from server.tenants.caller import OPERATOR_CALLER
 from tests.support.harness import Site, write_adapter
 
 
@@ -27,7 +27,7 @@ async def test_a_name_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(AdapterStore, "readable_pointer", readable)
     for name in ("a", f"a@{version.digest.removeprefix('sha256:')[:12]}"):
-        async with site.registry.open(EVERYTHING, name) as opened:
+        async with site.registry.open(OPERATOR_CALLER, name) as opened:
             assert opened == version
     assert asked == ["a", "a"]
     site.close()
@@ -45,10 +45,10 @@ async def test_a_template_that_is_not_allowed_brings_no_text(tmp_path: Path) -> 
 
 async def test_a_lost_spec_is_made_anew_with_the_stop_tokens_that_a_fine_tune_taught(tmp_path: Path) -> None:
     site = Site(tmp_path)
-    async with site.publisher.stage() as staging:
+    async with site.publisher.staging_directory() as staging:
         shutil.copytree(write_adapter(tmp_path / "a"), staging, dirs_exist_ok=True)
-        version, _ = await site.publisher.admit("", "a", staging, learned=AdapterText(stop_tokens=(7,)))
+        version, _ = await site.publisher.publish("", "a", staging, from_training=AdapterText(stop_tokens=(7,)))
     (version.path / SPEC_NAME).unlink()
-    async with site.registry.open(EVERYTHING, "a", whole=True) as opened:
+    async with site.registry.open(OPERATOR_CALLER, "a", verify=True) as opened:
         assert AdapterSpec.read(opened.path).text.stop_tokens == (7,)
     site.close()

@@ -16,7 +16,7 @@ from adapters.storage.versions import RemoteUnavailable, UnknownAdapter
 from server.errors import EngineUnavailable, StorageFull, disk_faults
 from server.services import TENANT
 from server.settings import SettingError
-from server.tenants.caller import EVERYTHING
+from server.tenants.caller import OPERATOR_CALLER
 from tests.support.harness import Site, base_info, write_adapter
 
 T = TENANT
@@ -48,7 +48,7 @@ async def test_the_engine_forgets_what_no_name_points_at(site: Site) -> None:
     await site.publisher.import_directory(T, "a", two)  # b still holds the old content
     await asyncio.sleep(0)
     assert site.engine.forgotten == []
-    await site.registry.delete(EVERYTHING, "b")
+    await site.registry.delete(OPERATOR_CALLER, "b")
     await asyncio.sleep(0)
     assert site.engine.forgotten == [shared.digest]
 
@@ -91,7 +91,7 @@ async def test_a_name_that_is_anothers_in_other_case_is_refused(site: Site) -> N
     assert refusal.value.param == "name"
     await site.publisher.import_directory(T, "Legal", two)
     assert site.names() == ["Legal"]
-    await site.registry.delete(EVERYTHING, "Legal")
+    await site.registry.delete(OPERATOR_CALLER, "Legal")
     both = (site.publisher.import_directory(T, name, one) for name in ("legal", "LEGAL"))
     outcomes = await asyncio.gather(*both, return_exceptions=True)
     assert sorted(isinstance(outcome, AdapterError) for outcome in outcomes) == [False, True], "at once, too"
@@ -170,11 +170,11 @@ async def test_a_directory_of_adapters(tmp_path: Path, caplog: pytest.LogCapture
     assert site.names() == ["good"]
     assert "bad is not served" in caplog.text
 
-    assert (await site.registry.find(EVERYTHING, "good")).name == "good"
+    assert (await site.registry.find(OPERATOR_CALLER, "good")).name == "good"
     with pytest.raises(UnknownAdapter):
-        await site.registry.find(EVERYTHING, "late")
+        await site.registry.find(OPERATOR_CALLER, "late")
     write_adapter(root / "late", 3)
-    assert (await site.registry.find(EVERYTHING, "late")).name == "late"
+    assert (await site.registry.find(OPERATOR_CALLER, "late")).name == "late"
 
     caplog.clear()
     assert not await site.registry.discovery.discover(T, "bad")
@@ -204,14 +204,14 @@ async def test_a_fault_that_passes_costs_no_adapter_of_the_directory(
     root = tmp_path / "adapters"
     site = Site(tmp_path, adapter_dir=root)
     await site.registry.discovery.import_configured(T)
-    assert "nothing is read from it yet" in caplog.text
+    assert "the directory cannot be read yet" in caplog.text
     write_adapter(root / "good")
     for fault in (RemoteUnavailable("down"), DatabaseBusy("held"), StorageFull("full"), OSError("flaky")):
         with monkeypatch.context() as patch:
             patch.setattr(site.publisher, "import_directory", AsyncMock(side_effect=fault))
             await site.registry.discovery.import_configured(T)
         assert f"good is not served: {fault}" in caplog.text
-    assert (await site.registry.find(EVERYTHING, "good")).name == "good"
+    assert (await site.registry.find(OPERATOR_CALLER, "good")).name == "good"
     site.close()
 
 
@@ -220,11 +220,11 @@ async def test_a_deleted_adapter_of_the_directory_stays_deleted_until_its_files_
     write_adapter(root / "good")
     site = Site(tmp_path, adapter_dir=root)
     await site.registry.discovery.import_configured(T)
-    await site.registry.delete(EVERYTHING, "good")
+    await site.registry.delete(OPERATOR_CALLER, "good")
     with pytest.raises(UnknownAdapter):
-        await site.registry.find(EVERYTHING, "good")
+        await site.registry.find(OPERATOR_CALLER, "good")
     write_adapter(root / "good", 3)
-    assert (await site.registry.find(EVERYTHING, "good")).name == "good"
+    assert (await site.registry.find(OPERATOR_CALLER, "good")).name == "good"
     site.close()
 
 
@@ -239,13 +239,13 @@ async def test_an_upload_outlives_a_restart_with_the_same_directory(tmp_path: Pa
 
     site = Site(tmp_path, adapter_dir=root)
     await site.registry.discovery.import_configured(T)
-    assert (await site.registry.find(EVERYTHING, "good")).digest == uploaded.digest
+    assert (await site.registry.find(OPERATOR_CALLER, "good")).digest == uploaded.digest
     site.close()
 
     write_adapter(root / "good", 4)
     site = Site(tmp_path, adapter_dir=root)
     await site.registry.discovery.import_configured(T)
-    assert (await site.registry.find(EVERYTHING, "good")).digest != uploaded.digest
+    assert (await site.registry.find(OPERATOR_CALLER, "good")).digest != uploaded.digest
     site.close()
 
 

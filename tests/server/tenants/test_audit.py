@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from server.http.operations import Operation
-from server.tenants.audit import OLDER, AuditLog
+from server.tenants.audit import OLD_FILES, AuditLog
 from server.tenants.caller import Caller
 from tests.support.harness import adapter_files
 from tests.support.scripted import serving
@@ -65,7 +65,7 @@ async def test_it_is_rotated_by_size(tmp_path: Path) -> None:
     for i in range(200):
         await log.record(Caller("acme", "lk-01234567"), "pin", f"a{i}", None, None)
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["audit.jsonl", *(f"audit.jsonl.{i}" for i in range(1, OLDER + 1))]
+    assert files == ["audit.jsonl", *(f"audit.jsonl.{i}" for i in range(1, OLD_FILES + 1))]
     assert all(path.stat().st_size <= 4096 for path in tmp_path.iterdir())
     entries, more = await asyncio.to_thread(log.page, None, 1000, None)
     assert not more

@@ -118,7 +118,7 @@ async def test_a_restart_knows_keys_tenants_and_last_uses(tmp_path: Path) -> Non
         await again.start()
         assert again.tenants == tenants.tenants
         assert again.keys == tenants.keys
-        assert again.closed
+        assert again.requires_key
         for headers in (operator, acme):
             secret = headers["Authorization"].removeprefix("Bearer ").encode()
             assert again.find(secret) == tenants.find(secret) is not None
@@ -253,9 +253,9 @@ async def test_a_bound_key_has_no_other_adapters(tmp_path: Path) -> None:
 
 
 def test_a_damaged_database_lets_nobody_in(tmp_path: Path) -> None:
-    from server.data_dir import readable
+    from server.data_dir import as_setting_error
     from server.settings import SettingError
 
     (tmp_path / "tenants.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(SettingError, match=r"tenants\.db is damaged"), readable():
+    with pytest.raises(SettingError, match=r"tenants\.db is damaged"), as_setting_error():
         open_database(tmp_path / "tenants.db")

@@ -192,7 +192,7 @@ async def test_training(tmp_path: Path) -> None:
         refused = await served.client.post("/v1/fine_tuning/jobs", json=body, headers=headers)
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "60")
         headers = await limited(served, training_tokens_per_day=1000)
-        await asyncio.to_thread(served.services.ledger.train, "acme", "ft:x", "ftjob-1", 1000, 0.0)
+        await asyncio.to_thread(served.services.ledger.add_training, "acme", "ft:x", "ftjob-1", 1000, 0.0)
         refused = await served.client.post("/v1/fine_tuning/jobs", json=body, headers=headers)
         assert refused.status_code == 429
         assert 1 <= int(refused.headers["Retry-After"]) <= 86401

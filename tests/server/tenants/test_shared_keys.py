@@ -55,7 +55,7 @@ def test_a_key_made_at_one_opens_the_other_and_is_revoked_there_too(servers: Ser
     assert opens(two, secret)
     two.poll()
     assert not opens(two, secret)
-    one.limit("acme", Limits(running=5))
+    one.set_limits("acme", Limits(running=5))
     two.poll()
     assert two.tenant("acme").limits == Limits(running=5)
     two.delete_tenant("acme")
@@ -136,7 +136,7 @@ def test_rules_hold_for_what_others_have_made(servers: Servers) -> None:
     one.delete_tenant("acme")
     for change in (
         lambda: two.create_key("acme", ["serve"]),
-        lambda: two.limit("acme", Limits()),
+        lambda: two.set_limits("acme", Limits()),
         lambda: two.revoke(key),
         lambda: two.delete_tenant("acme"),
     ):
@@ -219,7 +219,7 @@ def test_what_is_damaged_or_missing_in_the_store_lets_nobody_in(servers: Servers
     else:
         bucket.put_if("tenants/default.json", content, found.version)
     two.poll()
-    assert two.closed
+    assert two.requires_key
     assert opens(two, operator)
     _, other = two.create_key("", ["serve"])  # and a change mends it
     assert [opens(servers.open("new"), secret) for secret in (operator, other)] == [True, True]

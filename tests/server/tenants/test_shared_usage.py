@@ -38,7 +38,8 @@ async def client(ledger, number):
 
 async def main():
     counted = ledger(Path(sys.argv[1]), sys.argv[2])
-    await asyncio.gather(sending.keep_sending(0.01, counted.send), *(client(counted, number) for number in range(4)))
+    clients = (client(counted, number) for number in range(4))
+    await asyncio.gather(sending.send_periodically(0.01, counted.send), *clients)
 
 asyncio.run(main())
 """
@@ -62,7 +63,7 @@ def url(tmp_path: Path) -> str:
 
 
 def train(ledger: Ledger, adapter: str, job: str, tokens: int) -> None:
-    ledger.train("acme", adapter, job, tokens, 0.5)
+    ledger.add_training("acme", adapter, job, tokens, 0.5)
 
 
 def seen(ledger: Ledger, tenant: str | None = None) -> dict[str, tuple[int, float]]:
@@ -75,7 +76,7 @@ def test_every_server_answers_for_all(tmp_path: Path, url: str) -> None:
     train(one, "law", "ftjob-1", 10)
     train(two, "law", "ftjob-2", 5)
     train(two, "poet", "ftjob-3", 7)
-    two.train("rival", "law", "ftjob-4", 9, 0.0)
+    two.add_training("rival", "law", "ftjob-4", 9, 0.0)
     assert seen(one) == {"acme/law": (10, 0.5)}
     for _ in range(2):  # once more changes nothing
         one.send()
@@ -182,7 +183,7 @@ async def test_what_left_the_files_here_stays_in_the_store(tmp_path: Path, url: 
     for n in range(60):
         await record(one, str(n))
         await asyncio.to_thread(one.send)
-    assert len(list(one._entries())) < 40
+    assert len(list(one._entries_on_disk())) < 40
     assert sorted(map(int, map(str, await objects(one)))) == list(range(60))
 
 
@@ -237,14 +238,14 @@ async def test_sending_goes_on_after_an_outage_and_ends_with_a_last_one(tmp_path
         loop.call_soon_threadsafe(sent.set)
 
     await asyncio.to_thread(train, one, "law", "ftjob-1", 1)
-    task = asyncio.create_task(sending.keep_sending(0.01, send))
+    task = asyncio.create_task(sending.send_periodically(0.01, send))
     for down[0] in (True, False):
         sent.clear()
         await asyncio.wait_for(sent.wait(), 60)
     task.cancel()
     await asyncio.wait({task})
     sent.clear()
-    task = asyncio.create_task(sending.keep_sending(1000, send))
+    task = asyncio.create_task(sending.send_periodically(1000, send))
     await asyncio.wait_for(sent.wait(), 60)
     await asyncio.to_thread(train, one, "law", "ftjob-1", 2)
     task.cancel()

@@ -142,8 +142,8 @@ async def test_many_that_end_at_once_share_commits(tmp_path: Path, monkeypatch: 
 def test_a_step_that_is_repeated_is_trained_once(tmp_path: Path) -> None:
     ledger = Ledger(open_database(tmp_path / "tenants.db"))
     for tokens in (10, 25, 10, 25, 40):
-        ledger.train("acme", "ft:a", "ftjob-1", tokens, 0.5)
-    ledger.train("acme", "ft:a", "ftjob-2", 5, 0.25)
+        ledger.add_training("acme", "ft:a", "ftjob-1", tokens, 0.5)
+    ledger.add_training("acme", "ft:a", "ftjob-2", 5, 0.25)
     [row] = ledger.rows("acme", today(), today())
     assert (row["trained_tokens"], row["requests"], row["device_seconds"]) == (45, 0, 1.75)
 

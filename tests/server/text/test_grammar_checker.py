@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from server.children.helper import HelperLate, Helpers
+from server.children.helper import Helpers, HelperTimeout
 from server.children.programs.grammar_check import culprit
 from server.errors import InvalidRequest, Unavailable
 from server.messages.protocol import INVALID_GRAMMAR, Grammar
@@ -176,7 +176,7 @@ async def test_a_busy_machine_refuses_nothing_for_good(
     checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def late(*_: object) -> None:
-        raise HelperLate("takes too long")
+        raise HelperTimeout("takes too long")
 
     with monkeypatch.context() as busy:
         busy.setattr(Helpers, "ask", late)
