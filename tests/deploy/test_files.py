@@ -114,7 +114,7 @@ def test_the_dockerfile_names_existing_stages_and_files() -> None:
     assert entry in project["project"]["scripts"]
 
 
-def test_compose_reserves_a_gpu_and_mounts_existing_files() -> None:
+def test_compose_reserves_a_gpu_and_mounts_what_is_there() -> None:
     services = _load(DEPLOY / "compose.yaml")["services"]
     (device,) = services["lorakeet"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]

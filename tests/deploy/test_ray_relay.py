@@ -224,7 +224,7 @@ def test_a_killed_parent_takes_its_child_along() -> None:
     eventually(lambda: not alive(pid), 30, "the child's end")
 
 
-def test_only_a_child_that_ends_by_itself_is_reported(tmp_path: Path) -> None:
+def test_a_child_that_ends_is_told_and_one_that_is_stopped_is_not(tmp_path: Path) -> None:
     ended: list[int] = []
     child.Child([sys.executable, "-c", "raise SystemExit(3)"], os.environ, ended.append)
     eventually(lambda: ended == [3], 30, "its end")

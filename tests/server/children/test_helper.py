@@ -187,7 +187,7 @@ def test_it_ends_when_this_process_is_killed_in_the_middle_of_its_work(tmp_path:
         time.sleep(0.02)
 
 
-async def test_ask_once_works_in_a_thread() -> None:
+async def test_once_in_a_thread_too() -> None:
     assert await asyncio.to_thread(lambda: asyncio.run(ask_once("obedient.run", "6 * 7", None))) == 42
 
 
@@ -215,7 +215,7 @@ async def _take(queue: FairQueue, key: str, seconds: float, done: list[str]) -> 
     done.append(key)
 
 
-async def test_callers_known_as_slow_leave_a_helper_free_and_run_later() -> None:
+async def test_known_slow_ones_leave_a_place_and_stand_back() -> None:
     queue, done = FairQueue(2), list[str]()
     slow = [f"slow {i}" for i in range(6)]
     for key in slow:
@@ -229,7 +229,7 @@ async def test_callers_known_as_slow_leave_a_helper_free_and_run_later() -> None
     assert len(done) == 7
 
 
-async def test_many_calls_of_one_caller_do_not_delay_others() -> None:
+async def test_many_calls_of_one_do_not_go_before_others() -> None:
     queue, done = FairQueue(1), list[str]()
     await _take(queue, "busy", 0.02, done)
     tasks = [asyncio.create_task(_take(queue, "busy", 0.02, done)) for _ in range(50)]

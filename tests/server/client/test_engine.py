@@ -241,7 +241,7 @@ async def test_an_engine_not_loaded_in_time_is_restarted_and_finally_given_up(
     await client.stop(grace=0)
 
 
-async def test_after_three_deaths_in_a_row_the_engine_is_given_up(model_dir: Path, cache_dir: Path) -> None:
+async def test_three_deaths_in_a_row_are_enough(model_dir: Path, cache_dir: Path) -> None:
     client = LocalEngine(config(model_dir, cache_dir), lambda _: None)
     await client.start()
     killed: set[int] = set()
@@ -307,7 +307,7 @@ async def test_the_engines_imports_ignore_the_working_directory_and_python_varia
     subprocess.run(command, cwd=tmp_path, env=start.call_args.kwargs["env"], check=True)
 
 
-async def test_the_temporary_directory_may_have_a_long_path(
+async def test_the_way_to_temporary_files_may_be_long(
     model_dir: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer than the path of a socket may be."""

@@ -95,9 +95,7 @@ async def test_a_message_that_cannot_be_handled_does_not_block_the_next(
     wire.close()
 
 
-async def test_sending_without_a_peer_or_after_close_fails(
-    context: "zmq.Context[zmq.Socket[bytes]]", address: str
-) -> None:
+async def test_nobody_there_and_closed(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> None:
     wire = _Wire(context, address, Taken())
     with pytest.raises(zmq.ZMQError):
         wire.send(b"x")

@@ -257,7 +257,7 @@ async def test_bytes_are_counted_over_all_servers(lives: Lives) -> None:
     assert stored_bytes(one.services, TENANT) == 0
 
 
-async def test_those_from_before_there_was_a_store_are_given_to_it(lives: Lives, tmp_path: Path) -> None:
+async def test_local_evaluations_are_moved_to_a_new_store(lives: Lives, tmp_path: Path) -> None:
     async with serving(tmp_path / "one") as alone:
         first = await made(alone)
         hold_at(alone, 1)
