@@ -84,7 +84,7 @@ def _container(workload: Any) -> Any:
 # --- the chart --------------------------------------------------------------------------------------------------
 
 
-def test_chart_values_are_existing_settings() -> None:
+def test_values_are_settings_that_there_are() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     schema = json.loads((CHART / "values.schema.json").read_text())
     set_elsewhere = set(schema["properties"]["settings"]["propertyNames"]["not"]["enum"])

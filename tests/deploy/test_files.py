@@ -58,7 +58,7 @@ def _variables() -> set[str]:
 # --- names ----------------------------------------------------------------------------------------------
 
 
-def test_queries_name_existing_metrics() -> None:
+def test_queries_name_metrics_that_there_are() -> None:
     asked = {name for query in _queries() for name in re.findall(rf"{PREFIX}\w+", query)}
     assert len(asked) > 25
     assert asked <= NAMES
@@ -66,7 +66,7 @@ def test_queries_name_existing_metrics() -> None:
     assert set(re.findall(rf"{PREFIX}\w+", variables)) == {f"{PREFIX}engine_up"}
 
 
-def test_queries_name_existing_label_values() -> None:
+def test_queries_name_label_values_that_there_are() -> None:
     chosen = re.findall(r'(status|finished_reason)=~?"([^"]+)"', " ".join(_queries()))
     known = {"status": set(get_args(Status)), "finished_reason": set(get_args(FinishedReason))}
     assert len(chosen) >= 3
@@ -74,7 +74,7 @@ def test_queries_name_existing_label_values() -> None:
         assert set(values.split("|")) <= known[label]
 
 
-def test_environments_name_existing_settings() -> None:
+def test_environments_name_settings_that_there_are() -> None:
     compose = set(_load(DEPLOY / "compose.yaml")["services"]["lorakeet"]["environment"])
     unit = set(re.findall(r"LORAKEET_[A-Z_]+(?==)", (DEPLOY / "lorakeet.service").read_text(encoding="utf-8")))
     image = set(re.findall(r"LORAKEET_[A-Z_]+(?==)", (ROOT / "Dockerfile").read_text(encoding="utf-8")))

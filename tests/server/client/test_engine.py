@@ -369,7 +369,7 @@ async def test_the_engine_ends_with_its_parent(
     await until(gone, seconds=30)
 
 
-async def test_late_messages_of_a_closed_run_do_not_reach_the_jobs_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_last_words_of_a_closed_run_do_not_reach_the_jobs_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[StartJob | StopJob] = []
     monkeypatch.setattr("server.client.engine.EngineProcess", lambda *_, **__: Mock(send=sent.append))
     engine = LocalEngine(config(Path("model"), Path("cache")), lambda stats: None)

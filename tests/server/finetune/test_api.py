@@ -190,7 +190,7 @@ async def test_events_live(site: TuningSite) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.05, 0.0])
-async def test_idle_event_streams_get_comments(tmp_path: Path, engine: TrainingEngine, seconds: float) -> None:
+async def test_silences_between_events_have_comments(tmp_path: Path, engine: TrainingEngine, seconds: float) -> None:
     async with tuning_site(tmp_path / "data", engine, stream_ping_seconds=seconds) as site:
         engine.held = True
         job = await site.create()

@@ -154,7 +154,7 @@ def test_a_template_that_hides_the_turn_is_refused() -> None:
         {"weight": None, "name": None},
     ],
 )
-def test_empty_and_null_fields_change_nothing(fields: dict[str, Any]) -> None:
+def test_fields_that_say_nothing_change_nothing(fields: dict[str, Any]) -> None:
     """Responses of a chat endpoint and rows of a table with a column for every field train like other rows."""
     row = {"messages": [GOOD["messages"][0] | {"weight": None}, GOOD["messages"][1] | fields]}
     others = {"tools": None, "prompt": None, "completion": None, "text": None, "id": ""}
@@ -462,7 +462,7 @@ def test_a_file_with_nothing_to_learn_is_refused(lines: list[Any]) -> None:
         read(*lines)
 
 
-def test_refusal_counts_examples_cut_at_the_length_limit() -> None:
+def test_a_file_whose_answers_lie_beyond_the_limit_is_told_so() -> None:
     with pytest.raises(DatasetError, match=r"learned from; 2 cut at 32 tokens"):
         read(*[{"prompt": "0123456789 " * 40, "completion": str(i)} for i in range(2)], max_length=32)
     with pytest.raises(DatasetError, match=r"learned from$"):

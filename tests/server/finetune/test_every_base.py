@@ -77,7 +77,7 @@ async def test_it_trains_or_fails_with_a_reason(case: Case, tmp_path: Path) -> N
         engine.close()
 
 
-def test_all_linear_matches_the_modules_that_peft_accepts(tmp_path: Path) -> None:
+def test_all_linear_is_what_peft_would_load(tmp_path: Path) -> None:
     tiny_model(tmp_path / "model", **FAMILIES["falcon_h1"])
     engine = engines.load_engine(tmp_path / "model", tmp_path / "cache")
     targets = hyperparameters.adapter_config(LoraOptions(), "tiny", engine.ready())["target_modules"]

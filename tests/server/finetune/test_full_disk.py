@@ -163,7 +163,7 @@ def test_a_database_opened_on_a_full_disk_can_delete_rows(disk: Path) -> None:
     database.close()
 
 
-def test_library_errors_on_a_full_disk_are_recognised(disk: Path) -> None:
+def test_libraries_tell_of_a_full_disk_in_their_own_words(disk: Path) -> None:
     """The safetensors library has its own error type, raised in the process that writes a merged checkpoint."""
     fill(disk)
     order = {"function": f"{__name__}.write_much", "order": str(disk / "a")}

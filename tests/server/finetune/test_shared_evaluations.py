@@ -203,7 +203,7 @@ async def test_a_server_that_was_asleep_writes_nothing_over_anothers_result(live
     assert answers[0].text == answers[1].text != ""
 
 
-async def test_local_evaluations_are_moved_to_a_new_store(lives: Lives, tmp_path: Path) -> None:
+async def test_local_objects_are_moved_to_a_new_store(lives: Lives, tmp_path: Path) -> None:
     async with life(tmp_path / "one") as alone:
         id_ = await begun(alone)
         done = await until(alone, id_, "succeeded")

@@ -201,7 +201,7 @@ async def test_a_server_that_cannot_renew_its_lease_stops_and_writes_nothing_mor
     assert two.result(done)
 
 
-async def test_a_server_that_lost_its_lease_unnoticed_overwrites_nothing(lives: Lives) -> None:
+async def test_a_server_that_was_asleep_writes_nothing_over_what_another_did(lives: Lives) -> None:
     """By its own clock it still holds the lease; in the store it does not."""
     one, two, job_id = await running_at_one(lives)
     await asleep(one.sharing)

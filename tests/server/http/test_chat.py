@@ -112,7 +112,7 @@ async def test_an_answers_message_can_be_sent_back(served: Served) -> None:
 
 
 @pytest.mark.parametrize("content", [None, []])
-async def test_empty_answers_and_tool_results_can_be_sent_back(served: Served, content: Any) -> None:
+async def test_answers_and_results_of_tools_that_say_nothing_can_be_sent_back(served: Served, content: Any) -> None:
     silent = [{"role": "assistant", "content": content}, {"role": "tool", "tool_call_id": "c", "content": content}]
     response = await chat(served, messages=[*HELLO, *silent])
     assert response.status_code == 200, response.text

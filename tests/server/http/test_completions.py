@@ -73,7 +73,7 @@ async def test_drafts_are_predictions_in_the_usage(served: Served) -> None:
     assert usage["completion_tokens_details"] == predictions
 
 
-async def test_speculation_follows_the_request_or_else_the_server_setting(tmp_path: Path) -> None:
+async def test_a_request_speculates_as_it_asks_or_else_as_the_server_is_set(tmp_path: Path) -> None:
     async with serving(tmp_path, speculative_tokens=4) as served:
         for asked in (None, 0, 7):
             await complete(served, speculative_tokens=asked)

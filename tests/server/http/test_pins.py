@@ -158,7 +158,7 @@ async def test_pins_at_the_same_time_do_not_pass_the_limit_together(site: Site) 
     assert len(site.engine.pinned) == 4
 
 
-async def test_fetching_pinned_files_is_retried_after_any_fault(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_fetching_what_is_pinned_goes_on_after_any_fault(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     made = site.publisher.pins
     fetch, version = AsyncMock(side_effect=[RuntimeError("nobody thought of it"), None]), Mock(digest="sha256:1")
     monkeypatch.setattr(pins, "_RETRY_SECONDS", 0)

@@ -240,7 +240,7 @@ async def test_arguments_that_are_no_json_can_be_sent_back(served: Served, templ
 
 
 @pytest.mark.parametrize("name", ["get weather", "wëtter", "f;", "x" * 129, "a\\nb"])
-async def test_a_call_with_an_invalid_function_name_is_text(served: Served, name: str) -> None:
+async def test_a_call_of_what_is_no_name_is_text(served: Served, name: str) -> None:
     """The client could not send such a call back."""
     text = f'<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>'
     served.engine.reply = lambda request: [*encode(text), EOS]
@@ -249,7 +249,7 @@ async def test_a_call_with_an_invalid_function_name_is_text(served: Served, name
     assert "tool_calls" not in message
 
 
-async def test_the_prompt_has_only_the_allowed_tools(served: Served) -> None:
+async def test_of_some_allowed_tools_the_model_is_told_alone(served: Served) -> None:
     named = {"type": "function", "function": {"name": "now"}}
     for mode, enforced in (("auto", False), ("required", True)):
         choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named]}}
