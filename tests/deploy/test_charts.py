@@ -119,9 +119,8 @@ def test_helm_finds_no_fault(tmp_path: Path) -> None:
 def test_rendered_objects_are_valid_kubernetes(tmp_path: Path, name: str) -> None:
     done = _render(VALUES[name], tmp_path)
     assert done.returncode == 0, done.stderr
-    objects = [
-        one for one in yaml.safe_load_all(done.stdout) if one and one["kind"] != "PodMonitor"
-    ]  # PodMonitor is the Prometheus operator's
+    # PodMonitor is a kind of the Prometheus operator.
+    objects = [one for one in yaml.safe_load_all(done.stdout) if one and one["kind"] != "PodMonitor"]
     (tmp_path / "objects.yaml").write_text(yaml.safe_dump_all(objects))
     command = [str(VALIDATE), "--strict", str(tmp_path / "objects.yaml")]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -229,9 +228,8 @@ def test_ray_configurations_name_existing_classes_and_settings(text: str) -> Non
     classes = set(re.findall(r"^@serve\.deployment(?s:.*?)^class (\w+)", source, re.MULTILINE))
     named, told = {one["name"] for one in application["deployments"]}, application["runtime_env"]["env_vars"]
     assert named <= classes == {"Server", "Writer", "Ingress"}
-    assert ("Writer" in named) == (
-        "LORAKEET_ADAPTER_STORE" not in told
-    )  # Ray rejects names of deployments that the application lacks
+    # Ray rejects the names of deployments that the application lacks.
+    assert ("Writer" in named) == ("LORAKEET_ADAPTER_STORE" not in told)
     assert set(told) <= VARIABLES
 
 

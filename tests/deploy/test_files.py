@@ -208,9 +208,7 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     text = (DEPLOY / "lorakeet.service").read_text(encoding="utf-8")
     unit = tmp_path / "lorakeet.service"
-    unit.write_text(
-        text.replace("/opt/lorakeet/bin/lorakeet", "/bin/true")
-    )  # systemd-analyze requires an existing executable
+    unit.write_text(text.replace("/opt/lorakeet/bin/lorakeet", "/bin/true"))  # the executable must exist
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
     complaints = [line for line in (done.stdout + done.stderr).splitlines() if "lorakeet" in line]
     assert (done.returncode, complaints) == (0, [])

@@ -27,9 +27,7 @@ def test_published_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for content in ("one", "two"):
         version, _ = put(box.store, "x", content)
         lost = synced.lost_below(tmp_path / "adapters", version.path)
-        assert not [
-            path for path in lost if path.is_file() and path.parent.name != NAMES
-        ]  # names are rewritten at a start
+        assert not [path for path in lost if path.is_file() and path.parent.name != NAMES]  # rewritten at a start
         assert not synced.lost(tmp_path / "adapters", version.path / WEIGHTS_NAME)
     box.names.close()
 

@@ -162,6 +162,4 @@ async def test_only_the_current_version_of_a_name_is_merged(site: Site) -> None:
         assert (await client.post(f"/v1/adapters/{older}/merge", json=order)).status_code == 409
         assert (await client.post("/v1/adapters/legal/merge", json=order)).status_code == 201
         await site.publisher.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "three", 2))
-        assert (await client.get("/v1/adapters/legal")).json()["merged"] is None, (
-            "the current version is not the merged one"
-        )
+        assert (await client.get("/v1/adapters/legal")).json()["merged"] is None, "it is not merged"

@@ -59,9 +59,7 @@ async def test_every_variant_is_served_as_peft_computes_it(base: str, cache_dir:
             together = await asyncio.gather(*(score(client, name) for name in alone))
             assert dict(zip(alone, together, strict=True)) == alone
             for name, receipt in receipts.items():
-                if set(receipt["variants"]) - {
-                    "alora"
-                }:  # variants that replace something have no meaning at half their weight
+                if set(receipt["variants"]) - {"alora"}:  # replacements have no meaning at half their weight
                     body = {"model": BASE, "prompt": "x", "adapters": [{"id": name, "weight": 0.5}]}
                     response = await client.post("/v1/completions", json=body)
                     assert (response.status_code, response.json()["error"]["param"]) == (400, "adapters.0")

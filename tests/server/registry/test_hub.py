@@ -222,9 +222,7 @@ async def test_a_repository_of_the_list_is_found_by_its_name(tmp_path: Path, hub
         others = body | {"model": "other/law"}  # OWNER/* allows references only, not fetches by name
         assert (await served.client.post("/v1/completions", json=others)).status_code == 404
         assert (await served.client.delete("/v1/adapters/acme/law")).status_code == 200
-        assert (await served.client.post("/v1/completions", json=body)).status_code == 404, (
-            "a deleted adapter is not fetched again"
-        )
+        assert (await served.client.post("/v1/completions", json=body)).status_code == 404, "not fetched again"
         headers = await key(served, "rival", ["serve"])
         assert (await served.client.post("/v1/completions", json=body, headers=headers)).status_code == 404
         assert len(hub.asked) == count

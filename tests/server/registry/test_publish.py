@@ -94,9 +94,7 @@ async def test_names_differing_only_in_case_are_refused(site: Site) -> None:
     await site.registry.delete(EVERYTHING, "Legal")
     both = (site.publisher.import_directory(T, name, one) for name in ("legal", "LEGAL"))
     outcomes = await asyncio.gather(*both, return_exceptions=True)
-    assert sorted(isinstance(outcome, AdapterError) for outcome in outcomes) == [False, True], (
-        "also with concurrent uploads"
-    )
+    assert sorted(isinstance(outcome, AdapterError) for outcome in outcomes) == [False, True], "also concurrently"
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"])

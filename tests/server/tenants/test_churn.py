@@ -56,9 +56,7 @@ class Crowd:
         self.served = served
         self.used: dict[tuple[str, str | None], Counter[str]] = defaultdict(Counter)
         self.digests: dict[str, set[str]] = defaultdict(set)  # digests uploaded
-        self.answered: dict[str, set[str]] = defaultdict(
-            set
-        )  # digests that served requests, some before the response to their upload
+        self.answered: dict[str, set[str]] = defaultdict(set)  # digests that served, some before they were in `digests`
         self.asked: Counter[str] = Counter()
         self._client = client
         self._root = root
@@ -167,9 +165,7 @@ async def _churn(root: Path, requests: int) -> None:
     assert lines.crossing == []
     for mark in MARKS:
         assert crowd.answered[mark] <= crowd.digests[mark], mark
-    assert all(lines.counts[mark] >= crowd.asked[mark] - 1 for mark in MARKS), (
-        "every request but that for usage has a log line"
-    )
+    assert all(lines.counts[mark] >= crowd.asked[mark] - 1 for mark in MARKS), "each request but usage has a log line"
     for line in metrics.splitlines():
         assert len(set(MARK.findall(line))) < 2, line
     for mark in MARKS:

@@ -67,9 +67,7 @@ async def test_a_shared_adapter_is_served_and_not_changed(tmp_path: Path) -> Non
             unseen = await served.client.request(method, f"/v1/adapters/acme/law{path}", headers=third, **sent)
             assert unseen.status_code == 404, path
         assert (await served.client.delete("/v1/models/acme/law", headers=rival)).status_code == 403
-        assert served.services.store.pointer("rival", "law").pinned is False, (
-            "the reader's own adapter of that name is unchanged"
-        )
+        assert served.services.store.pointer("rival", "law").pinned is False, "own adapter unchanged"
         assert served.services.store.pointer("acme", "law").readers == ("nobody", "rival")
 
         usage = (await served.client.get("/v1/usage", headers=rival)).json()["data"]
