@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Before torch is imported: its idle threads must sleep, not spin, or two test processes on two cores slow each other.
+# Before torch is imported: idle threads must sleep, not spin, or two test processes on two cores disturb each other.
 # The native kernels spin between jobs, so workers have one thread, except in modules that use `two_threads`.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
