@@ -24,7 +24,7 @@ import torch
 
 from tests.support import interpreter, running
 
-# Bytecode is written once, whatever the environment says, not compiled by every worker and every process of a test.
+# Bytecode is written once, in any environment, instead of being compiled by every worker and every process of a test.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 interpreter.prepare()

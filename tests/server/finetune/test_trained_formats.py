@@ -1,4 +1,4 @@
-"""Training targets equal what serving parses: each format of calls and of thoughts, read back."""
+"""Training targets equal the output parsed in serving: each format of calls and of thoughts, read back."""
 
 import io
 import json
