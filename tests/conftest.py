@@ -1,4 +1,4 @@
-"""What many tests share: one tiny model, one cache, engines over them."""
+"""Fixtures shared by many tests: one tiny model, one cache, engines on them."""
 
 import functools
 import gc
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Before torch: its idle threads must sleep, not spin, or two test processes on two cores stand in each other's way. The
-# native kernels' spin between jobs, so workers have no second one, but for modules that ask for `two_threads`.
+# Before torch is imported: idle threads must sleep, not spin, or two test processes on two cores disturb each other.
+# The native kernels spin between jobs, so workers have one thread, except in modules that use `two_threads`.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,7 +24,7 @@ import torch
 
 from tests.support import interpreter, running
 
-# Compiled once, not by every worker and every process that a test starts, whatever the environment says.
+# Bytecode is written once, in any environment, instead of being compiled by every worker and every process of a test.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 interpreter.prepare()
@@ -36,23 +36,23 @@ from tests.support.tiny import tiny_model  # noqa: E402 - transformers imports T
 if TYPE_CHECKING:
     from tests.support.buckets import S3Server
 
-# Temporary files lie in memory where there is room, for most of what many tests do is to wait for the disk. That data
-# is synced before it is acknowledged is counted, call by call, by tests.support.power_cut.
+# Temporary files are in memory if there is room, since many tests mostly wait for the disk. tests.support.power_cut
+# checks, call by call, that data is synced before it is acknowledged.
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
     tempfile.tempdir = os.environ.setdefault("TMPDIR", str(MEMORY))
 
-gc.disable()  # until everything is imported: it would look at all of it again and again
+gc.disable()  # until everything is imported, since it would scan all of it repeatedly
 
-# Each of httpx's clients, and so each `httpx.get`, reads all certificates anew: 50 ms, and nothing here speaks TLS.
+# Every httpx client, and so every `httpx.get`, reads all certificates: 50 ms, and no test uses TLS.
 ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
 
 
 def seed(number: int) -> None:
     """Seed torch's generators.
 
-    `torch.manual_seed` writes a stack trace for each kind of device that this machine has not: a millisecond before
-    every test and every case.
+    `torch.manual_seed` writes a stack trace for every kind of device that is missing: a millisecond before every test
+    and every case.
     """
     if torch.cuda.is_available():
         torch.manual_seed(number)
@@ -61,16 +61,16 @@ def seed(number: int) -> None:
 
 
 class TorchRandom:
-    """torch's generator, for hypothesis to seed before every case as it does Python's and numpy's."""
+    """torch's generator, seeded by hypothesis before every case, like Python's and numpy's."""
 
     seed = staticmethod(seed)
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
 
-# Every run draws the same cases, so that a failure is the change's and not the draw's; HYPOTHESIS_PROFILE=explore looks
-# for new ones. No deadlines: how long a case takes, or its draw, says more about the machine than about the code.
-TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
+# Every run draws the same cases, so that a failure is due to a change; HYPOTHESIS_PROFILE=explore draws new ones. No
+# deadlines: the time of a case or of its draw depends more on the machine than on the code.
+TORCH_RANDOM = TorchRandom()  # hypothesis keeps only a weak reference
 hypothesis.register_random(TORCH_RANDOM)
 SLOW = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile("lorakeet", deadline=None, derandomize=True, suppress_health_check=SLOW)
@@ -83,7 +83,7 @@ def seeded() -> None:
     seed(0)
 
 
-# Their files take longest, and begin first, so that no worker has one left when the others are done.
+# The slowest files run first, so that the workers finish at about the same time.
 LONGEST = (
     "tests/faults/",
     "tests/adapters/kernels/test_triton.py",
@@ -102,11 +102,11 @@ LONGEST = (
 )
 
 
-collect_ignore = ["clients"]  # run by `make clients`, in environments of their own
+collect_ignore = ["clients"]  # run by `make clients`, in separate environments
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.loadscopereorder = False  # xdist would begin with the files of the most tests
+    config.option.loadscopereorder = False  # otherwise xdist would start with the files that have the most tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -117,12 +117,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: the collector need not look at it in every test."""
+    """Freeze the imported objects, so that the collector does not scan them in every test."""
     gc.freeze()
     gc.enable()
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
-            logger.propagate = True  # pytest adds its handlers to each that does not, before every phase of a test
+            logger.propagate = True  # otherwise pytest adds its handlers to the logger before every phase of a test
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def forked_engines() -> Iterator[None]:
-    """Engine processes that this one starts are forked from one that has their imports, for the whole of a module."""
+    """Fork engine processes from one process that has their imports, for a whole module."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in running.forking().items():
             patch.setenv(name, value)
@@ -165,7 +165,7 @@ def forked_engines() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def forked_helpers(forked_engines: None) -> Iterator[None]:
-    """Helper processes, too: those that merge and mix, and so need torch."""
+    """Fork helper processes that merge and mix too, since they need torch."""
     with pytest.MonkeyPatch.context() as patch:
         if "PRELOADED" in os.environ:
             patch.setenv("PRELOADED_HELPERS", os.environ["PRELOADED"])
@@ -174,7 +174,7 @@ def forked_helpers(forked_engines: None) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def two_threads() -> Iterator[None]:
-    """Torch and the native kernels run on two threads, for the whole of a module."""
+    """Run torch and the native kernels on two threads, for a whole module."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     kernels.set_threads(2)
@@ -185,7 +185,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def triton_kernels() -> Iterator[None]:
-    """Tensors of `interpreter.DEVICE` go to the Triton kernels, for the whole of a module."""
+    """Use the Triton kernels for tensors of `interpreter.DEVICE`, for a whole module."""
     pytest.importorskip("triton")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in interpreter.switch_on().items():
@@ -206,7 +206,7 @@ def s3() -> "Iterator[S3Server]":
 
 @pytest.fixture
 def s3_url(s3: "S3Server", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A store on that server, for one test; faults end with it."""
+    """The URL of a store on that server, for one test; injected faults end with the test."""
     from tests.support.buckets import BUCKET
 
     for name, value in s3.environment.items():
@@ -217,5 +217,5 @@ def s3_url(s3: "S3Server", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.fixture(params=["file", "s3"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An object store of either kind."""
+    """The URL of an object store of each kind."""
     return request.getfixturevalue("s3_url") if request.param == "s3" else f"file://{tmp_path}/bucket"

@@ -1,4 +1,4 @@
-"""The direction of imports: who may know whom, read from the source without importing it."""
+"""The allowed directions of imports, read from the source without importing it."""
 
 import ast
 import subprocess
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HOUSES = ("server", "adapters", "loadtest")
 HEAVY = ("torch", "transformers", "bitsandbytes", "peft")
-# What runs in the engine's process, what runs in the API's; `server.messages` is all that both import.
+# Modules of the engine process and of the API process; both import only `server.messages` of each other.
 ENGINE_SIDE = ("server.engine", "server.model", "server.training")
 API_SIDE = tuple(
     f"server.{part}"
@@ -126,7 +126,7 @@ def _within(name: str, packages: tuple[str, ...]) -> bool:
         ),
     ],
 )
-def test_who_never_imports_whom(who: tuple[str, ...], but: tuple[str, ...], never: tuple[str, ...]) -> None:
+def test_forbidden_imports_do_not_occur(who: tuple[str, ...], but: tuple[str, ...], never: tuple[str, ...]) -> None:
     for package in who:
         assert any(_within(name, (package,)) for name in modules()), f"{package} is gone: change this rule"
     offences = [
@@ -160,7 +160,7 @@ def test_the_api_process_starts_without_torch(entry: str) -> None:
 
 
 def test_the_engine_starts_without_torchs_compiler() -> None:
-    """Which takes seconds to import, and which bitsandbytes would import for functions that nobody calls."""
+    """It takes seconds to import, and bitsandbytes would import it for unused functions."""
     code = "import sys, adapters.kernels; print(*({'bitsandbytes', 'torch._inductor.lowering'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.split() == ["bitsandbytes"]
@@ -170,7 +170,7 @@ SANDBOX = "server.children.programs.template_sandbox"
 
 
 def test_the_template_sandbox_needs_nothing_but_jinja() -> None:
-    """Counts every import of every module in its closure, and the packages that these lie in."""
+    """Counts every import of every module in its closure, and the packages that contain them."""
     ours, foreign, queue = set(), set(), [SANDBOX]
     while queue:
         name = queue.pop()

@@ -1,4 +1,4 @@
-"""The documentation says what the code says, and its links lead somewhere. `make docs` rewrites generated tables."""
+"""The documentation agrees with the code, and its links resolve. `make docs` rewrites generated tables."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ from server.settings import settings_fields
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 REFERENCE = ROOT / "docs/reference"
-# Flags in the guides that are not settings of `lorakeet serve`.
+# Flags in the guides other than settings of `lorakeet serve`.
 OTHER_FLAGS = {"--url", "--help", "--cancel", "--pause", "--resume", "--json", "--max-tokens"}
 OTHER_FLAGS |= {"--role", "--tenant", "--days", "--limit"}  # of `lorakeet keys` and `tenants`
 OTHER_FLAGS |= {"--build-arg", "--target", "--gpus"}  # of `docker`
@@ -152,7 +152,7 @@ def test_the_readme_stays_short() -> None:
 
 
 def test_examples_stream_and_have_a_limit() -> None:
-    """Without, an example's answer may be thousands of tokens long, and nothing is seen of it until the end."""
+    """Otherwise an example may generate thousands of tokens, and show nothing until the end."""
     programs = list((ROOT / "examples").glob("*.py"))
     found = 0
     for path in (*PAGES, *programs):

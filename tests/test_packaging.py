@@ -1,4 +1,4 @@
-"""What is installed: declared dependencies against imported ones, pins against both, files against the wheel's list."""
+"""Packaging: declared dependencies against imports, pins against both, files against package data."""
 
 import ast
 import importlib.metadata
@@ -17,9 +17,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("server", "adapters", "loadtest")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-# Declared although no line imports it: each is asked for by name at run time.
+# Declared, but never imported by name in the code: libraries load them at run time.
 BY_NAME = {"accelerate", "gguf", "httptools", "uvloop"}
-# Imported when present, never required.
+# Imported if present, never required.
 OPTIONAL = {"triton", "wandb"}
 
 
@@ -32,7 +32,7 @@ def _declared(*extras: str) -> set[str]:
 
 @cache
 def _imported(package: str) -> set[str]:
-    """Distributions that a package of ours imports."""
+    """Distributions imported by one of our packages."""
     roots = set()
     for path in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -51,13 +51,13 @@ def _pins() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in pins}
 
 
-def test_what_is_imported_is_declared() -> None:
-    # PEFT is asked for comparison where it is installed (`adapters.offline.oracle`), and needed for nothing else.
+def test_imported_distributions_are_declared() -> None:
+    # PEFT is imported for comparisons where it is installed (`adapters.offline.oracle`), and never required.
     assert (_imported("server") | _imported("adapters")) - {"peft"} <= _declared()
     assert _imported("loadtest") <= _declared("bench", "peers")
 
 
-def test_what_is_declared_is_used() -> None:
+def test_declared_dependencies_are_imported() -> None:
     used = _imported("server") | _imported("adapters")
     assert _declared() - used <= BY_NAME
 
@@ -77,7 +77,7 @@ def test_pins_cover_everything_that_an_install_brings() -> None:
             requirement = Requirement(line)
             if any(not requirement.marker or requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
                 queue.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
-    # A CUDA build of torch brings libraries that it pins itself.
+    # A CUDA build of torch requires libraries that it pins itself.
     missing = {name for name in missing if not re.match(r"nvidia-|cuda-|triton$", name)}
     assert not missing
 
@@ -92,7 +92,7 @@ def test_building_needs_no_torch() -> None:
 
 
 def test_every_file_that_code_reads_is_shipped() -> None:
-    """Whatever lies in the packages beside Python is package data, or deliberately left out."""
+    """Every file in the packages is package data, except Python, Markdown and the results of loadtest."""
     data = PROJECT["tool"]["setuptools"]["package-data"]
     shipped = set()
     for package, patterns in data.items():

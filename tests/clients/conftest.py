@@ -1,4 +1,4 @@
-"""Where the server is that `tests.support.clients` has started."""
+"""Address and model of the server that `tests.support.clients` started."""
 
 import os
 

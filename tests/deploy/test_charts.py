@@ -1,4 +1,4 @@
-"""The Helm chart renders to what Kubernetes takes, and deploy/kubernetes names what there is.
+"""The Helm chart renders to valid Kubernetes objects, and deploy/kubernetes only uses existing names.
 
 `make charts` fetches Helm and Kubernetes's schemas; without them their tests are skipped.
 """
@@ -67,7 +67,7 @@ def _render(values: dict[str, Any], folder: Path) -> subprocess.CompletedProcess
 
 
 def _objects(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`kind/name` -> the object."""
+    """The rendered objects by `kind/name`."""
     done = _render(values, folder)
     assert done.returncode == 0, done.stderr
     rendered = [one for one in yaml.safe_load_all(done.stdout) if one]
@@ -95,7 +95,7 @@ def test_values_are_settings_that_there_are() -> None:
 
 
 def test_the_image_fits_the_chart() -> None:
-    """User, directories and port of the Dockerfile."""
+    """The chart's user, directories and port are those of the Dockerfile."""
     image = (ROOT / "Dockerfile").read_text()
     pod = (CHART / "templates/_helpers.tpl").read_text()
     assert "enableServiceLinks: false" in pod
@@ -116,10 +116,11 @@ def test_helm_finds_no_fault(tmp_path: Path) -> None:
 @needs_helm
 @needs_schemas
 @pytest.mark.parametrize("name", VALUES)
-def test_kubernetes_takes_what_is_rendered(tmp_path: Path, name: str) -> None:
+def test_rendered_objects_are_valid_kubernetes(tmp_path: Path, name: str) -> None:
     done = _render(VALUES[name], tmp_path)
     assert done.returncode == 0, done.stderr
-    objects = [one for one in yaml.safe_load_all(done.stdout) if one and one["kind"] != "PodMonitor"]  # another's kind
+    # PodMonitor is a kind of the Prometheus operator.
+    objects = [one for one in yaml.safe_load_all(done.stdout) if one and one["kind"] != "PodMonitor"]
     (tmp_path / "objects.yaml").write_text(yaml.safe_dump_all(objects))
     command = [str(VALIDATE), "--strict", str(tmp_path / "objects.yaml")]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -136,7 +137,7 @@ def test_by_default_there_is_one_server(tmp_path: Path) -> None:
 @needs_helm
 @pytest.mark.parametrize(("values", "kind"), [(FULL, "Deployment"), (ONE, "StatefulSet")])
 def test_everything_is_passed_on(tmp_path: Path, values: dict[str, Any], kind: str) -> None:
-    """To one server, or to many: there are never both."""
+    """One server or several: a StatefulSet or a Deployment, never both."""
     objects = _objects(values, tmp_path)
     assert {name for name in objects if name in ("Deployment/mine", "StatefulSet/mine")} == {f"{kind}/mine"}
     workload = objects[f"{kind}/mine"]
@@ -159,7 +160,7 @@ def test_everything_is_passed_on(tmp_path: Path, values: dict[str, Any], kind: s
     assert objects["Secret/mine-api-keys"]["stringData"] == {"api-keys": "one,two"}
     assert container["resources"]["limits"] == {"memory": "16Gi", "nvidia.com/gpu": 1}
     assert pod["spec"]["nodeSelector"] == {"gpu": "h200"}
-    assert ("replicas" in workload["spec"]) == (kind == "StatefulSet")  # else it is the autoscaler's
+    assert ("replicas" in workload["spec"]) == (kind == "StatefulSet")  # a Deployment's number is set by the autoscaler
     autoscaled = objects.get("HorizontalPodAutoscaler/mine", {"spec": {"scaleTargetRef": None}})
     assert (autoscaled["spec"]["scaleTargetRef"] is None) == (kind == "StatefulSet")
     labels = pod["metadata"]["labels"].items()
@@ -217,7 +218,7 @@ def test_the_pool_finds_the_charts_servers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["kubernetes/ray-service.yaml", "ray/serve.yaml"])
-def test_ray_is_told_what_there_is(text: str) -> None:
+def test_ray_configurations_name_existing_classes_and_settings(text: str) -> None:
     document = next(yaml.safe_load_all((DEPLOY / text).read_text()))
     config = yaml.safe_load(document["spec"]["serveConfigV2"]) if "spec" in document else document
     (application,) = config["applications"]
@@ -227,7 +228,8 @@ def test_ray_is_told_what_there_is(text: str) -> None:
     classes = set(re.findall(r"^@serve\.deployment(?s:.*?)^class (\w+)", source, re.MULTILINE))
     named, told = {one["name"] for one in application["deployments"]}, application["runtime_env"]["env_vars"]
     assert named <= classes == {"Server", "Writer", "Ingress"}
-    assert ("Writer" in named) == ("LORAKEET_ADAPTER_STORE" not in told)  # Ray takes no name of what is not there
+    # Ray rejects the names of deployments that the application lacks.
+    assert ("Writer" in named) == ("LORAKEET_ADAPTER_STORE" not in told)
     assert set(told) <= VARIABLES
 
 

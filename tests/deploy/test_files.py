@@ -1,4 +1,4 @@
-"""What deploy/ holds can be read by the programs it is for, and names only metrics and settings that there are."""
+"""The files of deploy/ are readable by their programs, and name only existing metrics and settings."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def _needs(program: str) -> pytest.MarkDecorator:
 
 def _load(path: Path) -> Any:
     class Loader(yaml.SafeLoader):
-        """With Compose's own tags."""
+        """A YAML loader with Compose's own tags."""
 
     Loader.add_constructor("!reset", lambda loader, node: loader.construct_sequence(node))
     return yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
@@ -89,17 +89,17 @@ def test_environments_name_settings_that_there_are() -> None:
 
 
 def test_the_image_that_serves_on_gpus_can_compile() -> None:
-    """Triton builds its driver's module when it first meets a GPU: a C compiler and the C library's headers."""
+    """Triton compiles its driver module on first use of a GPU, which needs a C compiler and the C library's headers."""
     *_, cpu, last = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert cpu.splitlines()[0].endswith(" AS cpu")
-    assert last.splitlines()[0] == "cpu"  # so that it has the same entry point, user and settings
+    assert last.splitlines()[0] == "cpu"  # so it has the same entry point, user and settings
     assert {"gcc", "libc6-dev"} <= set(last.split())
     assert "compute" in last[last.index("NVIDIA_DRIVER_CAPABILITIES") :]
     assert [line for line in last.splitlines() if line.startswith("USER")][-1] == "USER lorakeet"
 
 
-def test_the_image_is_built_of_what_there_is() -> None:
-    """Every stage that is named comes before, every file is in the build's context, the command is the package's."""
+def test_the_dockerfile_names_existing_stages_and_files() -> None:
+    """Stages are defined before use, copied files are in the build context, and the command is the package's."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     stages = re.findall(r"^FROM \S+ AS (\S+)$", text, flags=re.MULTILINE)
     assert stages == ["build", "cpu"]
@@ -175,7 +175,7 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
 
     rules = _rules()
     for rule in rules:
-        del rule["annotations"]  # their wording is no matter of this test
+        del rule["annotations"]  # their wording is not tested here
     (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "alerts", "rules": rules}]}))
     tests = [
         {
@@ -208,7 +208,7 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     text = (DEPLOY / "lorakeet.service").read_text(encoding="utf-8")
     unit = tmp_path / "lorakeet.service"
-    unit.write_text(text.replace("/opt/lorakeet/bin/lorakeet", "/bin/true"))  # it must exist
+    unit.write_text(text.replace("/opt/lorakeet/bin/lorakeet", "/bin/true"))  # the executable must exist
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
     complaints = [line for line in (done.stdout + done.stderr).splitlines() if "lorakeet" in line]
     assert (done.returncode, complaints) == (0, [])

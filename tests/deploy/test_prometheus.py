@@ -1,4 +1,4 @@
-"""Prometheus itself scrapes a running application and answers for every documented metric by its documented name."""
+"""Prometheus itself scrapes a running application and returns every documented metric under its documented name."""
 
 import asyncio
 import shutil
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus (Debian: apt-get install it)"),
 ]
 
-_COLON = "metric names should not contain ':'"  # as vLLM's do; Prometheus only reserves them for recording rules
+_COLON = "metric names should not contain ':'"  # as vLLM's do; Prometheus reserves colons for recording rules
 
 
 @asynccontextmanager
@@ -73,7 +73,7 @@ async def _ask(client: httpx.AsyncClient, path: str, **parameters: str) -> httpx
 
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch) -> list[TrainingMetrics]:
-    """The metrics of fine-tuning of every application made meanwhile."""
+    """The training metrics of every application created during the test."""
     made: list[TrainingMetrics] = []
 
     def make(*args: Any) -> TrainingMetrics:
@@ -85,7 +85,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> list[TrainingMetrics]:
 
 
 async def _use_everything(served: Served, training: TrainingMetrics, folder: Path) -> None:
-    """An adapter is asked for and resident, a job trains: what has labels has a series."""
+    """Load an adapter and train a job, so that every metric with labels has a series."""
     digest = await served.add_adapter(folder, "poet")
     answer = await served.client.post("/v1/completions", json={"model": "poet", "prompt": "Hi"})
     assert answer.status_code == 200

@@ -1,6 +1,6 @@
-"""Lorakeet on Ray Serve: requests go where their adapter is, a killed replica costs its streams, scaling costs nobody.
+"""Lorakeet on Ray Serve: routing by adapter, loss of a replica, and scaling without failed requests.
 
-Run by `make ray`, which makes Ray's environment.
+Run by `make ray`, which builds Ray's environment.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, str]:
-    """Settings: the tiny model, and twelve adapters in a directory that all servers read."""
+    """Settings: the tiny model, and twelve adapters in a directory shared by all servers."""
     root = tmp_path_factory.mktemp("tiny-on-ray")
     return {
         "LORAKEET_MODEL": str(model_dir),
@@ -65,7 +65,7 @@ def _adapters(root: Path, model: Path) -> Path:
 async def _stream(
     client: httpx.AsyncClient, adapter: str, tokens: int, begun: asyncio.Event | None = None
 ) -> list[Any]:
-    """The events of one streamed answer; the last is "[DONE]" or an error."""
+    """The events of one streamed response; the last is "[DONE]" or an error."""
     wish = {"model": adapter, "prompt": "Once", "max_tokens": tokens, "stream": True, "ignore_eos": True}
     async with client.stream("POST", "/v1/completions", json=wish) as answer:
         assert answer.status_code == 200, await answer.aread()
@@ -83,7 +83,7 @@ def _client(cluster: RayCluster) -> httpx.AsyncClient:
 
 
 def _share_at_home(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> float:
-    """Of all requests between, the share that went to the replica that got most of its adapter's."""
+    """The share of the requests between two counts that each adapter's busiest replica got."""
     grown = [[n - before[name].get(replica, 0) for replica, n in after[name].items()] for name in ADAPTERS]
     return sum(max(counts) for counts in grown) / sum(map(sum, grown))
 
@@ -128,7 +128,7 @@ async def test_a_killed_replica_costs_its_open_streams(cluster: RayCluster, tiny
         died = time.monotonic()
         assert (await _stream(client, "tiny", 4))[-1] == "[DONE]"
         print(f"\na new request was answered {time.monotonic() - died:.2f} s after kill -9")
-        for name in ADAPTERS * 2:  # those of the dead one, too
+        for name in ADAPTERS * 2:  # including those of the dead replica
             assert (await _stream(client, name, 4))[-1] == "[DONE]"
         ends = [(await stream)[-1] for stream in streams]
     eventually(lambda: not alive(server.pid), 5, "the end of the dead replica's server")
@@ -144,8 +144,10 @@ async def test_a_killed_replica_costs_its_open_streams(cluster: RayCluster, tiny
     print(f"two replicas again after {time.monotonic() - died:.0f} s")
 
 
-async def test_what_one_server_keeps_is_the_writers(cluster: RayCluster, tiny: dict[str, str], tmp_path: Path) -> None:
-    """An adapter that is uploaded, a file and a response are found again whichever server is asked first."""
+async def test_without_a_store_objects_are_found_through_any_replica(
+    cluster: RayCluster, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    """An uploaded adapter, a file and a response are found whichever server receives the request."""
     await asyncio.to_thread(cluster.deploy, {"min_replicas": 2, "max_replicas": 2}, tiny)
     (made,) = make_adapters(tmp_path, Path(tiny["LORAKEET_MODEL"]), 1, rank=4, dtype="float32", seed=7)
     async with _client(cluster) as client:
@@ -177,7 +179,7 @@ async def test_what_one_server_keeps_is_the_writers(cluster: RayCluster, tiny: d
 async def test_with_a_store_any_replica_takes_files_jobs_and_batches(
     cluster: RayCluster, tiny: dict[str, str], tmp_path: Path
 ) -> None:
-    """What a client makes at one replica it finds at the others."""
+    """Objects created at one replica are visible at the others."""
     store = {"LORAKEET_ADAPTER_STORE": f"file://{tmp_path}/store"}
     await asyncio.to_thread(cluster.deploy, {"min_replicas": 2, "max_replicas": 2}, tiny | store)
     lines = [json.dumps({"prompt": f"say {n}", "completion": f"it is {n}"}) for n in range(8)]
@@ -236,7 +238,7 @@ async def test_a_client_that_leaves_ends_its_request(cluster: RayCluster, tiny: 
     await asyncio.to_thread(cluster.deploy, {"min_replicas": 2, "max_replicas": 2}, tiny)
     body = {"model": ADAPTERS[0], "prompt": "a", "max_tokens": 500, "stream": True, "ignore_eos": True}
     async with _client(cluster) as client:
-        with slowed(cluster.fault):  # the answer takes 25 s at least
+        with slowed(cluster.fault):  # the response takes at least 25 s
             async with client.stream("POST", "/v1/completions", json=body) as answer:
                 assert answer.status_code == 200
                 await anext(answer.aiter_bytes())
@@ -271,7 +273,7 @@ async def test_scaling_out_and_in_fails_no_request(cluster: RayCluster, tiny: di
     async with asyncio.TaskGroup() as group:
         for number in range(16):
             group.create_task(work(busy, number))
-        group.create_task(work(all_day, 0))  # some work goes on while a replica is taken away
+        group.create_task(work(all_day, 0))  # some requests continue while a replica is removed
         await replicas(2, 400)
         await asyncio.sleep(5)
         shares = Counter[str]()
@@ -282,13 +284,13 @@ async def test_scaling_out_and_in_fails_no_request(cluster: RayCluster, tiny: di
         all_day.set()
     print(f"\nscaled 1 -> 2 -> 1 under {answered} requests, none failed")
     assert answered > 50
-    assert sorted(shares.values())[-2] > 10  # the second replica had its part
+    assert sorted(shares.values())[-2] > 10  # the second replica got requests
 
 
 async def test_the_way_through_ray_costs_little(cluster: RayCluster, tmp_path: Path) -> None:
-    """Eight streams of the default model, through Ray and straight from the replica's server, in turns.
+    """Eight streams of the default model, alternately through Ray and directly from the replica's server.
 
-    The machine may do other things meanwhile: so what is compared are neighbours.
+    The machine may be busy with other work, so only adjacent runs are compared.
     """
     settings = Settings()
     model = await asyncio.to_thread(resolve, settings.model, settings.cache_dir, print)
@@ -302,14 +304,14 @@ async def test_the_way_through_ray_costs_little(cluster: RayCluster, tmp_path: P
     first: dict[str, list[float]] = {way: [] for way in ways}
     speed: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(9):  # the first warms up
-        for i, name in enumerate(names):  # one after the other for the first token
+        for i, name in enumerate(names):  # one at a time for the time to first token
             for way, client in ways.items():
                 one = await client.complete(name, [turn * 16 + i + 5] * 16, 2)
                 client.read_all()
                 assert not one.error, one.error
                 if turn:
                     first[way].append((one.tokens[0][0] - one.sent) * 1e3)
-        for way, client in ways.items():  # eight at once for the speed
+        for way, client in ways.items():  # eight at once for the throughput
             together = await asyncio.gather(
                 *(client.complete(name, [turn * 16 + i + 9] * 16, 96, ignore_eos=True) for i, name in enumerate(names))
             )

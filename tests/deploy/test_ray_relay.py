@@ -1,4 +1,4 @@
-"""The parts of the Ray Serve application that need no Ray: the way of requests, of answers, and of a child process."""
+"""The parts of the Ray Serve application that need no Ray: routing, relaying of responses, and child processes."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ def _request(path: str, body: Any = None, method: str = "POST") -> relay.Request
     return relay.Request(method, path, [], content)
 
 
-# --- where a request goes ------------------------------------------------------------------------------------
+# --- routing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_responses_that_are_kept_go_to_the_writer_unless_there_is_a_store(shared
 
 
 @pytest.mark.parametrize("what", ["merge", "warm", "verify"])
-def test_what_is_one_servers_is_asked_for_where_the_adapter_is(what: str) -> None:
+def test_routes_of_one_adapter_go_to_its_replica(what: str) -> None:
     paths = f"org/poet/{what}", f"org%2Fpoet%40sha256:1/{what}"
     for method, path in itertools.product(("GET", "POST", "DELETE"), paths):
         place = relay.place(_request(f"/v1/adapters/{path}", {}, method), BASE, shared=True)
@@ -88,7 +88,7 @@ async def test_every_body_that_names_an_adapter_to_use_goes_where_it_is(tmp_path
 
 
 async def _elsewhere(directory: Path, *, shared: bool) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
-    """All routes, and those whose place is not the writer."""
+    """All routes, and those not routed to the writer."""
     async with serving(directory) as served:
         routes = {(one.method, one.path) for one in served.app.routes if isinstance(one, Operation)}
     away = set()
@@ -104,7 +104,7 @@ async def _elsewhere(directory: Path, *, shared: bool) -> tuple[set[tuple[str, s
 BY_BODY = {("POST", path) for path in relay.BY_ADAPTER | {"/v1/responses"}}
 
 
-async def test_without_a_store_what_one_server_keeps_goes_to_the_writer(tmp_path: Path) -> None:
+async def test_without_a_store_local_objects_are_requested_from_the_writer(tmp_path: Path) -> None:
     _, away = await _elsewhere(tmp_path, shared=False)
     assert away == BY_BODY | {("GET", path) for path in relay.BY_ANY_SERVER}
 
@@ -185,7 +185,7 @@ def test_refusals_have_the_servers_shape(path: str) -> None:
         assert json.loads(relay.error(path, status, "It died.", str(error.code))) == wanted
 
 
-def test_only_an_unknown_name_is_asked_for_elsewhere() -> None:
+def test_only_an_unknown_model_is_retried_at_another_server() -> None:
     body = b'{"error":{"message":"The model `x` does not exist.","param":"model","code":"model_not_found"}}'
     assert relay.is_unknown_model(relay.Head(404, []), body)
     assert not relay.is_unknown_model(relay.Head(400, []), body)
@@ -218,7 +218,7 @@ def test_a_killed_parent_takes_its_child_along() -> None:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert alive(pid)
-        time.sleep(0.3)  # also once it has become the command
+        time.sleep(0.3)  # also after exec of the command
         assert alive(pid)
         parent.send_signal(signal.SIGKILL)
     eventually(lambda: not alive(pid), 30, "the child's end")

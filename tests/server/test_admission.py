@@ -1,4 +1,4 @@
-"""How much may wait."""
+"""The limits on waiting requests."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_one_request_is_all_or_nothing() -> None:
     assert admission.requests == 2
 
 
-def test_what_could_never_enter_is_told_so_at_once() -> None:
+def test_a_request_beyond_the_limits_is_refused_as_invalid() -> None:
     with pytest.raises(InvalidRequest) as refusal:
         Admission(max_requests=3, max_tokens=100).enter([1] * 4)
     assert refusal.value.param == "n"
@@ -38,7 +38,7 @@ def test_a_long_prompt_enters_an_empty_queue() -> None:
     Admission(max_requests=3, max_tokens=100).enter([500])
 
 
-def test_the_advice_follows_how_long_others_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_follows_recent_waiting_times(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     admission = Admission(max_requests=1, max_tokens=100)
@@ -57,7 +57,7 @@ def test_a_full_queue_takes_others_up_to_their_share() -> None:
     admission.enter([20] * 4, "flood")
     with pytest.raises(TooManyRequests):
         admission.enter([1], "flood")
-    tickets = admission.enter([60, 10], "other")  # half of the places; its first tokens are never too many
+    tickets = admission.enter([60, 10], "other")  # half of the places; the first prompt may exceed the limit
     with pytest.raises(TooManyRequests, match="sequences"):
         admission.enter([1], "other")
     tickets[0].leave(served=True)

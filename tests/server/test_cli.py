@@ -1,4 +1,4 @@
-"""The lorakeet command: flags from the settings' table, clients against the real application, errors in one line."""
+"""The lorakeet command: flags from the settings table, clients against the real application, errors in one line."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ from tests.support.scripted import TEXT, Served, encode, serving, unavailable
 
 @contextmanager
 def real_api(directory: Path, **settings: Any) -> Iterator[tuple[Served, str]]:
-    """The real application with a scripted engine behind a socket, in a thread of its own; and its address."""
+    """The real application with a scripted engine, on a socket in its own thread, and its address."""
     up: queue.Queue[tuple[Served, uvicorn.Server]] = queue.Queue()
 
     async def run() -> None:
@@ -72,7 +72,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The command's exit status."""
+    """Run the command and return its exit status."""
     monkeypatch.setattr(sys, "argv", ["lorakeet", *arguments])
     with pytest.raises(SystemExit) as exit_info:
         cli.main()
@@ -159,7 +159,7 @@ def test_text_that_a_stream_cannot_show_ends_nothing() -> None:
 
 
 def raiser(fault: Exception) -> Any:
-    """A function that raises this."""
+    """A function that raises this exception."""
 
     def fail(*_: object) -> None:
         raise fault
@@ -214,7 +214,7 @@ def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_a_tilde_in_a_variable_is_the_home_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Files of variables know none: it comes as it is."""
+    """In files of variables no shell expands the tilde."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("LORAKEET_CACHE_DIR", "~/cache")
     monkeypatch.setenv("LORAKEET_DATA_DIR", "~/data")
@@ -329,7 +329,7 @@ def test_the_first_api_key_is_sent(
     with real_api(tmp_path, api_key=("first", "second")) as (_, url):
         assert run(monkeypatch, "list", "--url", url) == 1
         assert "(HTTP 401)" in capsys.readouterr().err
-        monkeypatch.setenv("LORAKEET_API_KEY", "first,second")  # as serve reads it
+        monkeypatch.setenv("LORAKEET_API_KEY", "first,second")  # in the format that serve reads
         assert run(monkeypatch, "list", "--url", url) == 0
 
 

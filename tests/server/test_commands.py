@@ -1,4 +1,4 @@
-"""The command line's lists, chats and watches, against answers that a test writes."""
+"""The command line's lists, chats and watches, with responses scripted by the tests."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ ADAPTER = {
 
 @pytest.fixture
 def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
-    """Lets the commands' requests be answered by a function."""
+    """Install a function that answers the commands' requests."""
 
     def install(answer: Answer) -> None:
         @contextlib.contextmanager
@@ -74,7 +74,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def plain(printed: str) -> list[str]:
-    """The lines, without what makes headings bold."""
+    """The lines without escape sequences."""
     return re.sub(r"\x1b\[[0-9;]*m", "", printed).splitlines()
 
 
@@ -112,7 +112,7 @@ def test_ids_are_never_folded(
     assert heading.split() == ["ID", "STATUS", "STEP", "MODEL", "RESULT"]
     assert [row.split() for row in rows] == [
         [job["id"], "running", f"{job['step']}/300", "smollm2-135m-instruct", LONG] for job in JOBS
-    ], "one line for each job, those of the second page too"
+    ], "one line for each job, also of the second page"
     assert run(monkeypatch, "list") == 0
     _, row = plain(capsys.readouterr().out)
     assert row.split() == [LONG, "sha256:abababababab", "16", "210", "4,884,480", "18.6", "MiB"]
@@ -211,7 +211,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_so(
 
 
 class Model:
-    """A server with a base and one adapter, that answers every chat with the same words."""
+    """A server with a base and one adapter, which returns the same text in every chat."""
 
     def __init__(self, text: str = "Yes.", finish: str = "stop", context: int = 4096) -> None:
         self.pieces = [text[i : i + 3] for i in range(0, len(text), 3)]

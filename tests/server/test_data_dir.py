@@ -1,4 +1,4 @@
-"""A start over a data directory that was damaged: what can be served is, and nothing is deleted on a guess."""
+"""Starting with a damaged data directory: intact versions are served, and nothing is deleted on a guess."""
 
 import errno
 import fcntl
@@ -28,7 +28,7 @@ BASE = base_info()
 
 @contextmanager
 def opened(root: Path) -> Iterator[AdapterStore]:
-    """The store of a data directory, as a server opens it."""
+    """Open the store of a data directory as a server does."""
     with closing(data_dir.open_names(root, 0.5)) as names:
         yield AdapterStore(root / "adapters", names)
 
@@ -43,7 +43,7 @@ def put(store: AdapterStore, name: str, seed: int) -> Version:
 
 @pytest.fixture
 def kept(tmp_path: Path) -> dict[str, list[str]]:
-    """Three names, one with two versions, rolled back to the older one; name -> digests, the current one first."""
+    """The digests of three names, current ones first; one name has two versions and is rolled back to the older one."""
     with opened(tmp_path) as store:
         put(store, "a", 1)
         put(store, "b", 2)
@@ -78,7 +78,7 @@ def set_aside(root: Path) -> list[str]:
     return sorted(path.name for path in (root / "lost+found").glob("*/*"))
 
 
-# --- what no database knows ------------------------------------------------------------------------
+# --- files unknown to the database ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lose", [remove_database, empty_database])
@@ -106,7 +106,7 @@ def test_a_lost_database_costs_no_version_and_the_doctor_brings_all_back(
     assert not set_aside(tmp_path)
 
 
-def test_one_of_them_is_restored_as_an_older_version_and_one_removed(
+def test_the_doctor_restores_one_entry_as_an_older_version_and_removes_one(
     tmp_path: Path, kept: dict[str, list[str]]
 ) -> None:
     remove_database(tmp_path)
@@ -145,11 +145,11 @@ def test_versions_of_earlier_releases_without_records_are_kept_too(
         path.unlink()
     with opened(tmp_path) as store:
         assert meaning(store) == kept
-    assert len(list(tmp_path.rglob("names/*"))) == 4, "each directory says again which names have it"
+    assert len(list(tmp_path.rglob("names/*"))) == 4, "each directory lists its names again"
     assert not set_aside(tmp_path)
 
 
-# --- what is damaged -------------------------------------------------------------------------------
+# --- damaged files and databases -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("junk", [b"no database at all" * 500, None])
@@ -256,13 +256,13 @@ def test_rows_are_made_anew_from_the_weights_and_no_more_than_that(tmp_path: Pat
 
 
 def flip(path: Path, place: int = -100) -> None:
-    """Change one bit of a file."""
+    """Flip one bit of a file."""
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
 
 
-# --- disks that take nothing -----------------------------------------------------------------------
+# --- disks that cannot be written -----------------------------------------------------------------------
 
 
 @contextmanager
@@ -278,7 +278,7 @@ def mounted(path: Path, size: str) -> Iterator[None]:
 
 
 def fill(path: Path) -> None:
-    """Let a file take all the room that there is."""
+    """Fill the disk with one file."""
     with path.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
@@ -315,7 +315,7 @@ def test_a_disk_that_takes_nothing_serves_what_it_has_and_takes_more_when_it_can
     assert "read only, until it can be written" in caplog.text
 
 
-# --- databases that are held -----------------------------------------------------------------------
+# --- locked databases -----------------------------------------------------------------------
 
 
 def test_a_database_that_another_process_holds_at_start_is_read_all_the_same(

@@ -1,4 +1,4 @@
-"""From exceptions to the one error body."""
+"""Conversion of exceptions to the common error body."""
 
 import pytest
 from pydantic import BaseModel, ValidationError

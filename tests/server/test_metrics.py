@@ -1,4 +1,4 @@
-"""Counting: per request, per engine report, per adapter with a bounded number of series."""
+"""Metrics of requests, engine reports and adapters, with a bounded number of series."""
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -8,7 +8,7 @@ from tests.support.harness import base_info
 
 
 def scrape(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Every sample by (name, labels); a duplicate series fails here."""
+    """Every sample by (name, labels); a duplicate series fails."""
     samples: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:
@@ -174,7 +174,7 @@ def test_gateway_info_names_running_and_waiting_adapters() -> None:
         request.finish("stop")
     gone = [AdapterUse("sha256:1", "device", present=False), AdapterUse("sha256:2", "host", present=False)]
     metrics.add_engine_stats(Stats(adapters=[*gone, AdapterUse("sha256:2", "device", 8, 0, 0)]))
-    labels = {"max_lora": "1", "running_lora_adapters": "c", "waiting_lora_adapters": ""}  # nobody asks, it is there
+    labels = {"max_lora": "1", "running_lora_adapters": "c", "waiting_lora_adapters": ""}  # resident without requests
     assert value(metrics, "lora_requests_info", **labels) > 1.6e9
 
 
@@ -231,7 +231,7 @@ def test_another_prefix_renames_everything_of_ours() -> None:
     own = {name for name in names if name.startswith("vllm:")}
     assert {name.removeprefix("vllm:") for name in own} | (names - own) == expected
     assert names - own == {name for name in expected if name.startswith("process_")}
-    # The names that dashboards for vLLM and the Gateway's endpoint picker ask for.
+    # Names used by dashboards for vLLM and by the Gateway's endpoint picker.
     assert {
         *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
         *("vllm:lora_requests_info", "vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_bucket"),

@@ -1,4 +1,4 @@
-"""References to base models: what is accepted, what is refused, and that a cache never holds half a model."""
+"""References to base models: accepted and refused ones; and a cache never contains part of a model."""
 
 import base64
 import hashlib
@@ -24,7 +24,7 @@ from tests.support.tiny import tiny_model
 
 @pytest.fixture
 def layout(tmp_path: Path) -> Path:
-    """A directory that looks like a model; nothing here loads it."""
+    """A directory that looks like a model; it is never loaded."""
     directory = tmp_path / "base"
     directory.mkdir()
     (directory / "config.json").write_text('{"model_type": "llama"}')
@@ -78,7 +78,7 @@ def test_pickled_weights_alone_are_refused(layout: Path, tmp_path: Path) -> None
         ("someone/some-model", "not cached"),
     ],
 )
-def test_what_names_nothing_is_refused(
+def test_unknown_references_are_refused(
     ref: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -138,13 +138,13 @@ def test_a_failed_preparation_leaves_nothing_and_can_be_repeated(
     assert (resolve(str(gguf_file), tmp_path / "cache") / "model.safetensors").exists()
 
 
-def test_what_a_killed_process_left_is_not_trusted(
+def test_partial_files_of_a_killed_process_are_not_used(
     gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "_convert", _stub_convert([]))
     target = resolve(str(gguf_file), tmp_path / "cache")
     partial = target.with_name(f".{target.name}.partial")
-    target.rename(partial)  # as if killed a moment before the last rename
+    target.rename(partial)  # as if killed just before the last rename
     (partial / "junk").write_text("half a download")
     assert {path.name for path in resolve(str(gguf_file), tmp_path / "cache").iterdir()} == {
         "config.json",
@@ -198,7 +198,7 @@ def _wheel(directory: Path, member: str, content: bytes, name: str = "tiny_base"
 
 @pytest.fixture
 def offline_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that is all pip knows of the world."""
+    """The only directory that pip searches."""
     shelf = tmp_path / "shelf"
     shelf.mkdir()
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -224,7 +224,7 @@ def test_a_missing_wheel_says_what_to_do(offline_pip: Path, tmp_path: Path, monk
 
 
 def _write_gguf(model: Path, path: Path) -> None:
-    """The tiny Llama at `model` as a GGUF file with its tokenizer, in fp32."""
+    """Write the tiny Llama at `model` as a GGUF file with its tokenizer, in fp32."""
     loaded = AutoModelForCausalLM.from_pretrained(model)
     config, state = loaded.config, loaded.state_dict()
     tokenizer = AutoTokenizer.from_pretrained(model)

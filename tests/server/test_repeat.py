@@ -1,4 +1,4 @@
-"""What the server does again and again goes on, whatever becomes of it once."""
+"""The server's periodic work continues after any fault."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""One table of settings: flags, variables, defaults, ranges."""
+"""The table of settings: flags, variables, defaults, ranges."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_vllms_names_are_aliases() -> None:
         "--lora-modules": "--adapter",
         "--tool-call-parser": "--tool-parser",
     }
-    # Named alike on both sides.
+    # The same names in both.
     assert {"--model", "--served-model-name", "--max-model-len", "--dtype", "--quantization", "--api-key"} <= {
         row.flag for row in settings_fields()
     }
@@ -127,7 +127,7 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         ({"kv_cache_bytes": "9" * 400}, {}, "--kv-cache-bytes: expected a size"),
         ({"device": "gpu"}, {}, "--device: expected auto, cpu"),
         ({"device": "cuda:all"}, {}, "--device: expected auto, cpu"),
-        ({"api_key": [""]}, {}, "--api-key: expected a value"),  # as `--api-key "$UNSET"` says
+        ({"api_key": [""]}, {}, "--api-key: expected a value"),  # from `--api-key "$UNSET"`
         ({}, {"LORAKEET_API_KEY": ","}, "LORAKEET_API_KEY: expected a value"),
         ({"allowed_origins": ["https://example.com/"]}, {}, "--allowed-origins: .* without a trailing slash"),
         ({"allowed_origins": ["example.com"]}, {}, "--allowed-origins: 'example.com' is neither"),
@@ -135,12 +135,12 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         ({"reasoning_parser": "step3"}, {}, "--reasoning-parser: 'step3' is not one of auto, none, .*think"),
     ],
 )
-def test_a_bad_value_is_named_by_where_it_came_from(flags: Any, environ: Any, message: str) -> None:
+def test_an_error_names_the_source_of_a_bad_value(flags: Any, environ: Any, message: str) -> None:
     with pytest.raises(SettingError, match=f"^{message}"):
         Settings.load(flags, environ)
 
 
-def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting(caplog: pytest.LogCaptureFixture) -> None:
+def test_kubernetes_service_variables_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
     environ = {"LORAKEET_PORT": "tcp://10.96.0.7:80", "LORAKEET_SERVICE_PORT": "80", "LORAKEET_PORT_80_TCP": "tcp://x"}
     assert Settings.load({}, environ).port == 8000
     warn_about_unknown(environ)

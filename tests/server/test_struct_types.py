@@ -1,4 +1,4 @@
-"""msgspec crashes when several threads use a struct's type first, and at once: such types are made ready before."""
+"""msgspec crashes if several threads use a struct's type first at the same time, so types are prepared beforehand."""
 
 import subprocess
 import sys

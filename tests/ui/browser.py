@@ -17,13 +17,13 @@ try:
 except ImportError:
     pytest.skip("needs playwright (the test extra)", allow_module_level=True)
 
-PATIENCE_MS = 30_000  # with what a page is to show, on a busy machine
+PATIENCE_MS = 30_000  # for content to appear, on a busy machine
 expect.set_options(timeout=PATIENCE_MS)
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """The browser; skips where there is none."""
+    """Start the browser; skip the test if it is not installed."""
     if CHROMIUM is None:
         pytest.skip("needs chromium (apt-get install chromium)")
     with sync_playwright() as playwright:
@@ -35,7 +35,7 @@ def chromium() -> Iterator[Browser]:
 
 
 class Console:
-    """One page of the console, and what went wrong on it.
+    """One page of the console, and the faults that occurred on it.
 
     Attributes:
         expected: parts of console messages that a test provokes.
@@ -62,14 +62,14 @@ class Console:
             self.faults.append(f"a request to {url}")
 
     def open(self, view: str) -> Page:
-        """Go to a view as a link does."""
+        """Go to a view as by a link."""
         self.page.goto(f"{self.root}#/{view}")
         self.page.get_by_role("heading", level=1).wait_for()
         return self.page
 
     def violations(self) -> list[str]:
-        """Serious ones of accessibility, as axe-core finds them on what is shown."""
-        # Evaluated, not added as a script: the page's policy allows none but its own.
+        """Serious accessibility violations that axe-core finds on the page as shown."""
+        # Evaluated, not added as a script, since the page's policy allows only its own scripts.
         self.page.evaluate(AXE.read_text(encoding="utf-8"))
         found: list[dict[str, Any]] = self.page.evaluate("async () => (await axe.run()).violations")
         return [
@@ -80,6 +80,6 @@ class Console:
         ]
 
     def close(self) -> None:
-        """Leave, and say what went wrong meanwhile."""
+        """Close the page, and fail on any fault that occurred."""
         self.context.close()
         assert not self.faults, self.faults

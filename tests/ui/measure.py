@@ -1,8 +1,8 @@
-"""`python -m tests.ui.measure`: what the console costs, in ratios of interleaved rounds.
+"""`python -m tests.ui.measure`: the cost of the console, in ratios of interleaved rounds.
 
-    --url URL --pid PID    of a server with a real model that runs, and its API process
+    --url URL --pid PID    a running server with a real model, and the pid of its API process
 
-First paint is measured on 10,000 registered adapters, on a server of its own without an engine.
+First paint is measured with 10,000 registered adapters, on a separate server without an engine.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def _many_adapters() -> Iterator[str]:
 
 
 def _first_paints(browser: Browser) -> list[float]:
-    """Seconds from asking for the page until the table's rows are there, with a cold cache each time."""
+    """Seconds from the request for the page until the table's rows are shown, with a cold cache each time."""
     taken = []
     with _many_adapters() as url:
         for _ in range(ROUNDS):
@@ -81,7 +81,7 @@ def _body(base: str) -> dict[str, object]:
 
 
 def _stream(url: str, base: str) -> float:
-    """One stream, read to its end as curl reads it; tokens of it per second of decoding."""
+    """Tokens per second of decoding of one stream, read to its end like curl."""
     body = _body(base) | {"stream": True, "stream_options": {"include_usage": True}}
     times = []
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=600) as answer:
@@ -118,7 +118,7 @@ def _columns(browser: Browser, url: str, pid: int, base: str) -> tuple[float, fl
 
 
 def _with_ignored_eos(page: Page) -> None:
-    """Both sides must get as many tokens."""
+    """Set `ignore_eos` in the page's requests, so that both sides get the same number of tokens."""
 
     def longer(route: object) -> None:
         body = json.loads(route.request.post_data) | {"ignore_eos": True}  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """`python -m tests.ui.screenshots`: pictures of the console's views, from a real run, into docs/console.
 
-It starts a server with the default model, fine-tunes on the example orders, evaluates, talks, and takes each view in
-both schemes. `--url` takes a server that runs already; what it has from an earlier run is used again. `--check
-DIRECTORY` takes every view at three widths instead, to be looked at.
+It starts a server with the default model, fine-tunes on the example orders, evaluates, chats, and takes each view in
+both schemes. `--url` uses a running server, and its files, jobs and adapters from an earlier run. `--check DIRECTORY`
+takes every view at three widths instead, for inspection.
 """
 
 import io
@@ -27,7 +27,7 @@ PICTURES = ROOT / "docs/console"
 SCHEMES = ("light", "dark")
 WIDTHS = {360: 740, 1280: 800, 2560: 1300}
 NAME = "orders"
-LINES = {"train": 64, "held_out": 12}  # of the shipped files: a curve, in minutes on two cores
+LINES = {"train": 64, "held_out": 12}  # lines of the shipped files: enough for a curve, in minutes on two cores
 QUESTION = "We need six tables in yellow, delivered to Berlin on Tuesday."
 SYSTEM = "Write the order as one line."
 
@@ -86,7 +86,7 @@ def _ready(client: httpx.Client) -> bool:
 
 
 def _provide(client: httpx.Client) -> dict[str, str]:
-    """Data, two fine-tunes, mixes and an evaluation; the addresses of the views that show them."""
+    """Create data, two fine-tunes, mixes and an evaluation, and return the addresses of the views that show them."""
     base = client.get("/v1/models?limit=1").json()["data"][0]["id"]
     jobs = client.get("/v1/fine_tuning/jobs").json()["data"]
     if not jobs:
@@ -132,14 +132,14 @@ def _upload(client: httpx.Client, path: Path, lines: int) -> str:
 
 
 def _checkpoint(client: httpx.Client, job: str) -> str:
-    """The newest adapter of a job, which may go on: its curve is then seen as it grows."""
+    """The newest adapter of a job, which may still be running, so that its curve is shown growing."""
     while not (made := client.get(f"/v1/fine_tuning/jobs/{job}/checkpoints").json()["data"]):
         time.sleep(1)
     return str(made[0]["fine_tuned_model_checkpoint"])
 
 
 def _over(client: httpx.Client, path: str, made: dict[str, Any]) -> dict[str, Any]:
-    """What was begun, once it has succeeded."""
+    """Wait until a created object has succeeded, and return it."""
     while made["status"] != "succeeded":
         assert made["status"] not in ("failed", "cancelled"), made["error"]
         time.sleep(1)
@@ -148,7 +148,7 @@ def _over(client: httpx.Client, path: str, made: dict[str, Any]) -> dict[str, An
 
 
 def _talk(browser: Browser, url: str, view: str) -> None:
-    """Keep a conversation for the pictures: it belongs to the tab, so its storage is handed on."""
+    """Store a conversation for the pictures. It belongs to the tab, so its storage is copied to later ones."""
     console = Console(browser, url)
     page = console.open(view)
     page.get_by_role("textbox", name="Prompt", exact=True).fill(QUESTION)
@@ -177,7 +177,7 @@ def _pictures(
 
 
 def _save(page: Page, path: Path) -> None:
-    """With a palette: the pictures have few colours."""
+    """Save a picture with a palette, since it has few colours."""
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
 

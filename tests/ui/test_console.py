@@ -1,4 +1,4 @@
-"""The console in a real browser on one real server: everything that a person does there, by role and label."""
+"""The console in a real browser on one real server: every operation of a user, by role and label."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def begun(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def adapters(begun: RunningServer, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Made while the server starts."""
+    """Adapters created while the server starts."""
     root = tmp_path_factory.mktemp("adapters")
     return [tiny_adapter(root / str(seed), model_dir, seed=seed, r=2) for seed in range(2)]
 
@@ -58,7 +58,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def console(browser: Browser, server: RunningServer) -> Iterator[Console]:
-    """Logged in."""
+    """A console that is logged in."""
     console = Console(browser, server.url, permissions=["clipboard-read", "clipboard-write"])
     console.context.add_init_script(f"sessionStorage.setItem('lorakeet-key', '{KEY}')")
     yield console
@@ -186,7 +186,7 @@ STEPS = "(document.querySelector('.job .plot path')?.getAttribute('d').match(/[M
 
 
 def curve(page: Page, more_than: int) -> int:
-    """How many steps the chart of the loss shows, once they are more."""
+    """The number of steps in the chart of the loss, once there are more than this."""
     eventually(lambda: page.evaluate(STEPS) > more_than, 30, f"more than {more_than} steps in the chart")
     return int(page.evaluate(STEPS))
 
@@ -261,7 +261,7 @@ def test_the_server_view_has_the_last_hour(console: Console) -> None:
     expect(page.get_by_text("Engine restarts", exact=True)).to_be_visible()
 
 
-def test_it_works_under_a_prefix(browser: Browser, server: RunningServer) -> None:
+def test_the_console_works_under_a_prefix(browser: Browser, server: RunningServer) -> None:
     with proxied(server.url, "/behind/proxy") as url:
         console = Console(browser, url, "/behind/proxy")
         console.context.add_init_script(f"sessionStorage.setItem('lorakeet-key', '{KEY}')")

@@ -1,4 +1,4 @@
-"""aiperf's command line: prompts that it makes up, streamed by two clients at once."""
+"""aiperf's command line: generated prompts, streamed by two concurrent clients."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def test_a_profile(url: str, model: str, model_dir: str, endpoint: str, tmp_path
         *(["--per-chunk-usage"] if endpoint == "chat" else []),
         *("--no-gpu-telemetry", "--no-server-metrics", "--artifact-dir", str(tmp_path)),
     ]
-    online = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}  # offline it takes no path
+    online = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}  # offline it rejects paths
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path, env=online, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     [report] = tmp_path.rglob("profile_export_aiperf.json")

@@ -1,4 +1,4 @@
-"""GuideLLM's command line: prompts that it makes up, streamed by two clients at once, over each API that it knows."""
+"""GuideLLM's command line: generated prompts, streamed by two concurrent clients, over each API that it supports."""
 
 import json
 import subprocess

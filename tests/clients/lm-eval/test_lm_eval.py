@@ -1,4 +1,4 @@
-"""lm-eval's completions model: log-likelihoods and generations, with the tokenizer here and with the server's."""
+"""lm-eval's completions model: log-likelihoods and generations, with a local tokenizer and with the server's."""
 
 import pytest
 from lm_eval.api.instance import Instance

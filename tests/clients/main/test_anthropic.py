@@ -97,7 +97,7 @@ def test_litellm(url: str, model: str) -> None:
 
 
 def test_litellm_in_front_of_chat(api: str, model: str) -> None:
-    """Its Anthropic bridge: Messages in, chat out."""
+    """litellm's Anthropic bridge: Messages requests, sent as chat."""
     answer: Any = litellm.anthropic.messages.create(
         model=f"openai/{model}", messages=ASK, max_tokens=8, api_base=api, api_key="none"
     )

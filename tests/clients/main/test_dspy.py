@@ -20,7 +20,7 @@ def lm(api: str, model: str) -> dspy.LM:
 
 
 def predict(lm: dspy.LM) -> None:
-    """dspy asks for no grammar of a model that it does not know, so that a small one may miss the form."""
+    """Predict once. dspy sends no grammar for a model that it does not know, so a small model may miss the format."""
     try:
         assert dspy.Predict(Sort)(bird="a macaw").colour in ("red", "green")
     except AdapterParseError as fault:
@@ -35,6 +35,6 @@ def test_json_adapter(lm: dspy.LM) -> None:
 
 
 def test_chat_adapter(lm: dspy.LM) -> None:
-    """Free text in a form of dspy's own; where a small model misses it, dspy asks again for JSON."""
+    """Free text in dspy's own format; if a small model misses the format, dspy retries with JSON."""
     with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
         predict(lm)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Bird(BaseModel):
     """A bird."""
 
-    model_config = ConfigDict(extra="forbid")  # a small model may not come to the end of members that nothing names
+    model_config = ConfigDict(extra="forbid")  # with free extra members a small model may not finish the object
 
     name: str = Field(max_length=12)
     colour: Literal["red", "green"]
@@ -50,7 +50,7 @@ def test_structured_output(chat: ChatOpenAI, method: str, strict: bool | None) -
 def test_json_mode(chat: ChatOpenAI) -> None:
     try:
         raw = chat.with_structured_output(method="json_mode", include_raw=True).invoke("Name a bird, in JSON.")
-    except openai.LengthFinishReasonError:  # any object will do, and a small model may not come to its end
+    except openai.LengthFinishReasonError:  # any object is valid, and a small model may not finish it
         return
     assert isinstance(raw["raw"], AIMessage)
     assert raw["parsing_error"] is None

@@ -1,4 +1,4 @@
-"""litellm: chat, streaming, tools, structured output, text completion, in OpenAI's and vLLM's dress."""
+"""litellm: chat, streaming, tools, structured output, text completion, as the providers OpenAI and hosted vLLM."""
 
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""Simon Willison's `llm`: a model of its own in extra-openai-models.yaml, prompts, `--schema`, tools."""
+"""Simon Willison's `llm`: a model in extra-openai-models.yaml, prompts, `--schema`, tools."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_a_schema(home: Path) -> None:
     answer = json.loads(llm(home, "--schema", json.dumps(schema), "Name a bird."))
     assert set(answer) == {"age", "red"}
     assert set(json.loads(llm(home, "--no-stream", "--schema", json.dumps(schema), "Name a bird."))) == {"age", "red"}
-    assert llm(home, "--schema", "age int, red bool", "Name a bird.").lstrip().startswith("{")  # it may say more
+    assert llm(home, "--schema", "age int, red bool", "Name a bird.").lstrip().startswith("{")  # more text may follow
 
 
 def test_tools_are_offered(home: Path) -> None:

@@ -1,6 +1,6 @@
 """openai-agents with its default model, over Responses: text, a tool, structured output, streaming.
 
-It takes an answer that `max_tokens` has cut short for a failure: short ones are asked for.
+It treats a response that `max_tokens` cut short as a failure, so the prompts ask for short ones.
 """
 
 import asyncio

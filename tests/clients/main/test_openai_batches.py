@@ -1,4 +1,4 @@
-"""OpenAI's own client: a batch from its file to its answers, one that has a fault, one that is cancelled."""
+"""OpenAI's own client: a batch from its file to its results, a batch with a faulty line, and a cancelled batch."""
 
 import json
 import time
@@ -15,7 +15,7 @@ def client(api: str) -> OpenAI:
 
 
 def _begin(client: OpenAI, endpoint: str, bodies: list[dict[str, Any]]) -> Any:
-    """A batch of these requests."""
+    """Create a batch of these requests."""
     lines = [
         json.dumps({"custom_id": str(number), "method": "POST", "url": endpoint, "body": body})
         for number, body in enumerate(bodies)
@@ -30,19 +30,19 @@ def _begin(client: OpenAI, endpoint: str, bodies: list[dict[str, Any]]) -> Any:
 
 
 def _ended(client: OpenAI, id_: str) -> Any:
-    """The batch once it goes on no more."""
+    """The batch once it has ended."""
     while (batch := client.batches.retrieve(id_)).status not in ("completed", "failed", "expired", "cancelled"):
         time.sleep(0.2)
     return batch
 
 
 def _lines(client: OpenAI, file_id: str) -> dict[str, Any]:
-    """A result file by `custom_id`."""
+    """The lines of a result file by `custom_id`."""
     return {line["custom_id"]: line for line in map(json.loads, client.files.content(file_id).content.splitlines())}
 
 
 def _asked(endpoint: str, model: str) -> dict[str, Any]:
-    """A body for it."""
+    """A request body for the endpoint."""
     short: dict[str, Any] = {"model": model, "temperature": 0}
     if endpoint == "/v1/responses":
         return short | {"input": "Name a bird.", "max_output_tokens": 6}

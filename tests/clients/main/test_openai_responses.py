@@ -1,4 +1,4 @@
-"""openai's Responses: create, stream, parse, tools, kept ones, the background."""
+"""openai's Responses: create, stream, parse, tools, stored responses, background mode."""
 
 import json
 import time

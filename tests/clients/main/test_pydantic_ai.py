@@ -39,7 +39,7 @@ def test_structured_output(chat: OpenAIChatModel, kind: type) -> None:
 
 
 def test_prompted_output(chat: OpenAIChatModel) -> None:
-    """Only the prompt asks for JSON of that shape, so the answer need not have it; the requests are understood."""
+    """Only the prompt asks for JSON of this shape, so the answer may differ; the requests must be accepted."""
     agent = Agent(chat, output_type=PromptedOutput(Bird), model_settings={"max_tokens": 60}, retries=1)
     try:
         assert isinstance(agent.run_sync("Name a bird.").output, Bird)
@@ -59,5 +59,5 @@ def test_tools_beside_a_structured_answer(chat: OpenAIChatModel) -> None:
 
     try:
         assert isinstance(agent.run_sync("Name a bird.").output, Bird)
-    except UnexpectedModelBehavior:  # it may well ask for wings for ever
+    except UnexpectedModelBehavior:  # it may call wings until the limit of retries
         assert called

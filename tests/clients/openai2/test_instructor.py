@@ -1,4 +1,4 @@
-"""instructor: every mode that it offers for OpenAI's client, its old names too; two of them ask for Responses."""
+"""instructor: every mode that it offers for OpenAI's client, including old names; two of them use Responses."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Bird(BaseModel):
-    model_config = ConfigDict(extra="forbid")  # or a small model goes on with names of its own
+    model_config = ConfigDict(extra="forbid")  # otherwise a small model keeps adding members
     name: str = Field(max_length=12)
     colour: Literal["red", "green"]
 
 
-# Enforced by the request itself; the others only ask for a shape in the prompt.
+# Enforced by the request itself; the other modes only describe the shape in the prompt.
 ENFORCED = [
     *(Mode.TOOLS, Mode.TOOLS_STRICT, Mode.FUNCTIONS, Mode.JSON_SCHEMA, Mode.JSON_O1),
     *(Mode.RESPONSES_TOOLS, Mode.RESPONSES_TOOLS_WITH_INBUILT_TOOLS),
@@ -54,12 +54,12 @@ def test_asked_modes(api: str, model: str, mode: Mode) -> None:
             model=model, messages=ASK, response_model=kind, max_tokens=60, max_retries=1
         )
         assert isinstance(next(iter(answer)) if mode is Mode.PARALLEL_TOOLS else answer, Bird | tuple)
-    except InstructorRetryException as fault:  # the model's words were no such object; the request was understood
+    except InstructorRetryException as fault:  # the answer did not match the schema; the request was accepted
         assert not isinstance(fault.__cause__, openai.APIStatusError), fault
         assert "Error code" not in str(fault)
-    except IncompleteOutputException:  # nor is that
+    except IncompleteOutputException:  # the answer was cut short
         pass
-    except TypeError as fault:  # parallel tools: none was called
+    except TypeError as fault:  # parallel tools: no tool was called
         assert "NoneType" in str(fault)
 
 

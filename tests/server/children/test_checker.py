@@ -1,4 +1,4 @@
-"""Uploads checked in processes of their own, as a thread would check them and within limits."""
+"""Uploads checked in helper processes: the same results as a check in a thread, and within limits."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ async def inspected(publisher: Publisher, directory: Path) -> AdapterSpec:
     return await publisher._run("name", inspect_adapter, check(directory), "weights")
 
 
-async def test_it_finds_what_a_thread_would_find_and_lays_out_rows(tmp_path: Path) -> None:
+async def test_results_equal_a_check_in_a_thread_and_rows_are_packed(tmp_path: Path) -> None:
     good, bad = write_adapter(tmp_path / "good", 1), write_adapter(tmp_path / "bad", 2, r=0)
     async with running(tmp_path) as publisher:
         spec = await inspected(publisher, good)
@@ -56,12 +56,12 @@ async def test_it_finds_what_a_thread_would_find_and_lays_out_rows(tmp_path: Pat
             here.value.code,
         )
         (good / packed_rows.ROWS_NAME).unlink()
-        (good / packed_rows.ROWS_NAME).mkdir()  # whoever runs this, rows cannot be written there
+        (good / packed_rows.ROWS_NAME).mkdir()  # writing rows fails here, even as root
         with pytest.raises(OSError, match="directory"):
             await inspected(publisher, good)
 
 
-async def test_who_stops_waiting_leaves_it_ready_for_the_next(tmp_path: Path) -> None:
+async def test_a_cancelled_check_leaves_the_checker_ready(tmp_path: Path) -> None:
     one, other = (write_adapter(tmp_path / str(seed), seed) for seed in (1, 2))
     async with running(tmp_path) as publisher:
         await inspected(publisher, one)
@@ -84,9 +84,9 @@ async def test_a_tokenizer_of_empty_lists_costs_little_and_one_of_tokens_is_limi
         assert refusal.value.param == "tokenizer"
 
 
-async def test_what_takes_too_long_is_refused(tmp_path: Path) -> None:
+async def test_a_check_beyond_its_time_is_refused(tmp_path: Path) -> None:
     pipe = tmp_path / "tokenizer.json"
-    os.mkfifo(pipe)  # nobody ever writes into it
+    os.mkfifo(pipe)  # no process writes into it
     async with running(tmp_path, adapter_check_seconds=3) as publisher:
         with pytest.raises(AdapterError, match="takes more than 3 s") as refusal:
             await publisher._run("name", read_added_tokens, pipe, "tokenizer")

@@ -1,4 +1,4 @@
-"""Helper processes: what they say comes through, and they end with their time, their caller and this server."""
+"""Helper processes: their replies, and their end by time limit, by a cancelled caller and with this server."""
 
 import asyncio
 import contextlib
@@ -33,9 +33,9 @@ def block(order: str):
 
 @pytest.fixture(autouse=True)
 def obedient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that does as it is told."""
+    """Create a module whose functions run the code in their orders."""
     (tmp_path / "obedient.py").write_text(PROGRAM)
-    paths = filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))  # an empty one is the working directory
+    paths = filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))  # an empty entry is the working directory
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
 
 
@@ -62,7 +62,7 @@ async def eventually_gone(pid: int) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_the_directory_where_the_server_was_started_has_none_of_our_modules(
+async def test_helpers_import_no_modules_from_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (elsewhere := tmp_path / "elsewhere").mkdir()
@@ -75,7 +75,7 @@ async def test_the_directory_where_the_server_was_started_has_none_of_our_module
 
 
 def test_no_helper_asks_for_more_than_the_system_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is refused to all but root: every upload, or every grammar, would fail."""
+    """The system refuses a higher limit to all but root: every upload, or every grammar, would fail."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
     assert (capped(resource.RLIMIT_DATA, 200), capped(resource.RLIMIT_DATA, 50)) == (100, 50)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, resource.RLIM_INFINITY))
@@ -88,7 +88,7 @@ async def test_one_process_answers_one_order_after_another() -> None:
         pids = {await asked.ask(order("os.getpid()"), 30) for _ in range(3)}
         assert len(pids) == 1
         assert await asked.ask(order("print('noise') or os.write(1, b'noise')"), 30) == 5, (
-            "what is printed is no answer"
+            "printed text is not taken for a reply"
         )
         assert await asked.ask(order("'x' * 5_000_000"), 30) == "x" * 5_000_000
     await eventually_gone(pids.pop())
@@ -104,10 +104,10 @@ async def test_refusals_and_faults_come_through(caplog: pytest.LogCaptureFixture
         with pytest.raises(HelperFailed, match="ValueError: secret"):
             await asked.ask(order("raise ValueError('secret')", "block"), 30)
         assert "Traceback" in caplog.text
-        assert await asked.ask(order("1"), 30) == 1, "it lives on"
+        assert await asked.ask(order("1"), 30) == 1, "the process continues"
 
 
-async def test_it_is_started_again_when_it_died_and_given_up_when_the_order_kills_it() -> None:
+async def test_a_dead_helper_is_restarted_and_a_request_that_kills_it_fails() -> None:
     async with helper() as asked:
         first = await asked.ask(order("os.getpid()"), 30)
         os.kill(first, signal.SIGKILL)
@@ -116,7 +116,7 @@ async def test_it_is_started_again_when_it_died_and_given_up_when_the_order_kill
         with pytest.raises(HelperFailed):
             await asked.ask(order("os._exit(1)"), 30)
         assert await asked.ask(order("1"), 30) == 1
-        # Before the order has been read, too.
+        # also before the order has been read
         os.kill(await asked.ask(order("os.getpid()"), 30), signal.SIGSTOP)
         with pytest.raises(HelperLimit, match="takes more than"):
             await asked.ask(order("1" * 10_000_000), 0.2)
@@ -124,7 +124,7 @@ async def test_it_is_started_again_when_it_died_and_given_up_when_the_order_kill
 
 
 @pytest.mark.parametrize("end", ["time", "cancelled"])
-async def test_it_ends_with_its_time_and_with_its_caller_and_so_does_what_it_forked(end: str, tmp_path: Path) -> None:
+async def test_timeout_or_cancellation_kills_a_helper_and_its_forks(end: str, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     linger = f"import os\nos.fork()\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')\ntime.sleep(60)"
     async with helper() as asked:
@@ -194,14 +194,14 @@ async def test_once_in_a_thread_too() -> None:
 # --- the queue -----------------------------------------------------------------------------------------
 
 
-async def test_slow_work_of_one_holds_up_nobody_else() -> None:
+async def test_slow_work_of_one_caller_does_not_block_others() -> None:
     helpers = Helpers(2, WORK_PROGRAM)
     try:
         await asyncio.gather(*(helpers.ask(key, order("1"), 30) for key in "ab"))
         slow = [asyncio.create_task(helpers.ask("slow", order("time.sleep(50)"), 60)) for _ in range(12)]
         await asyncio.sleep(0.1)
         assert await helpers.ask("quick", order("1"), 30) == 1
-        assert not any(task.done() for task in slow), "one place is kept for others"
+        assert not any(task.done() for task in slow), "one helper stays free for other callers"
         for task in slow:
             task.cancel()
         await asyncio.gather(*slow, return_exceptions=True)
@@ -224,7 +224,7 @@ async def test_known_slow_ones_leave_a_place_and_stand_back() -> None:
     tasks = [asyncio.create_task(_take(queue, key, 0.26, done)) for key in slow]
     await asyncio.sleep(0)
     await _take(queue, "quick", 0.01, done)
-    assert done == ["quick"], "though all six came before"
+    assert done == ["quick"], "although all six were queued before"
     await asyncio.gather(*tasks)
     assert len(done) == 7
 
@@ -243,13 +243,13 @@ async def test_many_calls_of_one_do_not_go_before_others() -> None:
     await asyncio.wait_for(_take(queue, "busy", 0, done), 60)
 
 
-async def test_whoever_stops_waiting_gives_his_turn_away() -> None:
+async def test_a_cancelled_caller_passes_its_turn_on() -> None:
     queue, done = FairQueue(1), list[str]()
     async with queue.acquire("a", "a"):
         waiting = [asyncio.create_task(_take(queue, key, 0, done)) for key in "bcd"]
         await asyncio.sleep(0)
         waiting[0].cancel()
-    waiting[1].cancel()  # it has just been given its turn, or is about to be
+    waiting[1].cancel()  # it has just got its turn, or is about to
     await asyncio.gather(*waiting, return_exceptions=True)
     assert done == ["d"]
     await asyncio.wait_for(_take(queue, "e", 0, done), 60)

@@ -1,4 +1,4 @@
-"""A real engine process behind `LocalEngine`: streams, aborts, deaths and restarts."""
+"""A real engine process behind `LocalEngine`: streams, aborts, crashes and restarts."""
 
 import asyncio
 import errno
@@ -52,7 +52,7 @@ def config(model: Path, cache: Path) -> EngineConfig:
 
 @pytest.fixture(scope="module")
 def fault(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Read by the engine's steps; see `tests.support.running.slowed`."""
+    """The file read by the engine's steps; see `tests.support.running.slowed`."""
     path = tmp_path_factory.mktemp("fault") / "fault"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAULT_FILE", str(path))
@@ -62,7 +62,7 @@ def fault(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 async def until(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "the condition was not met in time"
         await asyncio.sleep(0.02)
 
 
@@ -128,7 +128,7 @@ async def test_adapters_are_warmed_and_forgotten(
     assert report.base_digest == engine.info.base_digest
 
 
-async def test_what_happens_between_requests_is_reported_too(
+async def test_changes_between_requests_are_reported(
     engine: LocalEngine, stats: list[Stats], model_dir: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     def residents() -> set[str]:
@@ -181,10 +181,10 @@ async def over_http(engine: LocalEngine, root: Path) -> AsyncIterator[httpx.Asyn
         await services.grammars.close()
 
 
-async def test_one_that_stands_still_is_replaced(
+async def test_a_stalled_engine_is_replaced(
     engine: LocalEngine, tmp_path: Path, fault: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server is unready before that; what waits for it gets a 503, what comes meanwhile too."""
+    """Before that the server is unready; running requests and new ones get a 503."""
     pid = engine.pid
     assert engine.info is not None
     stands = engine.info.pid
@@ -207,7 +207,7 @@ async def test_one_that_stands_still_is_replaced(
         late = asyncio.create_task(client.post("/v1/completions", json=body))
         await until(lambda: engine.unready_reason is not None)
         ready = await client.get("/ready")
-        assert (ready.status_code, engine.pid) == (503, pid), "it may go on yet"
+        assert (ready.status_code, engine.pid) == (503, pid), "it may still recover"
         assert "has not answered for" in ready.text
         monkeypatch.setattr(engine._process, "_stall_seconds", 2.0)
         for response in await asyncio.wait_for(asyncio.gather(running, late), 60):
@@ -222,10 +222,10 @@ async def test_one_that_stands_still_is_replaced(
         assert (await client.post("/v1/completions", json=body)).json()["choices"] == before
 
 
-async def test_one_that_is_not_loaded_in_time_is_replaced_and_given_up_in_the_end(
+async def test_an_engine_not_loaded_in_time_is_restarted_and_finally_given_up(
     model_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """However long it has lived till then: it never was well."""
+    """The engine is given up however long it has lived, since it was never healthy."""
     for name in ("_WATCH_SECONDS", "_QUIET_SECONDS"):
         monkeypatch.setattr(process, name, 0.01)
     client = LocalEngine(config(model_dir, cache_dir), lambda _: None, start_seconds=0.03)
@@ -258,7 +258,7 @@ async def test_three_deaths_in_a_row_are_enough(model_dir: Path, cache_dir: Path
 async def test_a_process_that_cannot_be_started_is_tried_again(
     model_dir: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few times where none ever ran, for ever where one did."""
+    """Three times if no process ever ran, without end if one did."""
     monkeypatch.setattr(process, "_RETRY_SECONDS", 0.02)
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
@@ -281,7 +281,7 @@ async def test_a_process_that_cannot_be_started_is_tried_again(
     await client.stop(grace=0)
 
 
-async def test_a_fault_of_supervising_is_no_eternal_load(
+async def test_a_fault_in_the_supervision_ends_the_start(
     model_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(asyncio, "create_subprocess_exec", AsyncMock(side_effect=RuntimeError("nobody thought of it")))
@@ -292,7 +292,7 @@ async def test_a_fault_of_supervising_is_no_eternal_load(
     await client.stop(grace=0)
 
 
-async def test_neither_directory_nor_variables_of_the_start_change_the_engines_modules(
+async def test_the_engines_imports_ignore_the_working_directory_and_python_variables(
     model_dir: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "server.py").write_text("raise SystemExit('somebody else wrote this')")
@@ -363,7 +363,7 @@ async def test_the_engine_ends_with_its_parent(
             os.kill(pid, 0)
         except ProcessLookupError:
             return True
-        # A zombie that nobody reaps here has ended too.
+        # A zombie that is not reaped here has ended too.
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
     await until(gone, seconds=30)

@@ -1,4 +1,4 @@
-"""A wire to another socket: nothing is lost, however sending and receiving fall together."""
+"""A wire to another socket: no message is lost, in any interleaving of sending and receiving."""
 
 import asyncio
 import threading
@@ -26,7 +26,7 @@ def address(tmp_path: Path) -> str:
 
 
 class Taken:
-    """What was taken; `upto` waits for so many messages."""
+    """Collects received messages; `upto` waits for a number of them."""
 
     def __init__(self) -> None:
         self.messages: list[bytes] = []
@@ -54,7 +54,7 @@ def other_end(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.S
 
 
 async def test_both_ways_at_once(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> None:
-    """An echo of every message crosses those that come of themselves."""
+    """The other end sends its own messages and an echo of each received one."""
     count = 5000
     taken = Taken()
     wire = _Wire(context, address, taken)
@@ -81,7 +81,7 @@ async def test_both_ways_at_once(context: "zmq.Context[zmq.Socket[bytes]]", addr
     wire.close()
 
 
-async def test_one_that_is_not_understood_holds_nothing_up(
+async def test_a_message_that_cannot_be_handled_does_not_block_the_next(
     context: "zmq.Context[zmq.Socket[bytes]]", address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     taken = Taken()

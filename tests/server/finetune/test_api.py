@@ -1,4 +1,4 @@
-"""Files and jobs over HTTP, with a real trainer behind them."""
+"""Files and jobs over HTTP, with a real trainer."""
 
 import asyncio
 import random
@@ -246,7 +246,7 @@ async def test_pause_and_resume_change_no_bit(site: TuningSite, engine: Training
     paused = await site.create(training_file=file)
     await site.until(paused["id"], "running")
     await eventually(lambda: site.tuning.jobs.get(TENANT, paused["id"]).step >= 2)
-    engine.held = True  # or it might end before it is told to pause
+    engine.held = True  # otherwise it might finish before the pause
     assert (await site.steer(paused["id"], "pause")).json()["status"] == "pausing"
     engine.held = False
     await site.until(paused["id"], "paused")
@@ -264,7 +264,7 @@ def digest(site: TuningSite, job: dict[str, Any]) -> str:
     return site.store.get(TENANT, job["fine_tuned_model"]).digest
 
 
-async def test_one_task_works_on_a_job_that_many_steer_at_once(site: TuningSite) -> None:
+async def test_concurrent_steering_leaves_one_task_per_job(site: TuningSite) -> None:
     job = await site.create(hyperparameters={"n_epochs": 100})
 
     def working() -> int:
@@ -344,7 +344,7 @@ async def test_a_job_that_cannot_fit_is_refused_before_it_starts(site: TuningSit
 async def test_ten_deaths_of_either_process_change_no_bit(
     tmp_path: Path, tiny_engine: Engine, engine: TrainingEngine
 ) -> None:
-    """The trainer, or the whole API side, vanishes at random moments; the job goes on as if nothing had been."""
+    """The trainer, or the whole API process, dies at random moments; the finished job is the same as without deaths."""
     body: dict[str, Any] = {
         "hyperparameters": {"n_epochs": 4, "batch_size": 3},
         "training": {"checkpoint_every": 1},
@@ -375,7 +375,7 @@ async def test_ten_deaths_of_either_process_change_no_bit(
                 assert len(steps) == len(set(steps)) == len(rows) - 1
                 break
             await eventually(until_pieces(site, engine.pieces + choose.randrange(5, 90)))
-            if death % 2:  # two engines lost without a checkpoint in between would rightly end the job
+            if death % 2:  # two engine deaths without a checkpoint in between rightly fail the job
                 await eventually(checkpoint_since_last_death(site))
                 engine.kill()
                 await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Jobs that are refused, by the name of what is wrong; and what one would need, before it is asked for."""
+"""Jobs refused with the name of the bad field, and estimates of a job's memory."""
 
 from typing import Any
 

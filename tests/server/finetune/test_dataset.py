@@ -1,4 +1,4 @@
-"""Data sets: what is learned from a line, and what is refused with line and field."""
+"""Data sets: the tokens trained on in each kind of line, and lines refused with line number and field."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from tests.support.tiny import _tokenizer
 
 
 class TinyTokenizer:
-    """The tiny model's real tokenizer behind the interface that data sets use."""
+    """The tiny model's real tokenizer with the interface that data sets use."""
 
     def __init__(self, template: str | None = None) -> None:
         self.hf: transformers.PreTrainedTokenizerFast = _tokenizer()
@@ -72,7 +72,7 @@ def chat(*turns: tuple[str, str] | tuple[str, str, int]) -> dict[str, Any]:
     }
 
 
-# --- what is learned --------------------------------------------------------------------------------
+# --- trained tokens --------------------------------------------------------------------------------
 
 
 def test_chat_trains_on_assistant_turns_and_their_end() -> None:
@@ -84,7 +84,7 @@ def test_chat_trains_on_assistant_turns_and_their_end() -> None:
     assert str(TOKENIZER.hf.decode(tokens)).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
 
 
-def test_what_comes_before_a_trained_turn_is_the_prompt_that_serving_sends() -> None:
+def test_text_before_a_trained_turn_equals_the_serving_prompt() -> None:
     data = read(GOOD)
     tokens, trained = data.sequence(0)
     prompt = TOKENIZER.render_chat(GOOD["messages"][:1], add_generation_prompt=True)
@@ -125,7 +125,7 @@ def test_text_parts_are_joined_as_requests_have_it() -> None:
 
 
 def test_a_template_that_rewrites_history_gives_one_sequence_a_turn() -> None:
-    """Thinking models drop the thoughts of all turns but the last."""
+    """The templates of thinking models drop the thoughts of all turns but the last."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -155,7 +155,7 @@ def test_a_template_that_hides_the_turn_is_refused() -> None:
     ],
 )
 def test_fields_that_say_nothing_change_nothing(fields: dict[str, Any]) -> None:
-    """An answer of a chat endpoint, and a row of a table with a column for everything, are rows like others."""
+    """Responses of a chat endpoint and rows of a table with a column for every field train like other rows."""
     row = {"messages": [GOOD["messages"][0] | {"weight": None}, GOOD["messages"][1] | fields]}
     others = {"tools": None, "prompt": None, "completion": None, "text": None, "id": ""}
     data = read(row | others, chat(("user", "a"), ("assistant", "b", 0)) | {"tools": []})
@@ -164,7 +164,7 @@ def test_fields_that_say_nothing_change_nothing(fields: dict[str, Any]) -> None:
 
 
 class BosTokenizer(TinyTokenizer):
-    """One that begins every text with a special token."""
+    """Begins every text with a special token."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         begin = self.hf.encode("<|im_start|>", add_special_tokens=False) if add_special_tokens else []
@@ -189,7 +189,7 @@ def test_markers_that_a_row_carries_are_not_written_twice(plain: dict[str, str],
 
 @pytest.mark.parametrize("completions_only", [True, False])
 def test_a_generation_prompt_that_opens_a_thought_hides_no_turn(completions_only: bool) -> None:
-    """R1's template ends the prompt in `<think>` and renders finished turns without."""
+    """R1's template ends the prompt in `<think>` and renders finished turns without it."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
@@ -332,16 +332,16 @@ def test_answers_without_questions_bound_the_turns(role: str) -> None:
         read(chat(*turns))
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- refused lines --------------------------------------------------------------------------------
 
 
 def _calling(arguments: Any) -> dict[str, Any]:
-    """A chat whose second message calls a function with these."""
+    """A chat whose second message calls a function with these arguments."""
     return _turn(tool_calls=[{"function": {"name": "f", "arguments": arguments}}])
 
 
 def _turn(**fields: Any) -> dict[str, Any]:
-    """A chat whose second message has these fields beside its role."""
+    """A chat whose second message has these fields and its role."""
     return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", **fields}]}
 
 

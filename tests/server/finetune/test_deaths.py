@@ -1,4 +1,4 @@
-"""Jobs whose engine dies or is gone: tried twice at most, across restarts of the server, and stopped meanwhile."""
+"""Jobs whose engine dies or is down: two attempts at most, across restarts of the server, and cancel and pause work."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
@@ -16,13 +16,13 @@ from tests.support.site import TrainingEngine, eventually, tuning_site
 
 
 class FragileEngine(TrainingEngine):
-    """Dies of what it is told to die of, and is up again; or is down.
+    """Dies at a chosen point and is up again at once; or stays down.
 
     Attributes:
-        dies_of: "planning" or "training".
-        deaths: how often it has died.
-        started: how often it was given a job.
-        down: it takes no message and says nothing.
+        dies_of: "planning" or "training", or empty.
+        deaths: number of deaths so far.
+        started: number of jobs sent to it.
+        down: it accepts no message and sends none.
     """
 
     dies_of = ""

@@ -1,4 +1,4 @@
-"""`lorakeet doctor` on files, jobs and databases: what was set aside is brought back, what is damaged is named."""
+"""`lorakeet doctor` on files, jobs and databases: restoring files set aside, naming damaged ones."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from tests.support.site import TrainingEngine, eventually, tuning_site
 
 
 def lose_database(root: Path, name: str = "finetuning.db") -> None:
-    """The write-ahead log as well, which would stand in for it."""
+    """Delete a database and its write-ahead log, from which SQLite would restore it."""
     for path in root.glob(f"{name}*"):
         path.unlink()
 

@@ -1,6 +1,6 @@
-"""What was acknowledged survives a power cut: its bytes and its directory entries were synced, in this order.
+"""Acknowledged data survives a power cut: file contents and directory entries are synced, in this order.
 
-Rows in a database are SQLite's to sync, which tests/adapters/storage/test_database.py holds it to.
+Syncing rows is left to SQLite; tests/adapters/storage/test_database.py checks that it is configured to do so.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_published_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for content in ("one", "two"):
         version, _ = put(box.store, "x", content)
         lost = synced.lost_below(tmp_path / "adapters", version.path)
-        assert not [path for path in lost if path.is_file() and path.parent.name != NAMES]  # written again at a start
+        assert not [path for path in lost if path.is_file() and path.parent.name != NAMES]  # rewritten at a start
         assert not synced.lost(tmp_path / "adapters", version.path / WEIGHTS_NAME)
     box.names.close()
 

@@ -1,4 +1,4 @@
-"""Evaluations: the numbers against a straightforward computation, and their life on a real engine."""
+"""Evaluations: the figures against a straightforward computation, and their course on a real engine."""
 
 import asyncio
 import json
@@ -19,13 +19,13 @@ from tests.support.tiny import tiny_adapter
 
 
 class ServingEngine(TrainingEngine):
-    """Also generates, a step whenever the event loop comes by."""
+    """Also generates, one step per turn of the event loop."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self._engine = engine
         self._outputs: dict[str, list[Output]] = {}
-        self.deaths = 0  # how many more sequences die after their first step
+        self.deaths = 0  # number of sequences still to die after their first step
 
     async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
         self._outputs[request.id] = []
@@ -54,21 +54,21 @@ async def site(tmp_path: Path, tiny_engine: Engine) -> AsyncIterator[TuningSite]
 
 
 async def evaluate(site: TuningSite, **body: Any) -> dict[str, Any]:
-    """An evaluation once it is over."""
+    """Create an evaluation and return it once it has ended."""
     response = await site.client.post("/v1/evaluations", json=body)
     assert response.status_code == 200, response.text
     return await over(site, response.json()["id"])
 
 
 async def over(site: TuningSite, evaluation_id: str) -> dict[str, Any]:
-    """The evaluation once it is over."""
+    """The evaluation once it has ended."""
     await eventually(lambda: site.tuning.evaluations.store.get(TENANT, evaluation_id).status != "running")
     found: dict[str, Any] = (await site.client.get(f"/v1/evaluations/{evaluation_id}")).json()
     return found
 
 
 def by_hand(engine: Engine, site: TuningSite, line: dict[str, Any], adapter: Any) -> tuple[float, int, str]:
-    """Summed loss of the answer's tokens, how many they are, and what is generated instead."""
+    """Summed loss of the answer's tokens, their number, and the text generated in their place."""
     ask, answer = (message["content"] for message in line["messages"])
     tokenizer = site.text.tokenizer
     prompt = tokenizer.encode(f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n").ids
@@ -101,7 +101,7 @@ async def test_the_numbers(site: TuningSite, tiny_engine: Engine, model_dir: Pat
         assert done["results"][name]["exact_match"] == sum(a == b for a, b in texts) / 4
 
 
-async def test_what_was_learned_by_heart_matches(site: TuningSite) -> None:
+async def test_a_memorised_example_matches_exactly(site: TuningSite) -> None:
     file = await site.upload(EXAMPLES[:1])
     job = await site.create(
         training_file=file, hyperparameters={"n_epochs": 60}, training={"learning_rate": 1e-2, "checkpoint_every": 60}
@@ -153,10 +153,10 @@ async def test_an_engine_that_dies_twice_ends_it(site: TuningSite) -> None:
     assert (failed["status"], failed["error"]["code"]) == ("failed", "engine_died")
 
 
-async def test_it_waits_for_its_adapter_no_longer_than_a_request_does(
+async def test_an_evaluation_waits_for_its_adapter_as_long_as_a_request(
     tmp_path: Path, tiny_engine: Engine, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--adapter-store-seconds is kept wherever a version is opened."""
+    """--adapter-store-seconds applies wherever a version is opened."""
     engine = ServingEngine(tiny_engine)
     async with tuning_site(tmp_path / "data", engine, adapter_store_seconds=0.1) as site:
         directory = tiny_adapter(tmp_path / "adapter", model_dir)

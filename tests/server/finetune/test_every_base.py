@@ -1,4 +1,4 @@
-"""A fine-tune on whatever can be served: it trains, or fails with a reason, and the engine serves on."""
+"""A fine-tune on every servable kind of base: it trains, or fails with a reason, and the engine keeps serving."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,17 +25,17 @@ from tests.sweep.families import tiny_family
 
 @dataclass(frozen=True)
 class Case:
-    """A base, how it is loaded, and how a fine-tune of it ends."""
+    """A base, its load options, and the expected outcome of a fine-tune."""
 
     make: Callable[[Path], object] = tiny_model
     engine: dict[str, Any] = field(default_factory=dict)
     within: Callable[[], AbstractContextManager[object]] = nullcontext
     lora: dict[str, Any] = field(default_factory=dict)
-    code: str | None = None  # of its failure
+    code: str | None = None  # the error code of its failure
 
 
 def opt(path: Path) -> None:
-    """Has linears before and after its layers."""
+    """Create a model with linears before and after its layers."""
     tiny_model(
         path,
         config_class=transformers.OPTConfig,
@@ -83,7 +83,7 @@ def test_all_linear_is_what_peft_would_load(tmp_path: Path) -> None:
     targets = hyperparameters.adapter_config(LoraOptions(), "tiny", engine.ready())["target_modules"]
     assert set(targets) == {"in_proj", *ALL_LINEAR}
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    peft.get_peft_model(stock, peft.LoraConfig(target_modules=targets))  # refuses `out_proj`
+    peft.get_peft_model(stock, peft.LoraConfig(target_modules=targets))  # raises for `out_proj`
 
 
 @pytest.fixture
@@ -96,8 +96,8 @@ def untrainable(tmp_path: Path) -> Iterator[RunningServer]:
     server.stop()
 
 
-def test_the_engine_process_stays(untrainable: RunningServer) -> None:
-    """Planning the memory of a job that cannot be once killed every engine, until there was none."""
+def test_an_untrainable_job_does_not_kill_the_engine(untrainable: RunningServer) -> None:
+    """Planning the memory of an untrainable job used to kill every restarted engine, until it was given up."""
     server = untrainable
     pid = server.engine_pid
     files, data = as_file(EXAMPLES[:3]), {"purpose": "fine-tune"}

@@ -1,4 +1,4 @@
-"""The example data sets: what their scripts make, and nothing of the held-out part in the training part."""
+"""The example data sets: the files equal the scripts' output, and no held-out part is in the training part."""
 
 import importlib.util
 import io

@@ -31,8 +31,8 @@ def test_a_file_survives_the_process(tmp_path: Path) -> None:
     assert again.get("", added.id).path.read_bytes() == b"content"
 
 
-def test_what_was_never_acknowledged_is_gone_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process dies before a row is written, and after one was deleted: either way the bytes go."""
+def test_unacknowledged_files_are_removed_at_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process dies before a row is written, and after one was deleted: in both cases the bytes are removed."""
     database = open_database(tmp_path / "db.sqlite3")
     store = FileStore(tmp_path / "files", database)
     kept, deleted = _add(store), _add(store)
@@ -52,7 +52,7 @@ def test_what_was_never_acknowledged_is_gone_after_a_restart(tmp_path: Path, mon
 
 
 class Killed(Exception):
-    """What a process does no more."""
+    """The death of the process."""
 
 
 def _killed(self: Database) -> None:

@@ -1,4 +1,4 @@
-"""A disk that is full: a 507 from every writer, jobs that wait for space (or a busy database), deletions that work."""
+"""A full disk: writers respond 507, jobs wait for space (or for a busy database), and deletions work."""
 
 import asyncio
 import contextlib
@@ -49,7 +49,7 @@ async def site(disk: Path, tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch)
 
 
 def fill(disk: Path) -> Path:
-    """Take all that is left, and give back the file that has it."""
+    """Fill the disk, and return the file that fills it."""
     with contextlib.suppress(OSError), (disk / "filling").open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
@@ -78,7 +78,7 @@ async def test_every_writer_answers_507_and_everything_can_be_deleted(
         ("/v1/fine_tuning/jobs", {"json": job | {"model": "mine"}}),
         ("/v1/evaluations", {"json": evaluation}),
     ):
-        for _ in range(60):  # until the pages that the log has already are used up
+        for _ in range(60):  # until the pages allocated for the write-ahead log are used up
             response = await site.client.post(path, **body)
             if response.status_code != 200:
                 break
@@ -140,14 +140,14 @@ async def test_a_running_job_is_paused_while_the_disk_is_full_and_goes_on(site: 
     assert (await site.client.delete(f"/v1/models/{whole}")).status_code == 200
     filling.unlink()
     await asyncio.sleep(0.2)
-    assert (await site.job(job))["status"] == "paused", "its owner paused it"
+    assert (await site.job(job))["status"] == "paused", "a job paused by its owner stays paused"
     assert (await site.steer(job, "resume")).status_code == 200
     done = await site.until(job)
     assert done["status"] == "succeeded"
     assert site.store.get(TENANT, done["fine_tuned_model"]).digest == expected
 
 
-def test_what_starts_on_a_full_disk_can_delete(disk: Path) -> None:
+def test_a_database_opened_on_a_full_disk_can_delete_rows(disk: Path) -> None:
     database = open_database(disk / "db")
     with database.transaction() as connection:
         connection.execute("INSERT INTO jobs (id, tenant, status, record) VALUES ('a', '', 'failed', '{}')")
@@ -164,19 +164,19 @@ def test_what_starts_on_a_full_disk_can_delete(disk: Path) -> None:
 
 
 def test_libraries_tell_of_a_full_disk_in_their_own_words(disk: Path) -> None:
-    """As the safetensors library does, in the process that writes a merged checkpoint."""
+    """The safetensors library has its own error type, raised in the process that writes a merged checkpoint."""
     fill(disk)
     order = {"function": f"{__name__}.write_much", "order": str(disk / "a")}
     assert json.loads(work.answer(json.dumps(order).encode()))["system"][0] == errno.ENOSPC
 
 
 def write_much(path: Path) -> None:
-    """A helper process's work."""
+    """The work of a helper process."""
     save_file({"a": np.zeros(9999)}, path)
 
 
 async def test_a_job_that_meets_a_full_disk_waits_for_space_and_loses_nothing(site: TuningSite, disk: Path) -> None:
-    """Full while a step's row, a checkpoint, or the data is written: whichever comes first, again and again."""
+    """The disk fills up while a step's row, a checkpoint or the data is written, whichever comes first, repeatedly."""
     training = {"checkpoint_every": 2}
     whole = await site.until((await site.create(training=training))["id"])
     job = (await site.create(training=training))["id"]
@@ -198,11 +198,11 @@ async def test_a_job_that_meets_a_full_disk_waits_for_space_and_loses_nothing(si
 
 
 async def test_a_job_that_waits_for_space_takes_no_more_than_it_needs(site: TuningSite, disk: Path) -> None:
-    """Many that wait, with all that they had, would leave none of them the space to go on."""
+    """If many waiting jobs kept all their files, none would have the space to continue."""
     job = (await site.create(training={"checkpoint_every": 2}))["id"]
     checkpoints = disk / "data" / "jobs" / job / "checkpoints"
     await eventually(lambda: (checkpoints / "step-4" / "state.json").exists())
-    (checkpoints / "step-90").mkdir()  # one that found no space to be published
+    (checkpoints / "step-90").mkdir()  # a checkpoint that could not be published for lack of space
     filling = fill(disk)
     await eventually(lambda: site.tuning.jobs.get(TENANT, job).waits_for_space)
     step = site.tuning.jobs.resumable(job)[0].metrics.step
@@ -223,7 +223,7 @@ async def test_a_job_that_waits_for_space_is_paused_resumed_and_goes_on_after_a_
     assert (await site.steer(job, "pause")).status_code == 200
     filling.unlink()
     await asyncio.sleep(0.2)
-    assert (await site.job(job))["status"] == "paused", "its owner paused it"
+    assert (await site.job(job))["status"] == "paused", "a job paused by its owner stays paused"
     site.engine.held = True
     assert (await site.steer(job, "resume")).json()["status"] == "queued"
     await site.until(job, "running")

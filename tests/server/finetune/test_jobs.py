@@ -1,4 +1,4 @@
-"""The job store: the state machine, the log, checkpoints; all of it durable."""
+"""The job store: the state machine, the event log and checkpoints, all durable."""
 
 from pathlib import Path
 from typing import Any, get_args

@@ -1,4 +1,4 @@
-"""A job whose adapter is on experts, as far as it is arithmetic."""
+"""Jobs whose adapter is on experts: shapes, parameters and memory."""
 
 import dataclasses
 
@@ -20,9 +20,9 @@ BASE = msgspec.structs.replace(
 OF_EXPERTS = hyperparameters.LoraOptions(r=2, lora_alpha=4, target_parameters=["experts.down_proj"])
 
 
-def test_its_shape_its_numbers_and_its_memory() -> None:
+def test_shapes_parameters_and_memory_of_an_experts_adapter() -> None:
     config = hyperparameters.adapter_config(OF_EXPERTS, "base", BASE)
-    assert config["target_modules"] == ["q_proj", "v_proj"]  # PEFT's all-linear would be the experts, too
+    assert config["target_modules"] == ["q_proj", "v_proj"]  # PEFT's all-linear would include the experts
     shapes = hyperparameters.modules(config, BASE)
     assert shapes == dict.fromkeys([*BASE.linears, DOWN], ModuleShape(2, 2.0))
     assert hyperparameters.parameters(shapes, BASE) == 2 * (4 * 32 + 8 * 40)
@@ -32,7 +32,7 @@ def test_its_shape_its_numbers_and_its_memory() -> None:
         check_fit(hyperparameters.saved(shapes, small), small)
 
 
-def test_what_peft_cannot_train_is_refused_by_name() -> None:
+def test_an_option_that_peft_cannot_train_on_experts_is_refused_by_name() -> None:
     dropped = msgspec.structs.replace(OF_EXPERTS, lora_dropout=0.1)
     with pytest.raises(AdapterError) as fault:
         hyperparameters.modules(hyperparameters.adapter_config(dropped, "base", BASE), BASE)

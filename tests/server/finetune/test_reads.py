@@ -1,4 +1,4 @@
-"""What clients ask of jobs, files and evaluations is read beside a writer, and never on the event loop."""
+"""Reads of jobs, files and evaluations do not wait for a writer, and never run on the event loop."""
 
 import sqlite3
 import threading
@@ -38,7 +38,7 @@ async def test_reads_wait_for_no_writer_and_run_in_threads(tmp_path: Path, monke
                 f"/v1/fine_tuning/jobs/{job.id}/checkpoints",
                 *("/v1/files", f"/v1/files/{file.id}", f"/v1/files/{file.id}/content", "/v1/evaluations", "/metrics"),
             ):
-                # Someone who waited for the writer would be refused after SQLite's five seconds.
+                # A read that waited for the writer would fail after SQLite's five seconds.
                 response = await served.client.get(path, timeout=4)
                 assert response.status_code == 200, (path, response.text)
             assert 'finetune_jobs{status="validating_files"} 1.0' in response.text

@@ -1,4 +1,4 @@
-"""Evaluations that several servers have in one object store."""
+"""Evaluations shared by several servers through one object store."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -19,12 +19,12 @@ from tests.support.several import EXAMPLES, LEASE, asleep, take_over
 from tests.support.site import eventually
 from tests.support.threads import threads_at_rest
 
-ROWS = 8  # of EXAMPLES
+ROWS = 8  # the rows of EXAMPLES
 
 
 @asynccontextmanager
 async def life(directory: Path, **settings: Any) -> AsyncIterator[Served]:
-    """One life of the API process, with whatever it finds."""
+    """Run the API process once, over the files of an earlier run if there are any."""
     directory.mkdir(exist_ok=True)
     async with serving(directory, **settings) as served:
         await served.services.tuning.start()
@@ -35,7 +35,7 @@ async def life(directory: Path, **settings: Any) -> AsyncIterator[Served]:
 
 
 class Lives:
-    """Servers that are opened as a test needs them."""
+    """Opens servers for a test."""
 
     def __init__(self, root: Path, url: str, stack: AsyncExitStack) -> None:
         self.url, self.root, self._stack = url, root, stack
@@ -71,7 +71,7 @@ async def ask(served: Served, method: str, path: str, **options: Any) -> Any:
 
 
 async def begun(served: Served) -> str:
-    """An evaluation of the base, just made."""
+    """Create an evaluation of the base and return its id."""
     upload = {"files": {"file": ("data.jsonl", EXAMPLES)}, "data": {"purpose": "fine-tune"}}
     file = (await ask(served, "POST", "/v1/files", **upload))["id"]
     return str((await ask(served, "POST", "/v1/evaluations", json={"model": BASE, "file": file}))["id"])
@@ -87,7 +87,7 @@ async def until(served: Served, id_: str, *statuses: str) -> dict[str, Any]:
 
 
 async def die(served: Served) -> None:
-    """As by `kill -9`: nothing is given back."""
+    """Stop as after `kill -9`: no lease is given back."""
     await sharing_of(served).stop()
     for id_ in list(served.services.tuning.evaluations.tasks):
         await served.services.tuning.evaluations.abandon(id_)
@@ -99,12 +99,12 @@ def result_files(served: Served) -> list[str]:
     return [file.id for file in page]
 
 
-async def test_what_one_evaluates_the_other_shows(lives: Lives) -> None:
+async def test_an_evaluation_at_one_server_is_visible_at_others(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
     has_room(two, 0)
     going = hold_after(one, 3)
     id_ = await begun(one)
-    assert (await until(two, id_, "running"))["id"] == id_  # at once
+    assert (await until(two, id_, "running"))["id"] == id_  # without waiting for a poll
     going.set()
     done = await until(two, id_, "succeeded")
     assert done == await until(one, id_, "succeeded")
@@ -144,7 +144,7 @@ async def test_a_stopped_server_gives_its_evaluations_to_others(lives: Lives, tm
     assert (await until(two, id_, "succeeded"))["examples"] == ROWS
 
 
-async def test_one_that_runs_is_deleted_at_another_server(lives: Lives) -> None:
+async def test_a_running_evaluation_is_deleted_at_another_server(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
     has_room(two, 0)
     going = hold_after(one, 3)
@@ -162,12 +162,12 @@ async def test_one_that_runs_is_deleted_at_another_server(lives: Lives) -> None:
     assert (await ask(third, "GET", "/v1/evaluations"))["data"] == []
 
 
-async def test_what_ends_just_after_it_was_deleted_leaves_nothing(
+async def test_an_evaluation_deleted_just_before_its_end_leaves_no_files(
     lives: Lives, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = await lives.open("one"), await lives.open("two")
     has_room(two, 0)
-    monkeypatch.setattr(sharing, "_RENEWALS", 0.01)  # nobody tells the one that works on it
+    monkeypatch.setattr(sharing, "_RENEWALS", 0.01)  # the server that works on it is not notified
     going = hold_after(one, 3)
     id_ = await begun(one)
     await until(two, id_, "running")
@@ -203,7 +203,7 @@ async def test_a_server_that_was_asleep_writes_nothing_over_anothers_result(live
     assert answers[0].text == answers[1].text != ""
 
 
-async def test_those_from_before_there_was_a_store_are_given_to_it(lives: Lives, tmp_path: Path) -> None:
+async def test_local_objects_are_moved_to_a_new_store(lives: Lives, tmp_path: Path) -> None:
     async with life(tmp_path / "one") as alone:
         id_ = await begun(alone)
         done = await until(alone, id_, "succeeded")
@@ -216,7 +216,7 @@ async def test_those_from_before_there_was_a_store_are_given_to_it(lives: Lives,
     assert (await until(two, unfinished, "succeeded"))["examples"] == ROWS
 
 
-async def test_while_the_store_is_down_none_is_begun(lives: Lives, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_evaluation_is_created_while_the_store_is_down(lives: Lives, monkeypatch: pytest.MonkeyPatch) -> None:
     one = await lives.open("one")
     done = await until(one, await begun(one), "succeeded")
 

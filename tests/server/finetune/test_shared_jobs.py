@@ -1,4 +1,4 @@
-"""Jobs and files that several servers have in one object store."""
+"""Jobs and files shared by several servers through one object store."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -29,7 +29,7 @@ async def lives(tmp_path: Path, url: str) -> AsyncIterator["Lives"]:
 
 
 class Lives:
-    """Servers that are opened as a test needs them."""
+    """Opens servers for a test."""
 
     def __init__(self, root: Path, url: str, stack: AsyncExitStack) -> None:
         self.root, self.url, self._stack = root, url, stack
@@ -51,7 +51,7 @@ async def until(condition: Any) -> None:
 
 
 async def whole(site: Sharer, file: str) -> str:
-    """What comes of a job that nothing disturbs."""
+    """The result of an undisturbed job."""
     return site.result(await site.until(await site.create(file), "succeeded"))
 
 
@@ -67,7 +67,7 @@ async def test_another_server_resumes_the_job_of_one_that_died_and_ends_with_the
     one, two = await lives.open("one"), await lives.open("two", max_training_jobs=1)
     file = await one.upload()
     expected = await whole(one, file)
-    two.sharing.records._most = 0  # has no room
+    two.sharing.records._most = 0  # takes no jobs
     one.trainer.until, one.trainer.steps = 6, []
     job_id = await one.create(file)
     await one.until(job_id, "running", step=5)
@@ -87,13 +87,13 @@ async def test_another_server_resumes_the_job_of_one_that_died_and_ends_with_the
     await until(lambda: not Bucket(lives.url).list("job-files"))
 
 
-async def test_what_one_has_the_other_shows(lives: Lives) -> None:
+async def test_files_and_jobs_of_one_server_are_visible_at_others(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
     file = await one.upload()
     assert (await two.http.get(f"/v1/files/{file}/content")).content == EXAMPLES
     one.trainer.until = two.trainer.until = 0
     job_id = await one.create(file)
-    assert (await two.job(job_id))["id"] == job_id  # at once
+    assert (await two.job(job_id))["id"] == job_id  # without waiting for a poll
     other = await one.create(file)
     await until(lambda: len(two.jobs.page(TENANT, limit=9)[0]) == 2)
     assert [job.id for job in two.jobs.page(TENANT, limit=9)[0]] == [other, job_id]
@@ -107,8 +107,8 @@ async def test_what_one_has_the_other_shows(lives: Lives) -> None:
         assert (await site.http.get(f"/v1/files/{file}")).status_code == 404
 
 
-async def test_of_two_files_with_one_id_the_first_is_the_file(lives: Lives) -> None:
-    """As when a batch's answers are written again by who took it for dead."""
+async def test_the_first_of_two_files_with_one_id_is_kept(lives: Lives) -> None:
+    """As when a batch's results are written again by a server that assumed the first one dead."""
     one, two = await lives.open("one"), await lives.open("two")
     for site, content in ((one, b"first"), (two, b"other")):
         with site.tuning.files.staging() as staging:
@@ -202,7 +202,7 @@ async def test_a_server_that_cannot_renew_its_lease_stops_and_writes_nothing_mor
 
 
 async def test_a_server_that_was_asleep_writes_nothing_over_what_another_did(lives: Lives) -> None:
-    """Its clock says that all is well, and the store that it is not."""
+    """By its own clock it still holds the lease; in the store it does not."""
     one, two, job_id = await running_at_one(lives)
     await asleep(one.sharing)
     await take_over(two.sharing, job_id)
@@ -223,7 +223,7 @@ async def test_long_logs_are_the_same_everywhere(lives: Lives, monkeypatch: pyte
     await two.until(job_id, "paused")
     await two.steer(job_id, "resume")
     bucket = Bucket(lives.url)
-    bucket.put_if(f"job-logs/{job_id}/never-named.json", b"[]", None)  # as by a change that was made anew
+    bucket.put_if(f"job-logs/{job_id}/never-named.json", b"[]", None)  # as left by a change that was retried
     one.trainer.until = STEPS + 1
     await one.until(job_id, "succeeded")
     await two.until(job_id, "succeeded")
@@ -239,13 +239,13 @@ async def test_long_logs_are_the_same_everywhere(lives: Lives, monkeypatch: pyte
 
 
 def segments_of(site: Sharer, job_id: str) -> set[str]:
-    """Objects of a job's log."""
+    """Names of the objects of a job's log."""
     content = site.sharing.records._stored.fetch(job_id).content
     assert content is not None
     return {segment["name"] for segment in content["segments"]}
 
 
-async def test_jobs_and_files_from_before_there_was_a_store_go_on(lives: Lives, tmp_path: Path) -> None:
+async def test_local_jobs_and_files_continue_with_a_new_store(lives: Lives, tmp_path: Path) -> None:
     one = await lives.open("one")
     one.trainer.until = 4
     other = await one.upload(purpose="batch")

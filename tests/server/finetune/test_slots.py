@@ -1,4 +1,4 @@
-"""Places for jobs that train at once."""
+"""Slots for concurrently training jobs."""
 
 import asyncio
 from collections.abc import Callable
@@ -24,11 +24,11 @@ async def test_a_free_place_goes_to_the_tenant_with_fewest() -> None:
     names = ["a1", "a2", "a3", "a4", "b1", "b2"]
     tasks = [asyncio.create_task(job(name[0], name)) for name in names]
     await asyncio.sleep(0)
-    assert order == ["a1", "a2"]  # nobody else waited yet
+    assert order == ["a1", "a2"]  # no other tenant was waiting yet
     await ended("a1")
     assert order[2:] == ["b1"]
     await ended("a2")
-    assert order[3:] == ["a3"]  # each has one, or had, and this one waits longest
+    assert order[3:] == ["a3"]  # each tenant has had one, and this job has waited longest
     await ended("a3")
     assert order[4:] == ["a4"]
     await ended("b1")

@@ -1,4 +1,4 @@
-"""The stop tokens that a fine-tune's rows taught: recorded with the job, in force and listed for its adapter."""
+"""Stop tokens learned from a fine-tune's rows: recorded with the job, and active and listed for its adapter."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.support.site import as_file, tuning_site
 from tests.support.tiny import _tokenizer
 
 END, IM_END = 0, 2
-# Nothing that looks at the template without a system message learns how its turns end.
+# Without a system message in the probe, this template does not reveal how it ends turns.
 TEMPLATE = (
     "{% if messages[0].role != 'system' %}{{ raise_exception('a system message first') }}{% endif %}"
     "{% for m in messages %}{{ m.role + ':\n' + m.content }}{% if m.role == 'assistant' %}ENDS{% endif %}{{ '\n' }}"
@@ -28,7 +28,7 @@ ROW = {"messages": [*MESSAGES, {"role": "assistant", "content": "it is seven"}]}
 
 
 def text_ending(turn: str) -> TextProcessor:
-    """A base whose files name <|im_end|>, and whose template ends turns in another way."""
+    """A base whose files name <|im_end|>, and whose template ends turns differently."""
     template = ChatTemplate(TEMPLATE.replace("ENDS", turn), {})
     stops = {IM_END: ["config.json"]}
     return TextProcessor(_tokenizer().backend_tokenizer, template, {"eos_token": "<|im_end|>"}, stop_tokens=stops)
@@ -42,12 +42,14 @@ def text_ending(turn: str) -> TextProcessor:
         ("<|im_end|>", (IM_END,)),
         ("", ()),
         (" and so on<|endoftext|>", ()),
-        ("]", None),  # an ordinary token that no answer holds
-        ("v", ()),  # one that this answer does
+        ("]", None),  # an ordinary token that is not in the answer
+        ("v", ()),  # an ordinary token that is in the answer
     ],
 )
 @pytest.mark.parametrize("completions_only", [True, False])
-def test_what_the_rows_teach(tmp_path: Path, turn: str, stops: tuple[int, ...] | None, completions_only: bool) -> None:
+def test_stop_tokens_learned_from_rows(
+    tmp_path: Path, turn: str, stops: tuple[int, ...] | None, completions_only: bool
+) -> None:
     text = text_ending(turn)
     if stops is None:
         token = text.tokenizer.token_to_id(turn)
@@ -116,7 +118,7 @@ async def test_a_fine_tune_on_calls_serves_with_the_formats_of_its_rows(tmp_path
         assert choice["message"]["reasoning"] == "so"
         [said] = choice["message"]["tool_calls"]
         assert said["function"] == {"name": "look", "arguments": '{"at": "it"}'}
-        # What it says can be taught again, as it is.
+        # The returned message can be trained on unchanged.
         again = await site.create(
             training_file=await site.upload([{"messages": [*asked, choice["message"]], "tools": tools}])
         )
@@ -126,7 +128,7 @@ async def test_a_fine_tune_on_calls_serves_with_the_formats_of_its_rows(tmp_path
 
 
 async def test_a_job_learns_from_the_servers_own_answers(tmp_path: Path, tiny_engine: Engine) -> None:
-    """As the API returns them, and as OpenAI's library writes them down: with every field that is null."""
+    """Responses as returned by the API, and as dumped by OpenAI's library with every null field."""
     engine = ServingEngine(tiny_engine)
     async with tuning_site(tmp_path / "data", engine) as site:
         asked = [{"role": "user", "content": "say 7"}]

@@ -1,4 +1,4 @@
-"""What is trained on is what serving would have to produce: each format of calls and of thoughts, read back."""
+"""Training targets equal the output parsed in serving: each format of calls and of thoughts, read back."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def encoded(text: TextProcessor, *rows: Any) -> Dataset:
 
 
 def trained(text: TextProcessor, data: Dataset, index: int = -1) -> tuple[str, str]:
-    """A sequence's text before its last trained turn, and that turn."""
+    """The text before a sequence's last trained turn, and that turn."""
     tokens, mask = data.sequence(index % len(data))
     last = int(np.flatnonzero(mask)[-1])
     first = last
@@ -67,13 +67,13 @@ def trained(text: TextProcessor, data: Dataset, index: int = -1) -> tuple[str, s
 
 
 def served_prompt(text: TextProcessor, messages: list[dict[str, Any]], tools: list[Any]) -> str:
-    """The prompt that a request with these messages has."""
+    """The prompt of a request with these messages."""
     known = TrainingTokenizer(text, [IM_END])
     return known.render_chat(messages, add_generation_prompt=True, tools=tools)
 
 
 def read(parser: Parser, said: str) -> list[Event]:
-    """The parser's events, those of a kind that follow each other joined."""
+    """The parser's events, with consecutive events of one kind joined."""
     found: list[Event] = []
     for event in parser.feed(said, last=True):
         match found[-1] if found else None, event:
@@ -132,7 +132,7 @@ def test_trained_calls_are_the_calls_that_serving_reads(name: str, special: bool
 
 
 def with_text(call: dict[str, Any], id_: str) -> dict[str, Any]:
-    """A call as requests have it."""
+    """The call in the form of a request."""
     arguments = json.dumps(call["function"]["arguments"])
     return {"id": id_, "type": "function", "function": call["function"] | {"arguments": arguments}}
 
@@ -171,7 +171,7 @@ def test_trained_thoughts_are_the_thoughts_that_serving_reads(name: str, field: 
     assert isinstance(events[1], Text)
     assert events[1].text.removesuffix(ends[0]).removesuffix(ends[1]).removesuffix(ends[2]) == "Warm."
     prompt = served_prompt(text, ASKED, [])
-    if begun(reasoning, prompt) is not False:  # where the template's default is not to think, the answer begins earlier
+    if begun(reasoning, prompt) is not False:  # if the template does not think by default, the answer begins earlier
         assert before.rstrip() == prompt.rstrip()
     whole = TrainingTokenizer(text, [IM_END]).render_chat(
         [*ASKED, {"role": "assistant", "content": "Warm.", "reasoning": "In the\n south."}], add_generation_prompt=False

@@ -1,4 +1,4 @@
-"""Jobs that are reported to Weights & Biases."""
+"""Jobs reported to Weights & Biases."""
 
 import importlib.machinery
 import sys
@@ -24,7 +24,7 @@ async def test_wandb_is_refused_by_name_where_it_is_not_installed(
 
 
 class FakeWandb(types.ModuleType):
-    """Records what it is told, and breaks down after two steps."""
+    """Records its calls, and raises after two steps."""
 
     def __init__(self) -> None:
         super().__init__("wandb")

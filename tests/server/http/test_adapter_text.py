@@ -1,4 +1,4 @@
-"""Adapters with tokens and a chat template of their own on a real server; others notice nothing of either."""
+"""Adapters with their own tokens and chat template on a real server; other adapters are not affected."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from tests.support.running import BASE, RunningServer
 from tests.support.scripted import serving
 from tests.support.tiny import VOCAB, _tokenizer, tiny_adapter, tiny_model
 
-FIRST = len(_tokenizer())  # less than the base's rows, as in models whose vocabulary is padded
+FIRST = len(_tokenizer())  # fewer than the base's rows, as in models with a padded vocabulary
 WORDS = [f"<tool_{id_}>" for id_ in range(FIRST, VOCAB + NEW)]
 TEXT = f"The quick <tool_{VOCAB}>brown fox<tool_{VOCAB + 4}> jumps over the lazy dog"
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}|{{ m['content'] }}]{% endfor %}"
@@ -68,7 +68,7 @@ async def test_requests_see_the_adapters_vocabulary(world: tuple[RunningServer, 
         assert (made.json()["new_tokens"], made.json()["tokenizer_tokens"]) == (NEW, len(WORDS))
         assert (await upload(client, "plain", plain)).status_code == 201
         bare = (await upload(client, "bare", resized)).json()
-        assert bare["digest"] != made.json()["digest"], "the same weights, read otherwise"
+        assert bare["digest"] != made.json()["digest"], "the same weights with a different tokenizer"
 
         async def ids(model: str) -> list[int]:
             answer = await client.post("/tokenize", json={"model": model, "prompt": TEXT})

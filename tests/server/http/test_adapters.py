@@ -1,4 +1,4 @@
-"""`/v1/adapters` over HTTP: what goes in comes out, and nothing else is kept."""
+"""`/v1/adapters` over HTTP: a stored upload equals its download, and refused uploads leave no files."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ async def push(site: Site, name: str, seed: int = 0, **config: Any) -> httpx.Res
 
 
 def kept(site: Site) -> list[str]:
-    """Every file of every stored version, and whatever was left behind."""
+    """Every file of every stored version, and any files left behind."""
     return sorted(name for _, _, names in os.walk(site.settings.data_dir / "store") for name in names)
 
 
@@ -141,7 +141,7 @@ async def test_bad_names(site: Site, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["org/adapter", "support:v2", "org/team/support:v2.1", "config/a", "a:config"])
 async def test_a_name_may_have_slashes_and_colons(site: Site, name: str) -> None:
-    """Percent-encoded in paths or not, as clients have it."""
+    """In both forms that clients use: percent-encoded in paths, or not."""
     digest = (await push(site, name)).json()["digest"]
     async with site.client() as client:
         for path in (quote(name, safe=""), quote(name), name):
@@ -189,7 +189,7 @@ async def test_bad_configs_and_weights_name_the_culprit(site: Site) -> None:
 
 
 async def test_a_vocabulary_smaller_than_the_tokenizers(tmp_path: Path) -> None:
-    """Text would become tokens that the adapter does not have."""
+    """The tokenizer would produce token ids that the adapter does not have."""
     table = np.arange(512 * HIDDEN, dtype=np.float32).reshape(512, HIDDEN)
     (tmp_path / "model.safetensors").write_bytes(save_safetensors({"model.embed_tokens.weight": table}))
     config, weights = adapter_files()
@@ -212,7 +212,7 @@ async def test_a_vocabulary_smaller_than_the_tokenizers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 2 << 20])
 async def test_config_and_weights_swapped(site: Site, size: int) -> None:
-    """However large the weights are: a config's own limit is not what is wrong."""
+    """However large the weights are: the limit on a config's size is not the reason for the refusal."""
     config, _ = adapter_files()
     weights = save_safetensors({"a": np.zeros(size, np.float32)})
     async with site.client() as client:
@@ -315,7 +315,7 @@ async def test_uploads_beyond_the_limit_wait_their_turn(tmp_path: Path) -> None:
         assert (await waiting).status_code == 201
 
 
-async def test_and_not_for_ever(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waiting_uploads_time_out(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.admission._SLOT_SECONDS", 0.01)
     async with contextlib.AsyncExitStack() as taken:
         for _ in range(site.settings.max_uploads):

@@ -1,4 +1,4 @@
-"""JSON bodies: one meaning only."""
+"""JSON bodies: ambiguous ones are refused."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ from tests.support.harness import Site
         (b'{"a": "\x01"}', "not valid JSON"),
     ],
 )
-def test_what_readers_disagree_on_is_refused(raw: bytes, reason: str) -> None:
+def test_bodies_that_parsers_read_differently_are_refused(raw: bytes, reason: str) -> None:
     with pytest.raises(InvalidRequest, match=reason):
         parse_body(raw)
 
@@ -63,12 +63,12 @@ def test_everything_else_is_read_as_it_is(value: Any, ascii_only: bool) -> None:
 
 @pytest.mark.parametrize("raw", [b'\xef\xbb\xbf{"a": 1}', b'\xef\xbb\xbf\r\n{"a": 1}\n'])
 def test_a_byte_order_mark_is_passed_over(raw: bytes) -> None:
-    """.NET and PowerShell write one before what they send."""
+    """.NET and PowerShell write one before the body."""
     assert parse_body(raw) == {"a": 1}
 
 
 @given(st.binary(max_size=40))
-def test_no_bytes_are_more_than_a_refusal(raw: bytes) -> None:
+def test_arbitrary_bytes_are_at_most_refused(raw: bytes) -> None:
     try:
         parse_body(raw)
     except InvalidRequest as refusal:
@@ -106,7 +106,7 @@ def test_a_key_given_twice_is_found_in_linear_time() -> None:
     assert time.thread_time() - before < 3
 
 
-# --- faults are looked for until the first -------------------------------------------------------------
+# --- validation stops at the first fault -------------------------------------------------------------
 
 
 _NOT_VALIDATION = ("json_schema_input_schema", "serialization")
@@ -127,7 +127,7 @@ def test_every_list_and_map_of_every_body_ends_at_its_first_fault(tmp_path: Path
     assert len(kinds) > 10
     for kind in kinds:
         for schema in _schemas(kind.__pydantic_core_schema__):
-            items = schema.get("items_schema", {"type": "any"})  # which never fails: what is made of them is read apart
+            items = schema.get("items_schema", {"type": "any"})  # any: never fails here, validated later
             if schema.get("type") == "list" and items["type"] != "any":
                 assert schema.get("fail_fast"), (kind, schema)
             if schema.get("type") == "function-wrap" and schema["schema"]["type"] == "dict":

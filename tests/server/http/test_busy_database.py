@@ -1,4 +1,4 @@
-"""A database that another process holds: who changes something hears 503 in time, and nobody else waits."""
+"""A database locked by another process: changes get a 503 in time, and other requests do not wait."""
 
 import asyncio
 import sqlite3
@@ -18,7 +18,7 @@ from tests.support.publishing import held
 
 @asynccontextmanager
 async def busy(root: Path, seconds: float) -> AsyncIterator[tuple[httpx.AsyncClient, ExitStack]]:
-    """A site whose databases others hold, until the stack is closed."""
+    """A site whose databases are locked by another process until the stack is closed."""
     with closing(Site(root, database_seconds=seconds)) as site:
         await site.publisher.import_directory("", "a", write_adapter(root / "a"))
         async with site.client() as client:
@@ -37,13 +37,13 @@ def changes(client: httpx.AsyncClient) -> list[asyncio.Future[httpx.Response]]:
     return [*map(asyncio.ensure_future, (upload(client), *(client.delete("/v1/adapters/a") for _ in range(3))))]
 
 
-async def test_nobody_else_waits_for_a_busy_database(tmp_path: Path) -> None:
+async def test_reads_do_not_wait_for_a_busy_database(tmp_path: Path) -> None:
     async with busy(tmp_path, 60) as (client, holding):
         waiting = changes(client)
         await asyncio.sleep(0.05)
         for path in ("/health", "/v1/adapters/a", "/v1/files", "/v1/fine_tuning/jobs", "/metrics"):
             assert (await client.get(path)).status_code == 200
-        assert not any(change.done() for change in waiting), "these were asked meanwhile"
+        assert not any(change.done() for change in waiting), "the changes were waiting throughout"
         holding.close()
         assert sorted(response.status_code for response in await asyncio.gather(*waiting)) == [200, 200, 404, 404]
 
@@ -72,11 +72,11 @@ async def test_the_guard_finds_a_database_call_on_the_loop(tmp_path: Path) -> No
     asyncio.get_running_loop().call_soon(called_by_the_loop)
     assert "asyncio.to_thread" in str(await asyncio.wait_for(found, 60))
     await asyncio.to_thread(check)
-    assert Database.reading.__name__ == "call", "and it is on guard in every test"
+    assert Database.reading.__name__ == "call", "the guard is active in every test"
     database.close()
 
 
-def test_outside_an_event_loop_anybody_may_ask(tmp_path: Path) -> None:
+def test_outside_an_event_loop_database_calls_are_allowed(tmp_path: Path) -> None:
     with closing(open_database(tmp_path / "db")) as database, database.reading() as connection:
         assert connection.execute("SELECT COUNT(*) FROM files").fetchone()[0] == 0
     with pytest.raises(sqlite3.ProgrammingError), database.reading():

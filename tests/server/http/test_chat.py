@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` in front of a scripted engine. What it shares with completions is tested there."""
+"""`/v1/chat/completions` in front of a scripted engine. Behaviour shared with completions is tested there."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,7 +25,7 @@ async def chat(served: Served, **body: Any) -> httpx.Response:
     return await served.client.post("/v1/chat/completions", json={"model": BASE, "messages": HELLO} | body)
 
 
-# --- the answer ---------------------------------------------------------------------------------------
+# --- responses ---------------------------------------------------------------------------------------
 
 
 async def test_an_answer_has_openais_shape(served: Served) -> None:
@@ -149,7 +149,7 @@ NO_OPS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", NO_OPS)
-async def test_what_changes_nothing_is_accepted(served: Served, name: str) -> None:
+async def test_fields_without_effect_are_accepted(served: Served, name: str) -> None:
     response = await chat(served, **{name: NO_OPS[name]})
     assert response.status_code == 200, response.text
 

@@ -1,4 +1,4 @@
-"""Receipts in full, warming and verifying, in front of a scripted engine."""
+"""Full receipts, warming and verifying, in front of a scripted engine."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
@@ -105,7 +105,7 @@ async def test_an_adapter_that_cannot_be_warmed(
 
 
 def scored_by(served: Served, shift: float) -> None:
-    """Let the engine score every token of a prompt, with an adapter by so much more."""
+    """Let the engine score every token of a prompt, with `shift` added for requests with an adapter."""
 
     async def generate(request: Generate) -> AsyncGenerator[Output, None]:
         served.engine.requests.append(request)

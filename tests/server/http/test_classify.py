@@ -1,4 +1,4 @@
-"""`/v1/classify`: shapes, limits and refusals, over an engine that scores what it is told."""
+"""`/v1/classify`: shapes, limits and refusals, with an engine that returns given scores."""
 
 import math
 from collections.abc import AsyncIterator
@@ -26,7 +26,7 @@ HEAD = "base_model.model.score.weight"
 
 
 def classifier_files(labels: int = 3, width: int = HIDDEN, head: str = HEAD, **config: Any) -> dict[str, bytes]:
-    """The parts of an upload: an adapter that classifies."""
+    """The parts of an upload: a classifier."""
     fields = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]} | config
     configuration, weights = adapter_files(**fields)
     tensors = load_safetensors(weights) | {head: np.full((labels, width), 0.5, np.float32)}
@@ -192,7 +192,7 @@ async def test_refusals(body: dict[str, Any], status: int, param: str | None, se
         ("/v1/fine_tuning/estimate", {"model": "topics"}, "model"),
     ],
 )
-async def test_what_generates_refuses_one_that_classifies(
+async def test_generating_routes_refuse_classifiers(
     path: str, body: dict[str, Any], param: str | None, served: Served
 ) -> None:
     response = await served.client.post(path, json=body)

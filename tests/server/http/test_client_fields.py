@@ -1,4 +1,4 @@
-"""Fields that clients' libraries send: accepted where they cannot change the answer; and usage in every chunk."""
+"""Fields that client libraries send: accepted where they have no effect on the answer; and usage in every chunk."""
 
 import json
 from collections.abc import AsyncIterator
@@ -42,7 +42,7 @@ async def test_hints_and_labels_are_accepted(
     assert (await served.client.post(path, json=body | hint)).status_code == 200
 
 
-# vLLM's and OpenAI's fields that we do not have, at the values that change nothing, and one at which they would.
+# vLLM's and OpenAI's fields that we do not support, at the values without effect, and at one that would have one.
 NO_OPS: dict[str, tuple[list[Any], Any]] = {
     "use_beam_search": ([False], True),
     "length_penalty": ([1, 1.0], 2.0),
@@ -55,7 +55,7 @@ NO_OPS: dict[str, tuple[list[Any], Any]] = {
     "return_tokens_as_token_ids": ([False], True),
     "service_tier": (["auto", "default", "flex", "priority", "scale"], "first"),
     "documents": ([[]], [{"text": "x"}]),
-    # llama.cpp's and others'
+    # from llama.cpp and other servers
     "typical_p": ([1, 1.0], 0.9),
     "tfs_z": ([1, 1.0], 0.9),
     "top_a": ([0, 0.0], 0.1),
@@ -242,7 +242,7 @@ async def test_labels_have_limits(served: Served, path: str, body: dict[str, Any
 @pytest.mark.parametrize("label", ["user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"])
 @pytest.mark.parametrize(("path", "body"), [*ENDPOINTS, ("/v1/responses", {"model": "tiny", "input": "hi"})])
 async def test_a_label_has_a_limit(served: Served, path: str, body: dict[str, Any], label: str) -> None:
-    """An answer repeats it, and is kept."""
+    """A response repeats it, and is stored."""
     assert (await served.client.post(path, json=body | {label: "x" * 4096})).status_code == 200
     response = await served.client.post(path, json=body | {label: "x" * 4097})
     assert (response.status_code, response.json()["error"]["param"]) == (400, label)

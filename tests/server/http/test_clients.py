@@ -1,4 +1,4 @@
-"""Over a real socket: the `openai` client, and clients that leave."""
+"""Over a real socket: the `openai` client, and clients that disconnect."""
 
 import asyncio
 import contextlib
@@ -110,7 +110,7 @@ async def test_server_sent_events_are_read_as_they_come(served: Served, client: 
     await stream.close()
 
 
-# --- clients that leave -----------------------------------------------------------------------------------
+# --- clients that disconnect -----------------------------------------------------------------------------------
 
 
 async def _open(
@@ -141,7 +141,7 @@ async def test_a_client_that_leaves_costs_nothing_more(
 ) -> None:
     async def gate(request: Generate, step: int) -> None:
         if step == steps_before:
-            await asyncio.Event().wait()  # the engine would never answer
+            await asyncio.Event().wait()  # the engine would never respond
 
     served.engine.gate = gate
     reader, writer = await _open(port, path, {"model": BASE, "stream": stream} | PROMPTS[path])
@@ -207,7 +207,7 @@ async def test_large_bodies_of_clients_that_left_are_not_read(
     reader, writer = await _open(port, "/v1/completions", {"model": BASE, "prompt": "Hi"}, blanks=50_000)
     assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
     writer.close()
-    assert len(read) == 2  # the one that was being read when they left, and the honest one
+    assert len(read) == 2  # the body that was being parsed when the clients left, and that of the last client
 
 
 async def test_an_upload_that_drips_gives_its_slot_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What `/v1/completions` takes and refuses: parameters, ranges, sizes."""
+"""Accepted and refused bodies of `/v1/completions`: parameters, ranges, sizes."""
 
 import asyncio
 import json
@@ -67,12 +67,12 @@ NO_OPS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", NO_OPS)
-async def test_what_changes_nothing_is_accepted(served: Served, name: str) -> None:
+async def test_fields_without_effect_are_accepted(served: Served, name: str) -> None:
     response = await complete(served, **{name: NO_OPS[name]})
     assert response.status_code == 200, response.text
 
 
-NUMBERS: dict[str, tuple[Any, Any]] = {  # the lowest and the highest value
+NUMBERS: dict[str, tuple[Any, Any]] = {  # lowest and highest value
     "max_tokens": (1, None),
     "min_tokens": (0, None),
     "n": (1, 128),
@@ -201,7 +201,7 @@ async def test_bodies_are_json_of_bounded_size(tmp_path: Path) -> None:
 async def test_long_prompts_and_large_bodies_do_not_hold_up_others(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are read and encoded by threads, which let others work."""
+    """They are parsed and tokenised in threads, so other requests continue."""
     begun, going = ({what: threading.Event() for what in ("body", "prompt")} for _ in range(2))
 
     def held(what: str, work: Callable[..., Any]) -> Callable[..., Any]:

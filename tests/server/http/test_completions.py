@@ -1,4 +1,4 @@
-"""`/v1/completions` in front of a scripted engine: answers, stopping, adapters, failures."""
+"""`/v1/completions` in front of a scripted engine: responses, stopping, adapters, failures."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
         yield served
 
 
-# --- the answer ---------------------------------------------------------------------------------------
+# --- responses ---------------------------------------------------------------------------------------
 
 
 async def test_an_answer_has_openais_shape(served: Served) -> None:
@@ -68,7 +68,7 @@ async def test_drafts_are_predictions_in_the_usage(served: Served) -> None:
     served.engine.drafted = (3, 1)
     usage = (await complete(served)).json()["usage"]
     steps = len(encode(TEXT)) + 1
-    assert usage["completion_tokens"] == steps, "what was drafted in vain is nobody's token"
+    assert usage["completion_tokens"] == steps, "rejected drafts are not completion tokens"
     predictions = {"accepted_prediction_tokens": steps, "rejected_prediction_tokens": 2 * steps}
     assert usage["completion_tokens_details"] == predictions
 
@@ -198,7 +198,7 @@ async def test_special_tokens_are_shown_on_request(served: Served) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kept", [False, True])
 async def test_a_stop_string_may_be_a_special_token(served: Served, stream: bool, kept: bool) -> None:
-    """Which the text of the answer does not show."""
+    """The text of the response does not show the special token."""
     served.engine.reply = lambda request: [*encode(" one<|im_start|> two"), EOS]
     asked = {"stop": ["<|im_start|>"], "include_stop_str_in_output": kept, "stream": stream, "max_tokens": 99}
     for path, prompt in (
@@ -328,7 +328,7 @@ async def test_the_adapters_files_stay_while_it_answers(served: Served, tmp_path
     assert (await complete(served, model="poet")).status_code == 404
 
 
-# --- when it does not work ----------------------------------------------------------------------------
+# --- failures ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -398,7 +398,7 @@ async def test_a_full_queue_is_a_429(tmp_path: Path) -> None:
         assert (served.services.admission.requests, served.services.admission.tokens) == (0, 0)
 
 
-# --- what is counted ------------------------------------------------------------------------------------
+# --- metrics and logs ------------------------------------------------------------------------------------
 
 
 async def test_requests_are_counted(served: Served, tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ async def test_the_access_line_tells_adapter_and_tokens(
     ]
 
 
-# --- the size of an answer -----------------------------------------------------------------------------------
+# --- size of a response -----------------------------------------------------------------------------------
 
 
 async def test_an_answer_that_would_be_too_large_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Request heads that are too large, too slow, or no HTTP, on a real socket."""
+"""On a real socket: request heads that are too large or too slow, and data that is not HTTP."""
 
 import asyncio
 import contextlib
@@ -142,7 +142,7 @@ async def test_a_body_that_was_refused_is_not_read_on(port: int, path: bytes, mo
     assert answered.startswith((b"HTTP/1.1 413", b"HTTP/1.1 404"))
     assert answered.partition(b"\r\n\r\n")[2]
     sent = 0
-    with contextlib.suppress(ConnectionError):  # and, a little later, reads nothing more
+    with contextlib.suppress(ConnectionError):  # and soon after reads nothing more
         async with asyncio.timeout(60):
             while sent < 500_000_000:
                 writer.write(b"x" * 1_000_000)

@@ -1,4 +1,4 @@
-"""Whatever a body says, the answer is one of ours, and never a fault of the server."""
+"""For any body the response is well-formed, and never a fault of the server."""
 
 import asyncio
 import tempfile
@@ -35,7 +35,7 @@ _NAMES = st.one_of(st.just(BASE), st.text(max_size=12), st.just("x@12345678"))
 
 
 def _bodies(kind: type[ChatBody | CompletionBody], required: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """A body that could be right, with a few fields set to anything."""
+    """A nearly valid body, with a few fields set to arbitrary values."""
     others = st.dictionaries(st.sampled_from([*kind.model_fields, *kind.no_ops, "extra"]), _VALUES, max_size=4)
     return st.builds(lambda base, more: base | more, st.fixed_dictionaries(required), others)
 

@@ -1,4 +1,4 @@
-"""Earlier answers, calls and results, in the ways in which clients and other servers have them."""
+"""Earlier answers, calls and results, in the forms that clients and other servers send."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -47,7 +47,7 @@ def calling(arguments: Any) -> dict[str, Any]:
     ],
 )
 async def test_arguments_may_be_the_object_itself_or_missing(served: Served, given: Any, told: str) -> None:
-    """As chat templates want them, and servers that stream none for a function without parameters."""
+    """Chat templates want an object; some servers send no arguments for a function without parameters."""
     written = await chat(served, USER, calling(told), RESULT)
     assert f'"arguments": {told}' in written
     assert await chat(served, USER, calling(given), RESULT) == written
@@ -85,7 +85,7 @@ async def test_parts_of_a_result(served: Served, kind: str) -> None:
 
 
 async def test_text_between_calls_and_their_results_is_of_the_calls_message(served: Served) -> None:
-    """In the order in which an answer with text after its calls is streamed."""
+    """The order in which an answer with text after its calls is streamed."""
     said: dict[str, Any] = {"role": "assistant", "content": [{"type": "output_text", "text": "I look."}]}
     call = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": "{}"}
     output = {"type": "function_call_output", "call_id": "call_1", "output": "sunny"}

@@ -1,4 +1,4 @@
-"""Answers of `/v1/responses` that are kept, and those made in the background."""
+"""Stored responses of `/v1/responses`, and background responses."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -19,7 +19,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
         yield served
 
 
-# --- kept ones ----------------------------------------------------------------------------------------------
+# --- stored responses ----------------------------------------------------------------------------------------------
 
 
 async def test_a_response_is_kept_unless_told_otherwise(served: Served) -> None:
@@ -122,7 +122,7 @@ async def test_a_server_may_keep_none(tmp_path: Path) -> None:
             assert "--response-days" in error["message"]
 
 
-# --- in the background --------------------------------------------------------------------------------------
+# --- background responses --------------------------------------------------------------------------------------
 
 
 async def test_a_response_is_made_in_the_background(served: Served) -> None:

@@ -1,4 +1,4 @@
-"""Ten thousand registered adapters: pages on request, and nothing on a request's way that looks at each of them."""
+"""Ten thousand registered adapters: lists come in pages on request, and no request's cost grows with their number."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ MANY = 10_000
 
 
 def registered(root: Path, count: int) -> Site:
-    """A site whose store was left with so many names, as a restart finds them."""
+    """A site with this many names in its store, as after a restart."""
     root.mkdir()
     with contextlib.closing(Site(root)) as site:
         fields = {"rank": 4, "scaling": 2.0, "modules_matched": 4, "variants": [], "parameters": 512, "bytes": 2048}
@@ -83,7 +83,7 @@ async def test_lists_are_whole_by_default_and_paged_on_request(many: Site, path:
 
 
 async def test_looking_one_up_costs_what_it_costs_among_ten(many: Site, few: Site) -> None:
-    """Twice as much is allowed here, on a machine that does other things; `loadtest registered` measures."""
+    """A factor of two is allowed, since the machine may be busy; `loadtest registered` measures."""
     taken: dict[int, list[float]] = {10: [], MANY: []}
     async with few.client() as small, many.client() as large:
         clients: list[tuple[int, httpx.AsyncClient]] = [(10, small), (MANY, large)]

@@ -1,4 +1,4 @@
-"""Two servers on one object store, as their clients see them."""
+"""Two servers on one object store, from their clients' point of view."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ async def test_an_upload_serves_at_the_other_at_once(pair: Pair) -> None:
     assert await status(two, "legal") == 200
 
 
-async def test_what_one_changes_the_other_shows_within_the_poll_interval(pair: Pair) -> None:
+async def test_changes_at_one_server_reach_the_other_within_the_poll_interval(pair: Pair) -> None:
     one, two = pair
     polling = asyncio.create_task(two.registry.following.run())
     try:
@@ -98,7 +98,7 @@ async def test_a_name_can_be_changed_at_a_server_that_has_not_heard_of_it(pair: 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Paths of objects that are read."""
+    """Paths of the objects read."""
     paths: list[str] = []
     read = Bucket.read
 
@@ -119,7 +119,9 @@ async def test_unknown_names_do_not_reach_the_store_again_and_again(pair: Pair, 
     assert len(reads) == 2
 
 
-async def test_many_unknown_names_do_not_either(pair: Pair, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_lookups_of_many_unknown_names_are_limited_between_polls(
+    pair: Pair, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, two = pair
     monkeypatch.setattr(following, "_MAX_LOOKUPS", 4)
     assert [await status(two, f"nobody{i}") for i in range(20)] == [404] * 20
@@ -130,7 +132,7 @@ async def test_many_unknown_names_do_not_either(pair: Pair, reads: list[str], mo
     assert await status(two, "legal") == 200
 
 
-async def test_while_the_store_is_down_what_is_known_is_served(
+async def test_while_the_store_is_down_known_adapters_are_served(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, two = pair
@@ -174,7 +176,7 @@ async def test_a_fault_of_this_disk_does_not_end_the_polling(pair: Pair, monkeyp
     assert two.names() == ["poet"]
 
 
-async def test_a_store_that_hangs_holds_up_only_who_asks_for_what_is_not_known(
+async def test_a_hanging_store_delays_only_requests_for_unknown_names(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = pair

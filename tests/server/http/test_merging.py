@@ -1,4 +1,4 @@
-"""Merged checkpoints over HTTP: made once, fetched file by file, removed."""
+"""Merged checkpoints over HTTP: created once, fetched file by file, removed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("forked_helpers")
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    """A base of nothing but the linears that adapters touch."""
+    """A site whose base has only the linears that adapters change."""
     base = tmp_path / "base"
     base.mkdir()
     (tmp_path / "data").mkdir()
@@ -50,7 +50,7 @@ async def test_a_checkpoint_is_made_once_fetched_and_removed(site: Site) -> None
 
         config = (await client.get("/v1/adapters/legal/merge/config.json")).json()
         assert config == {"model_type": "llama", "dtype": "bfloat16"}
-        odd = {"Range": "bytes=oops"}  # the whole file all the same
+        odd = {"Range": "bytes=oops"}  # the whole file is returned all the same
         merged = load((await client.get("/v1/adapters/legal/merge/model.safetensors", headers=odd)).content)
         base = load_file(Path(site.settings.model) / "model.safetensors")
         tensors = load(adapter_files()[1])
@@ -153,7 +153,7 @@ async def test_what_the_engine_refuses(site: Site, code: str, status: int) -> No
         assert ("the words" in error["message"]) == (status != 500)
 
 
-async def test_only_what_a_name_means_is_merged(site: Site) -> None:
+async def test_only_the_current_version_of_a_name_is_merged(site: Site) -> None:
     first, _ = await site.publisher.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "one"))
     await site.publisher.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "two", 1))
     async with site.client() as client:
@@ -162,4 +162,4 @@ async def test_only_what_a_name_means_is_merged(site: Site) -> None:
         assert (await client.post(f"/v1/adapters/{older}/merge", json=order)).status_code == 409
         assert (await client.post("/v1/adapters/legal/merge", json=order)).status_code == 201
         await site.publisher.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "three", 2))
-        assert (await client.get("/v1/adapters/legal")).json()["merged"] is None, "another version"
+        assert (await client.get("/v1/adapters/legal")).json()["merged"] is None, "it is not merged"

@@ -1,4 +1,4 @@
-"""`/v1/messages` in front of a scripted engine. What it shares with chat is tested there."""
+"""`/v1/messages` in front of a scripted engine. Behaviour shared with chat is tested there."""
 
 import json
 import re
@@ -43,7 +43,7 @@ async def made(served: Served, **body: Any) -> dict[str, Any]:
     return message
 
 
-# --- answers ------------------------------------------------------------------------------------------------
+# --- responses ------------------------------------------------------------------------------------------------
 
 
 async def test_an_answer_has_anthropics_shape(served: Served) -> None:
@@ -208,7 +208,7 @@ async def test_a_last_message_of_the_assistant_is_continued(served: Served) -> N
 
 
 async def test_turns_of_one_role_are_one_turn(served: Served) -> None:
-    """As Anthropic has it; many chat templates refuse them."""
+    """Anthropic joins them too; many chat templates refuse consecutive turns of one role."""
     use = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
     result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "x"}]}
     turns = [("assistant", "A"), ("assistant", [use])], [("user", "B"), ("user", "C"), ("system", "S"), ("user", "D")]
@@ -250,7 +250,7 @@ async def test_what_clients_send_and_nothing_depends_on_is_accepted(served: Serv
 
 
 async def test_a_thread_is_never_found(served: Served) -> None:
-    """Clients then send the whole conversation, as they do when one has expired."""
+    """Clients then send the whole conversation, as for an expired thread."""
     response = await post(served, thread={"type": "continue", "previous_message_id": "msg_1"})
     error = response.json()["error"]
     assert (response.status_code, error["type"]) == (404, "not_found_error")
@@ -289,7 +289,7 @@ async def test_tokens_are_counted_as_they_are_used(served: Served) -> None:
     used = (await made(served, **asked))["usage"]["input_tokens"]
     response = await post(served, "/count_tokens", max_tokens=None, **asked)
     assert response.json() == {"input_tokens": used}
-    idle = {"mcp_servers": [], "context_management": {"edits": []}, "speed": "standard"}  # of assistants
+    idle = {"mcp_servers": [], "context_management": {"edits": []}, "speed": "standard"}  # sent by assistants
     response = await post(served, "/count_tokens", max_tokens=None, **asked, **idle)
     assert response.json() == {"input_tokens": used}
 

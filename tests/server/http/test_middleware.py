@@ -37,7 +37,7 @@ def client(
 ) -> httpx.AsyncClient:
     paths = ["/v1/echo", "/health", "/ready", "/metrics", "/version"]
     routes = [Route(path, echo, methods=["GET", "POST"]) for path in paths] + [Route("/v1/fail", fail)]
-    no_database: Any = None  # nothing is changed here
+    no_database: Any = None  # no test here changes data
     tenants = Tenants(no_database, keys)
     stack = middleware(drain or Drain(), Settings(allowed_origins=tuple(origins), **settings), tenants)
     app = Starlette(routes=routes, middleware=stack, exception_handlers=EXCEPTION_HANDLERS)
@@ -251,6 +251,6 @@ async def test_a_compressed_body_is_refused_as_such(coding: str) -> None:
 
 
 @pytest.mark.parametrize("coding", ["identity", "Identity", ""])
-async def test_a_body_that_is_said_to_be_as_it_is_is_read(coding: str) -> None:
+async def test_a_body_with_identity_encoding_is_read(coding: str) -> None:
     response = await client().post("/v1/echo", content=b"x", headers={"Content-Encoding": coding})
     assert (response.status_code, response.text) == (200, "x")

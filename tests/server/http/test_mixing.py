@@ -54,7 +54,7 @@ async def test_a_mix_is_a_new_adapter_and_the_same_mix_the_same(site: Site) -> N
     expected = sum(w * delta(adapter_files(seed)[1], 2.0) for seed, w in enumerate((0.5, -2.0)))
     np.testing.assert_allclose(delta(weights, 1.0), expected, rtol=1e-4, atol=1e-5)
 
-    waiting = await mix(site, **body, promote=False)  # svd, PEFT's default: of the sources' rank
+    waiting = await mix(site, **body, promote=False)  # svd, PEFT's default: the rank of the sources
     assert (waiting.status_code, waiting.json()["rank"]) == (201, 4)
     assert site.store.get(TENANT, "blend").digest == made.json()["digest"]
 
@@ -78,7 +78,7 @@ async def test_a_mix_has_the_stop_tokens_and_formats_of_its_sources_fine_tunes(s
         return tuple(made.json().get(field) for field in fields)
 
     assert await told("one", "two", "plain") == ([5, 7, 9], "hermes", "deepseek_r1")
-    assert await told("one", "other") == ([7, 9], None, None), "no format is all sources'"
+    assert await told("one", "other") == ([7, 9], None, None), "the sources have no format in common"
     assert await told("plain") == (None, None, None)
 
 

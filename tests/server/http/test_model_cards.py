@@ -238,7 +238,7 @@ async def test_only_under_the_directory(lora_site: Site, tmp_path: Path) -> None
         "x" * 5000,
     ]
     answers = {(r.status_code, r.text) for r in [await load(lora_site, lora_name="a", lora_path=p) for p in paths]}
-    assert [status for status, _ in answers] == [404]  # one answer for all: it tells nothing of what exists
+    assert [status for status, _ in answers] == [404]  # one response for all: it does not reveal existing paths
     assert lora_site.names() == []
 
 

@@ -1,4 +1,4 @@
-"""Multipart bodies: what is kept, what is refused and by which name."""
+"""Multipart bodies: parts that are stored, and refusals naming the part."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -108,7 +108,7 @@ async def test_limits_are_kept_per_part_and_in_total(target: Path) -> None:
     await refused(target, body(part("name", b"a" * 17), part("weights", b"b")), 413, "name")
     await refused(target, body(part("name", b"a"), part("weights", b"b" * 1_000_001)), 413, "weights")
     await refused(target, body(part("name", b"a"), part("weights", b"b" * 1_200_000)), 413, None)
-    endless = pieces(b"x" * 1_200_000, 65536)  # a preamble, without a length
+    endless = pieces(b"x" * 1_200_000, 65536)  # a preamble, sent without Content-Length
     assert (await client(target).post("/", content=endless, headers=TYPE)).status_code in (400, 413)
 
 

@@ -1,4 +1,4 @@
-"""`/openapi.json` and `/docs`: all of the API, as it is. Every answer in the other tests is held against it too."""
+"""`/openapi.json` and `/docs` describe the whole API. Responses in all other tests are validated against them too."""
 
 import asyncio
 import html
@@ -40,7 +40,7 @@ CHECKS = [
     response_schema_conformance,
     negative_data_rejection,
 ]
-EXAMPLES = 30  # requests of each operation that reads a body or a query, a fifth of the others
+EXAMPLES = 30  # requests of each operation with a body or a query; a fifth for the others
 
 
 async def document_of(served: Served, **headers: str) -> dict[str, Any]:
@@ -65,7 +65,7 @@ async def test_every_method_of_every_path_is_described(tmp_path: Path) -> None:
 
 
 async def test_handlers_read_bodies_and_queries_by_their_signature_alone(tmp_path: Path) -> None:
-    """So what is described is what is read."""
+    """So that the description cannot differ from the code."""
     async with serving(tmp_path, lora_dir=tmp_path) as served:
         operations = [route for route in served.app.routes if isinstance(route, Operation)]
         document = await document_of(served)
@@ -135,11 +135,11 @@ async def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert len(linked) > 10
 
 
-# --- requests made of the document --------------------------------------------------------------------
+# --- requests generated from the document --------------------------------------------------------------------
 
 
 class PlanningEngine(ScriptedEngine):
-    """Tells what a job would take, too."""
+    """Also plans the memory of jobs."""
 
     async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
         sizes = dict.fromkeys(("base", "adapter", "gradients", "optimizer", "checkpoint", "available"), 1)
@@ -147,11 +147,11 @@ class PlanningEngine(ScriptedEngine):
 
 
 class Api:
-    """The application with an adapter and a file in it, and its document as schemathesis reads it."""
+    """The application with an adapter and a file, and its document as read by schemathesis."""
 
     def __init__(self, directory: Path) -> None:
         self._runner = asyncio.Runner()
-        # int8: so that nobody is asked to load PEFT.
+        # int8, so that no request loads PEFT.
         self._application = serving(
             directory,
             lora_dir=directory,
@@ -164,7 +164,7 @@ class Api:
         refusals = {"expected-statuses": ["400", "401", "404", "406", "408", "413", "415", "422"]}
         config = schemathesis.Config.from_dict({"checks": {"negative_data_rejection": refusals}})
         self.schema = schemathesis.openapi.from_dict(self._runner.run(document_of(self.served)), config=config)
-        # Read without keys, so that none is sent at random; a key that is made meanwhile shall not close the server.
+        # Read without keys, so that schemathesis sends none; a key created during the test must not close the server.
         _, secret = self._runner.run(asyncio.to_thread(self.served.services.tenants.create_key, "", ["admin"]))
         self.served.client.headers["Authorization"] = f"Bearer {secret}"
         self.known: dict[str, str] = {}
@@ -173,7 +173,7 @@ class Api:
         self.provide()
 
     def provide(self) -> None:
-        """What requests can name, should one have removed it."""
+        """Create the objects that requests name, or create them again after a request has removed them."""
         config, weights = adapter_files()
         files = {"config": config, "weights": weights}
         self._post("/v1/adapters", data={"name": "legal"}, files=files)
@@ -195,7 +195,7 @@ class Api:
         return answer
 
     def call(self, case: Case) -> None:
-        """Send it, and check the answer."""
+        """Send a request and check the response."""
         sent = requests.Request(**_request_fields(case)).prepare()
         assert sent.method is not None
         assert sent.url is not None
@@ -205,11 +205,11 @@ class Api:
         self.statuses[case.operation.label, response.status_code] += 1
         self._runner.run(self._settled())
         case.validate_response(response, checks=CHECKS)
-        running = {name for name in self.served.engine.running if not name.startswith("eval-")}  # those go on
+        running = {name for name in self.served.engine.running if not name.startswith("eval-")}  # evaluations continue
         assert (running, self.served.services.admission.requests) == (set(), 0)
 
     async def _settled(self) -> None:
-        """Once nothing is made in the background."""
+        """Wait until no background response is being generated."""
         tasks = [running.task for running in self.served.services.responses.running.values() if running.task]
         await asyncio.gather(*tasks)
 
@@ -254,14 +254,14 @@ TAGS = (
 
 
 def _requests(operation: APIOperation[Any, Any, Any, Any], tag: str, api: Api) -> st.SearchStrategy[Case]:
-    """Right and wrong ones, of things that are there and that are not."""
+    """Valid and invalid requests, for existing and for unknown objects."""
     names = {"id": api.known.get(tag, "legal"), "name": "legal"}
     there = {name: value for name, value in names.items() if f"{{{name}}}" in operation.path}
     modes = [schemathesis.GenerationMode.POSITIVE] * 2
     objects = any(parameter.definition.get("style") == "deepObject" for parameter in operation.query)
-    if operation.body or (operation.query and not objects):  # in a query null is a string as good as any
+    if operation.body or (operation.query and not objects):  # in a query null is a string like any other
         modes.append(schemathesis.GenerationMode.NEGATIVE)
-    if operation.label == "POST /v1/adapters/{name}/merge":  # which would load the base
+    if operation.label == "POST /v1/adapters/{name}/merge":  # it would load the base
         there = {}
     paths = [None, there] if there else [None]
     strategies = [operation.as_strategy(mode, path_parameters=path) for mode in modes for path in paths]
@@ -286,7 +286,7 @@ def test_answers_are_as_described_whatever_is_asked(api: Api, tag: str) -> None:
             meta = case.meta
             if real and isinstance(case.body, dict) and meta is not None and meta.generation.mode.is_positive:
                 case.body |= {name: value for name, value in api.fields.items() if name in case.body}
-                for name in ConstrainedBody.model_fields:  # of random ones hardly any says what can be followed
+                for name in ConstrainedBody.model_fields:  # a random constraint hardly ever makes sense
                     case.body.pop(name, None)
             api.call(case)
 
@@ -294,7 +294,7 @@ def test_answers_are_as_described_whatever_is_asked(api: Api, tag: str) -> None:
         if operation.method == "delete":
             api.provide()
     assert labels
-    # Those need a base, a directory, a model that embeds, an adapter that classifies.
+    # Those need a base, a directory, an embedding model or a classifier.
     if tag not in ("merging", "vllm", "embeddings", "classify"):
         assert any(api.statuses[label, 200] for label in labels), api.statuses
 

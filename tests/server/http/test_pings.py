@@ -1,4 +1,4 @@
-"""Comments in the silences of streams, which keep proxies from ending what they take for idle."""
+"""Comments in the pauses of streams, so that proxies do not close them as idle."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ def blocks(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", DOORS)
-async def test_silences_have_comments_and_events_are_what_they_were(tmp_path: Path, path: str) -> None:
+async def test_pings_fill_silences_and_leave_events_unchanged(tmp_path: Path, path: str) -> None:
     kinds = {}
     for seconds in (0.05, 0.0):
         async with serving(tmp_path / str(seconds), stream_ping_seconds=seconds) as served:
@@ -52,7 +52,7 @@ async def test_silences_have_comments_and_events_are_what_they_were(tmp_path: Pa
 
 
 @pytest.mark.parametrize("path", DOORS)
-async def test_what_fails_after_a_comment_ends_in_an_error_event(tmp_path: Path, path: str) -> None:
+async def test_a_failure_after_a_ping_is_an_error_event(tmp_path: Path, path: str) -> None:
     for wait, status in ((0.3, 200), (0.0, 503)):
 
         async def late(request: Generate, step: int, wait: float = wait) -> None:
@@ -62,7 +62,7 @@ async def test_what_fails_after_a_comment_ends_in_an_error_event(tmp_path: Path,
         async with serving(tmp_path / str(wait), stream_ping_seconds=0.1) as served:
             served.engine.gate = late
             response = await served.client.post(path, json=DOORS[path] | {"model": BASE, "stream": True})
-        if path != "/v1/responses":  # its first event is not the model's
+        if path != "/v1/responses":  # its first event precedes the model's output
             assert response.status_code == status, response.text
         assert "gone" in blocks(response.text)[-1]
         assert TEXT not in response.text

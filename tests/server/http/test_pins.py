@@ -1,4 +1,4 @@
-"""Pinned adapters over HTTP: what the engine is told, what the limit refuses, what a restart keeps."""
+"""Pinned adapters over HTTP: digests sent to the engine, the limit, and pins after a restart."""
 
 import asyncio
 import contextlib
@@ -74,7 +74,7 @@ async def test_a_pin_is_told_to_the_engine_and_shown(site: Site) -> None:
     assert (await metrics(site))["lorakeet:num_pinned_lora_adapters"] == 0
 
 
-async def test_a_pin_goes_over_to_what_the_name_means_next(site: Site) -> None:
+async def test_a_pin_follows_the_names_pointer(site: Site) -> None:
     old = (await push(site, "legal", 1)).json()["digest"]
     await pin(site, "legal")
     new = (await push(site, "legal", 2)).json()["digest"]
@@ -113,7 +113,7 @@ async def test_pins_survive_a_restart(tmp_path: Path) -> None:
 
 
 async def test_the_limit_refuses_and_changes_nothing(tmp_path: Path) -> None:
-    with contextlib.closing(Site(tmp_path)) as site:  # half of 64 rows of each kind
+    with contextlib.closing(Site(tmp_path)) as site:  # the limit is half of 64 rows of each kind
         for i in range(5):
             await push(site, f"n{i}", i)
         for i in range(4):
@@ -141,7 +141,7 @@ async def test_the_limit_in_bytes(tmp_path: Path) -> None:
         assert (await pin(site, "large")).status_code == 409
     with contextlib.closing(Site(tmp_path, adapter_pinned_bytes=0)) as site:
         await site.registry.discovery.import_configured(TENANT)
-        assert site.engine.pinned == [], "a limit lowered meanwhile holds"
+        assert site.engine.pinned == [], "a limit lowered between runs applies"
 
 
 async def test_a_name_that_nobody_has(site: Site) -> None:

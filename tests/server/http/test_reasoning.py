@@ -1,4 +1,4 @@
-"""Thoughts of `/v1/chat/completions`: in front of a scripted engine, and limited in a real one."""
+"""Thoughts in `/v1/chat/completions`: with a scripted engine, and with a limited length in a real one."""
 
 import json
 from collections.abc import AsyncIterator
@@ -42,7 +42,7 @@ async def chat(served: Served, **body: Any) -> httpx.Response:
 
 
 def streamed(chunks: list[Any], index: int = 0) -> tuple[str, str, list[str]]:
-    """A stream's thought, its content, and the kinds of its deltas as they came."""
+    """A stream's thought, its content, and the kinds of its deltas in order."""
     thought, content, kinds = "", "", []
     for choice in (choice for chunk in chunks[:-1] for choice in chunk["choices"] if choice["index"] == index):
         delta = choice["delta"]
@@ -60,7 +60,7 @@ async def test_a_thought_is_apart_from_the_answer(served: Served) -> None:
     assert message["content"] == "It is\nwarm. "
     thought = len(encode(ANSWER.partition("</think>")[0] + "</think>"))
     details = body["usage"]["completion_tokens_details"]
-    assert thought <= details["reasoning_tokens"] <= thought + 2, "the mark's last token may hold more"
+    assert thought <= details["reasoning_tokens"] <= thought + 2, "the mark's last token may extend beyond it"
     assert body["choices"][0]["finish_reason"] == "stop"
 
 
@@ -69,7 +69,7 @@ async def test_a_stream_says_the_same_as_the_whole_answer(served: Served) -> Non
     for index in range(2):
         thought, content, kinds = streamed(chunks, index)
         assert (thought, content) == (THOUGHT, "It is\nwarm. ")
-        assert kinds == sorted(kinds, reverse=True), "the thought comes first"
+        assert kinds == sorted(kinds, reverse=True), "the thought comes before the content"
         assert kinds.count("reasoning") > 3
     assert chunks[-2]["usage"]["completion_tokens_details"]["reasoning_tokens"] > 20
 
@@ -106,7 +106,7 @@ async def test_stop_strings_count_in_the_answer_alone(
 
 
 async def test_a_stop_string_with_the_mark_of_a_thoughts_end_ends_it(served: Served) -> None:
-    """A client's way to have the thought alone."""
+    """With it a client gets the thought alone."""
     for stream in (False, True):
         answer = await chat(served, stop=["</think>"], stream=stream)
         if stream:
@@ -235,7 +235,7 @@ async def test_a_budget_and_a_grammar_reach_the_engine_where_there_may_be_a_thou
     assert (await chat(served, max_reasoning_tokens=7)).status_code == 200
 
 
-# --- in an engine --------------------------------------------------------------------------------------
+# --- with a real engine --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A server whose adapters are in an object store, as its clients see it: above all when that store fails."""
+"""A server whose adapters are in an object store, from its clients' point of view, especially when that store fails."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ from tests.support.harness import IdleEngine, Site, base_info
 
 
 class RemoteSite(Site):
-    """A site over a directory that plays the bucket."""
+    """A site whose bucket is a directory."""
 
     def open_store(self, root: Path) -> AdapterStore:
         assert self.settings.adapter_store is not None
@@ -39,7 +39,7 @@ def open_site(root: Path, name: str, **settings: Any) -> RemoteSite:
 async def cold(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[RemoteSite]:
     """A site with `legal` and `poet` in the store and nothing on its disk; `poet` is fetched.
 
-    Its parameter: how many seconds requests wait for the store.
+    Parameter: the number of seconds for which requests wait for the store.
     """
     seconds = getattr(request, "param", 60.0)
     with contextlib.closing(open_site(tmp_path, "first")) as site:
@@ -62,7 +62,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, fault: Exception, *methods: str) ->
 
 
 async def until_there(site: Site, name: str) -> None:
-    """Ask for it until it has been fetched."""
+    """Send requests for the adapter until it has been fetched."""
     async with asyncio.timeout(60):
         while (await ask(site, name)).status_code != 200:  # noqa: ASYNC110 - a thread's doing
             await asyncio.sleep(0.01)
@@ -114,7 +114,7 @@ async def test_a_store_that_is_down_is_a_503_for_who_needs_it(
 
 @pytest.fixture
 def released(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """The store gives no file until it is set."""
+    """The store returns no file until this event is set."""
     released, get = threading.Event(), RemoteStore.get
 
     def slowly(self: RemoteStore, digest: str, directory: Path) -> None:
@@ -126,7 +126,7 @@ def released(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 async def test_others_do_not_wait_for_a_store_that_is_slow(cold: RemoteSite, released: threading.Event) -> None:
-    waiting = [asyncio.create_task(ask(cold, "legal")) for _ in range(50)]  # more than there are threads for
+    waiting = [asyncio.create_task(ask(cold, "legal")) for _ in range(50)]  # more than there are threads
     await asyncio.sleep(0.05)
     assert (await ask(cold, "poet")).status_code == 200
     assert (await push(cold, "new", 5)).status_code == 201
@@ -140,10 +140,10 @@ async def test_a_store_that_is_slow_is_a_503_in_time(cold: RemoteSite, released:
     for response in await asyncio.gather(*(ask(cold, "legal") for _ in range(50))):
         refused(response, 503, "adapter_store_unavailable")
     released.set()
-    await until_there(cold, "legal")  # the fetch went on meanwhile
+    await until_there(cold, "legal")  # the fetch continued in the meantime
 
 
-async def test_changes_that_wait_for_a_slow_store_keep_nobody_else_from_working(
+async def test_changes_waiting_for_a_slow_store_do_not_block_other_requests(
     cold: RemoteSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released, change = threading.Event(), RemoteStore.change

@@ -1,4 +1,4 @@
-"""A merged adapter on a real server, in batches with unmerged ones, beside the checkpoint that the server exports."""
+"""A merged adapter on a real server, in batches with unmerged ones, compared with the exported checkpoint."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ def has_merged_bytes(server: RunningServer, expected: int) -> bool:
 
 
 async def fetch_checkpoint(client: httpx.AsyncClient, name: str, target: Path) -> None:
-    """Let the server export, and download every file."""
+    """Export a checkpoint and download every file."""
     made = await client.post(f"/v1/adapters/{name}/merge", json={"to": "checkpoint"})
     target.mkdir()
     for file in made.json()["checkpoint"]["files"]:
@@ -32,7 +32,7 @@ async def fetch_checkpoint(client: httpx.AsyncClient, name: str, target: Path) -
 
 
 async def stream(client: httpx.AsyncClient, name: str) -> list[str]:
-    """Many tokens, one by one; what ended it is the last."""
+    """Generate many tokens in single chunks; the last item is the finish reason."""
     body = {"model": name, "prompt": PROMPT, "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stream": True}
     async with client.stream("POST", "/v1/completions", json=body) as response:
         return [line async for line in response.aiter_lines() if line]
@@ -50,14 +50,14 @@ async def test_merged_and_unmerged_in_one_batch(cache_dir: Path, tmp_path: Path)
             before = {name: await score(client, name) for name in (*NAMES, BASE)}
             await fetch_checkpoint(client, "merged", tmp_path / "checkpoint")
             for dtype, quantization in (("bf16", "none"), ("nf4", "nf4")):
-                # Requests run on while the weights are built.
+                # Requests continue while the weights are built.
                 running = asyncio.create_task(stream(client, "other"))
                 merged = await client.post("/v1/adapters/merged/merge", json={"to": "resident", "dtype": dtype})
                 assert merged.status_code == 201, merged.text
                 assert (await running)[-1] == "data: [DONE]"
                 resident = merged.json()["resident"]
                 assert resident["drift"]["positions"] > 50
-                assert resident["drift"]["mean_kl"] > 0  # of random weights, it says nothing
+                assert resident["drift"]["mean_kl"] > 0  # only its presence: with random weights its size means nothing
                 assert [speed["requests"] for speed in resident["decode_tokens_per_second"]] == [1, 8]
                 taken = resident["bytes"]
                 eventually(partial(has_merged_bytes, server, taken), 180, "the metrics")
@@ -86,14 +86,14 @@ async def test_merged_and_unmerged_in_one_batch(cache_dir: Path, tmp_path: Path)
 async def check_its_end(
     server: RunningServer, client: httpx.AsyncClient, made: dict[str, Path], before: dict[str, Any]
 ) -> None:
-    """Another content of the name ends the merge of the old one, and so does the engine's end."""
+    """Publishing other content under the name ends its merge, and so does the engine's end."""
     await upload(client, "merged", made["third"])
     assert (await client.get("/v1/adapters/merged")).json()["merged"] is None
     assert await score(client, "merged") == before["third"]
     eventually(lambda: server.metric("merged_weight_bytes") < 200_000, 180, "the merge is gone")
     rolled_back = await client.post("/v1/adapters/merged/rollback")
     assert rolled_back.status_code == 200
-    assert await score(client, "merged") == before["merged"], "a merge is not brought back"
+    assert await score(client, "merged") == before["merged"], "a restart does not restore a merge"
 
     made_again = await client.post("/v1/adapters/merged/merge", json={"to": "resident", "dtype": "nf4"})
     assert made_again.status_code == 201

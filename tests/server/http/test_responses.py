@@ -1,4 +1,4 @@
-"""`/v1/responses` in front of a scripted engine. What it shares with chat is tested there."""
+"""`/v1/responses` in front of a scripted engine. Behaviour shared with chat is tested there."""
 
 import json
 import re
@@ -33,7 +33,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
         yield served
 
 
-# --- answers ------------------------------------------------------------------------------------------------
+# --- responses ------------------------------------------------------------------------------------------------
 
 
 async def test_an_answer_has_openais_shape(served: Served) -> None:
@@ -138,7 +138,7 @@ async def test_calls_are_items_of_their_own(served: Served) -> None:
 
 
 class InOneStep(ScriptedEngine):
-    """All tokens come at once, as those do that a grammar forces."""
+    """Returns all tokens in one step, as with tokens forced by a grammar."""
 
     async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
         outputs = [output async for output in super().generate(request)]
@@ -238,7 +238,7 @@ async def test_instructions_and_items_make_the_prompt(served: Served) -> None:
 
 
 async def test_functions_are_strict_if_they_can_be(served: Served) -> None:
-    """Unless they say: schemas of MCP servers come with keywords that no grammar has."""
+    """Unless `strict` is given: MCP servers' schemas have keywords that grammars do not support."""
     unique = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
     bare = {name: value for name, value in WEATHER.items() if name != "strict"}
     tools = [bare, bare | {"name": "set", "parameters": unique}, bare | {"name": "loose", "strict": False}]

@@ -1,4 +1,4 @@
-"""Every route with every method: closed without a key, and nothing open but what is meant to be."""
+"""Every route with every method: closed without a key, except for the public ones."""
 
 import contextlib
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ async def test_without_a_key_only_the_open_paths_answer(site: Site) -> None:
                 response = await client.request(method, path)
                 if path in OPEN_PATHS:
                     assert response.status_code in (200, 405), (method, path)
-                elif path in CONSOLE_PATHS:  # files that hold nothing of the server
+                elif path in CONSOLE_PATHS:  # static files without data of the server
                     assert response.status_code in (200, 307, 404, 405), (method, path)
                 else:
                     assert response.status_code == 401, (method, path)

@@ -1,4 +1,4 @@
-"""Where the server listens, and what it says of that."""
+"""The server's listeners, and the addresses in its greeting."""
 
 import contextlib
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_names_that_no_host_can_have(host: str) -> None:
 
 
 def server(**services: Any) -> _Server:
-    """One that listens nowhere."""
+    """A server without listeners."""
     made = _Server.__new__(_Server)
     made._services = cast("Any", SimpleNamespace(**services))
     made.failure, made.should_exit = None, False
@@ -49,8 +49,8 @@ def test_idle_connections_stay_open_as_long_as_told(tmp_path: Path) -> None:
         assert _Server(site.services, cast("Any", site.engine)).config.timeout_keep_alive == 620
 
 
-async def test_whatever_keeps_it_from_coming_up_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would be there and never be ready."""
+async def test_a_failure_during_startup_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would run without ever becoming ready."""
 
     async def import_configured(tenant: str) -> None:
         raise DatabaseBusy("another process holds adapters.db")

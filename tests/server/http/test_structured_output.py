@@ -1,4 +1,4 @@
-"""Structured output through both endpoints, by the openai client too: a real engine behind a whole application."""
+"""Structured output through both endpoints, also with the openai client: a real engine in a whole application."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ class Parrot(BaseModel):
 
 
 class FollowingEngine(ScriptedEngine):
-    """A real engine, stepped by whoever waits for it."""
+    """A real engine, stepped by each waiting request."""
 
     engine: Engine
     arrived: dict[str, list[Output]]
@@ -146,7 +146,7 @@ async def test_what_cannot_be_followed_is_refused_before_a_stream_begins(stream:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_one_that_only_the_engine_can_refuse_is_a_400_too(stream: bool, served: Served) -> None:
+async def test_a_grammar_that_only_the_engine_can_refuse_is_a_400(stream: bool, served: Served) -> None:
     response = await complete(served, guided_grammar="start: <|no_such_token|>", stream=stream)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "invalid_grammar"
@@ -162,7 +162,7 @@ async def test_the_engine_is_told_what_was_checked(served: Served) -> None:
 
 
 def nested(levels: int) -> dict[str, Any]:
-    """The schema of an object of lists of objects of lists ..."""
+    """The schema of an object of lists of objects of lists ..., to this many levels."""
     schema: dict[str, Any] = {"type": "string", "maxLength": 3}
     for _ in range(levels):
         items = {"type": "array", "items": schema, "maxItems": 1}
@@ -172,7 +172,7 @@ def nested(levels: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("levels", "depth"), [(10, 64), (19, 64), (22, 64), (37, 120), (40, 120)])
 async def test_schemas_nested_deep(tmp_path: Path, levels: int, depth: int) -> None:
-    """OpenAI promises ten levels of objects; a list among them is another."""
+    """OpenAI promises ten levels of objects; a list in one counts as a further level."""
     schema = nested(levels)
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}

@@ -30,7 +30,7 @@ async def test_token_strings_on_request(served: Served) -> None:
 
 
 async def test_what_lm_eval_asks_of_a_remote_tokenizer(served: Served) -> None:
-    """As its `RemoteTokenizer` does: special tokens by name, their ids by /tokenize, chats by the template itself."""
+    """The requests of its `RemoteTokenizer`: special tokens by name, ids from /tokenize, chats rendered locally."""
     info = (await served.client.get("/tokenizer_info")).json()
     assert info["eos_token"] == "<|im_end|>"
     assert info["model_max_length"] == 256

@@ -1,4 +1,4 @@
-"""Tools of `/v1/chat/completions`: in front of a scripted engine, and enforced in a real one."""
+"""Tools in `/v1/chat/completions`: in front of a scripted engine, and enforced in a real one."""
 
 import json
 from collections.abc import AsyncIterator
@@ -49,7 +49,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
 
 
 def use_template(served: Served, template: str) -> None:
-    """Have the base's text made by another chat template."""
+    """Replace the base's chat template."""
     text = TextProcessor(served.services.text.tokenizer, ChatTemplate(template, {}), {"eos_token": "<|im_end|>"})
     object.__setattr__(served.services, "text", text)
 
@@ -60,7 +60,7 @@ async def chat(served: Served, **body: Any) -> httpx.Response:
 
 
 def assembled(chunks: list[Any], index: int = 0) -> dict[str, Any]:
-    """The message that a stream's deltas make, and its reason to end."""
+    """The message assembled from a stream's deltas, and its finish reason."""
     message: dict[str, Any] = {"content": None, "tool_calls": []}
     reason = None
     for choice in (choice for chunk in chunks[:-1] for choice in chunk["choices"] if choice["index"] == index):
@@ -79,7 +79,7 @@ def assembled(chunks: list[Any], index: int = 0) -> dict[str, Any]:
     return message | {"finish_reason": reason}
 
 
-# --- answers ------------------------------------------------------------------------------------------------
+# --- responses ------------------------------------------------------------------------------------------------
 
 
 async def test_calls_are_apart_from_the_text(served: Served) -> None:
@@ -159,7 +159,7 @@ async def test_logprobs_and_token_ids_spell_the_whole_text(served: Served) -> No
 
 
 async def test_a_marker_that_is_a_special_token_is_seen(served: Served) -> None:
-    """As in Mistral's vocabulary; other special tokens stay out of the text."""
+    """Mistral's markers are special tokens; other special tokens stay out of the text."""
     template = "{% for t in tools or [] %}[AVAILABLE_TOOLS]{% endfor %}" + CHAT_TEMPLATE
     tokenizer = Tokenizer.from_str(served.services.text.tokenizer.to_str())
     tokenizer.add_special_tokens(["[TOOL_CALLS]"])
@@ -174,7 +174,7 @@ async def test_a_marker_that_is_a_special_token_is_seen(served: Served) -> None:
 
 
 async def test_marks_of_several_special_tokens_are_seen(served: Served) -> None:
-    """As gpt-oss has it: a thought, and a call after it."""
+    """gpt-oss marks a thought and the call after it with several special tokens."""
     tokenizer = Tokenizer.from_str(served.services.text.tokenizer.to_str())
     parts = ["start", "channel", "message", "constrain", "call", "end", "return"]
     tokenizer.add_special_tokens([f"<|{part}|>" for part in parts])
@@ -230,7 +230,7 @@ async def test_a_call_that_was_cut_short_can_be_sent_back(served: Served, cut: s
 )
 @pytest.mark.parametrize("template", ["", "qwen2.5", "qwen3_coder", "deepseek_v3.1", "glm4.5"])
 async def test_arguments_that_are_no_json_can_be_sent_back(served: Served, template: str, given: str) -> None:
-    """Or a conversation would end with the first bad call."""
+    """Otherwise a conversation would end with the first bad call."""
     if template:
         use_template(served, TOOL_TEMPLATES[template])
     result = {"role": "tool", "tool_call_id": "call_1", "content": "No JSON."}
@@ -241,7 +241,7 @@ async def test_arguments_that_are_no_json_can_be_sent_back(served: Served, templ
 
 @pytest.mark.parametrize("name", ["get weather", "wëtter", "f;", "x" * 129, "a\\nb"])
 async def test_a_call_of_what_is_no_name_is_text(served: Served, name: str) -> None:
-    """It could not be sent back."""
+    """The client could not send such a call back."""
     text = f'<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>'
     served.engine.reply = lambda request: [*encode(text), EOS]
     message = (await chat(served)).json()["choices"][0]["message"]

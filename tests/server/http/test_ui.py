@@ -1,4 +1,4 @@
-"""The console's files, and what the API has for it: the table of adapters, the server's last hour."""
+"""The console's files, and the API behind it: the table of adapters and the server's last hour."""
 
 import contextlib
 import re
@@ -24,7 +24,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 async def push(site: Site, *names: str) -> list[str]:
-    """Upload an adapter under each name; their digests."""
+    """Upload an adapter under each name and return their digests."""
     digests = []
     async with site.client() as client:
         for seed, name in enumerate(names):
@@ -138,7 +138,7 @@ async def test_the_history_has_rates_counts_and_sizes(site: Site, monkeypatch: p
                 adapters=[AdapterUse(digest, "device", 1)],
             )
         )
-    for job in ("one", "two"):  # that share the passes of a step of 4 s
+    for job in ("one", "two"):  # two jobs that share the passes of a step of 4 s
         step = TrainingStep(
             id=job,
             metrics=StepMetrics(1),

@@ -15,15 +15,15 @@ from tests.support.running import BASE, RunningServer
 from tests.support.variants import BASES, INVOCATION, VARIANTS, make_base
 
 PROMPT = [random.Random(3).randrange(3, 290) for _ in range(70)]
-PROMPT[40:43] = PROMPT[20:23] = INVOCATION  # the last one counts
-PROMPT[5], PROMPT[60] = 70, 5  # trained tokens
+PROMPT[40:43] = PROMPT[20:23] = INVOCATION  # only the last invocation counts
+PROMPT[5], PROMPT[60] = 70, 5  # tokens with trained rows
 
-# PEFT's advice about merging and tied embeddings, given whenever such an adapter is made.
+# PEFT's advice about merging and tied embeddings, given whenever such an adapter is created.
 pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning:peft")
 
 
 async def upload(client: httpx.AsyncClient, name: str, directory: Path) -> dict[str, Any]:
-    """Upload an adapter; its receipt."""
+    """Upload an adapter and return its receipt."""
     files = {
         "config": (directory / "adapter_config.json").read_bytes(),
         "weights": (directory / "adapter_model.safetensors").read_bytes(),
@@ -35,7 +35,7 @@ async def upload(client: httpx.AsyncClient, name: str, directory: Path) -> dict[
 
 
 async def score(client: httpx.AsyncClient, name: str) -> list[float]:
-    """Log-probability of each prompt token but the first, and of the tokens that follow."""
+    """Log-probability of each prompt token but the first, and of the generated tokens."""
     body = {"model": name, "prompt": PROMPT, "echo": True, "logprobs": 0, "max_tokens": 8, "temperature": 0}
     response = await client.post("/v1/completions", json=body | {"ignore_eos": True})
     assert response.status_code == 200, response.text
@@ -59,7 +59,7 @@ async def test_every_variant_is_served_as_peft_computes_it(base: str, cache_dir:
             together = await asyncio.gather(*(score(client, name) for name in alone))
             assert dict(zip(alone, together, strict=True)) == alone
             for name, receipt in receipts.items():
-                if set(receipt["variants"]) - {"alora"}:  # what replaces something has no meaning at half its weight
+                if set(receipt["variants"]) - {"alora"}:  # replacements have no meaning at half their weight
                     body = {"model": BASE, "prompt": "x", "adapters": [{"id": name, "weight": 0.5}]}
                     response = await client.post("/v1/completions", json=body)
                     assert (response.status_code, response.json()["error"]["param"]) == (400, "adapters.0")
@@ -70,4 +70,4 @@ async def test_every_variant_is_served_as_peft_computes_it(base: str, cache_dir:
         ours = torch.tensor(alone[name][: len(expected)])
         torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0, msg=partial("{}: {}".format, name))
         difference = (ours - torch.tensor(alone[BASE][: len(expected)])).abs()
-        assert difference.max() > 0.01, f"{name} must matter, or this test shows nothing"
+        assert difference.max() > 0.01, f"{name} must change the output, or this test proves nothing"

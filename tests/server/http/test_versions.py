@@ -1,4 +1,4 @@
-"""What a name means, over HTTP: versions, promotion, rollback, splits, and who gets which."""
+"""Versions of a name over HTTP: promotion, rollback, splits, and the version that serves a request."""
 
 import asyncio
 import logging
@@ -30,7 +30,7 @@ async def upload(served: Served, seed: int, **fields: str) -> httpx.Response:
 
 
 async def digests(served: Served, count: int) -> list[str]:
-    """So many versions of `poet`, oldest first."""
+    """Upload this many versions of `poet` and return their digests, oldest first."""
     return [(await upload(served, seed)).json()["digest"] for seed in range(count)]
 
 
@@ -107,7 +107,7 @@ async def test_a_change_can_insist_on_what_it_replaces(served: Served) -> None:
         *(change(served, "promote", {"split": {old: 0.5, new: 0.5}}, **{"If-Match": etag}) for _ in range(4)),
     )
     statuses = sorted(response.status_code for response in answers)
-    assert statuses == [200] + [412] * 7  # one of them swapped
+    assert statuses == [200] + [412] * 7  # one of them changed the pointer
     error = refused(next(r for r in answers if r.status_code == 412), 412, "If-Match")
     assert error["code"] == "precondition_failed"
     now = (await served.client.get("/v1/adapters/poet")).headers["etag"]
@@ -150,10 +150,10 @@ async def test_the_engine_keeps_what_still_has_a_share(served: Served) -> None:
 async def test_every_change_is_an_audit_line(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "server.audit"):
         old, new = await digests(served, 2)
-        await upload(served, 1)  # no change
+        await upload(served, 1)  # no change of the pointer
         await upload(served, 2, promote="false")
         await change(served, "promote", {"digest": old})
-        await change(served, "promote", {"digest": old})  # no change
+        await change(served, "promote", {"digest": old})  # no change of the pointer
         await change(served, "promote", {"split": {old: 0.5, new: 0.5}})
         await change(served, "rollback")
         await served.client.delete("/v1/adapters/poet")
@@ -216,7 +216,7 @@ async def test_several_adapters_reach_the_engine_in_normal_form(served: Served, 
         assert f'lora_requests_total{{adapter_name="{name}"}} 2.0' in metrics
 
 
-async def test_a_weight_of_nothing_is_nothing(served: Served, tmp_path: Path) -> None:
+async def test_an_adapter_of_weight_zero_is_ignored(served: Served, tmp_path: Path) -> None:
     digest = await served.add_adapter(tmp_path, "one", 1)
     await served.add_adapter(tmp_path, "two", 2)
     assert (
@@ -250,7 +250,7 @@ async def test_several_adapters_that_cannot_be(
 ) -> None:
     await served.add_adapter(tmp_path, "one")
     await served.add_adapter(tmp_path / "again", "same")
-    config, weights = adapter_files(3, rank=30)  # fits the pool's 64 rows, in fp32, only alone
+    config, weights = adapter_files(3, rank=30)  # in fp32 it fits the pool's 64 rows only alone
     files = {"config": ("c", config), "weights": ("w", weights)}
     assert (await served.client.post("/v1/adapters", data={"name": "large"}, files=files)).status_code == 201
     question = {"model": BASE, "prompt": "Hi", "max_tokens": 1} | body

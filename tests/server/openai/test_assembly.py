@@ -1,4 +1,4 @@
-"""One sequence's text and logprobs, cut where they must be."""
+"""Text and logprobs of one sequence, cut at stop strings and incomplete characters."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def _output(*tokens: int, **fields: Any) -> Output:
 
 
 def _run(text: str, *, per_output: int = 1, eos: bool = False, **options: Any) -> tuple[list[Piece], Assembler]:
-    """Pieces of `text` arriving token by token (or several at once), as far as the assembler wants them."""
+    """Pieces of `text` arriving `per_output` tokens at a time, until the assembler has finished."""
     assembler = Assembler(_decode, [], **options)
     tokens = encode(text) + [EOS] * eos
     pieces = []
@@ -62,7 +62,7 @@ def test_a_stop_string_cuts_text_and_logprobs_alike(per_output: int, include: bo
     assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == ("stop", "three")
     covered = ""
     for token in _tokens(pieces):
-        assert len(covered) < len(kept)  # a token that begins behind the cut is not told
+        assert len(covered) < len(kept)  # a token that begins beyond the cut is not reported
         covered += _decode([token])
     assert covered.startswith(kept)
     assert assembler.tokens <= len(encode("one two three fo"))

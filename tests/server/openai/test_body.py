@@ -1,4 +1,4 @@
-"""Bodies of all endpoints: what they do not know is refused wherever it stands, and faults are named by their place."""
+"""Bodies of all endpoints: unknown fields are refused at any level, and faults are named by their path in the body."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from server.openai.training_body import JobBody
 
 
 def kinds(kind: type[Body] = Body) -> Iterator[type[Body]]:
-    """All bodies and parts of bodies that have fields."""
+    """All bodies with fields, and parts of bodies with fields."""
     for each in kind.__subclasses__():
         if each.__module__.startswith("server."):
             yield each
@@ -32,7 +32,7 @@ def test_an_unknown_field_is_refused_whatever_stands_before_it(kind: type[Body])
 
 
 class _Never:
-    """No value that any field takes."""
+    """A value that no field accepts."""
 
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}

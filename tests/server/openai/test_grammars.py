@@ -1,4 +1,4 @@
-"""The ways to say what an answer must be, as grammars."""
+"""All fields that constrain the answer, converted to grammars."""
 
 import json
 from typing import Any
@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_understood_is_refused_by_name(name: str) -> None:
+def test_invalid_constraints_are_refused_by_name(name: str) -> None:
     body, param = REFUSED[name]
     with pytest.raises(Exception) as caught:  # noqa: PT011 - pydantic's or ours
         ConstrainedBody.validate_object(body).asked_grammar()

@@ -1,4 +1,4 @@
-"""Sampling values that a model's makers recommend hold where a request gives none."""
+"""A model's recommended sampling values apply where a request gives none."""
 
 import dataclasses
 import json
@@ -22,7 +22,9 @@ def write(directory: Path, **content: Any) -> Path:
     return directory
 
 
-def test_the_models_own_another_directorys_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_defaults_come_from_the_model_a_directory_or_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = write(tmp_path / "model", **MAKERS, do_sample=True, eos_token_id=2, max_length=20)
     other = write(tmp_path / "other", temperature=0)
     assert sampling_defaults("auto", "model", model) == MAKERS

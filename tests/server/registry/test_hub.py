@@ -1,4 +1,4 @@
-"""Adapters from a hub: only from repositories that the operator allows, whole or not at all, and in bounded time."""
+"""Adapters from a hub: only from allowed repositories, completely or not at all, and in bounded time."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ async def post(site: Site, path: str, **body: Any) -> httpx.Response:
 
 
 async def uploaded(root: Path, seed: int) -> str:
-    """The digest of an adapter that is uploaded."""
+    """The digest of an uploaded adapter."""
     root.mkdir()
     with contextlib.closing(Site(root)) as site:
         config, weights = adapter_files(seed)
@@ -82,7 +82,7 @@ def test_references(written: str, meant: Reference) -> None:
         *("https://acme/law", "hf://acme//law", "hf://acme/l%2Fw", f"hf://acme/{'x' * 97}", "hf://acme/\u00e4"),
     ],
 )
-def test_what_is_no_reference(written: str) -> None:
+def test_malformed_references_are_refused(written: str) -> None:
     with pytest.raises(ValueError, match="hf://OWNER/NAME"):
         Reference.parse(written)
 
@@ -113,7 +113,7 @@ async def test_without_a_list_nothing_is_fetched(tmp_path: Path, hub: FakeHub) -
     assert hub.asked == []
 
 
-async def test_what_is_fetched_is_what_would_be_uploaded(tmp_path: Path, hub: FakeHub) -> None:
+async def test_a_fetched_adapter_has_the_digest_of_its_upload(tmp_path: Path, hub: FakeHub) -> None:
     with opened(tmp_path, "acme/*") as site:
         made = await post(site, "/v1/adapters", name="law", source="hf://acme/law")
         assert made.status_code == 201, made.text
@@ -144,7 +144,7 @@ async def test_vllms_route_takes_references_too(tmp_path: Path, hub: FakeHub) ->
         body["lora_path"] = "hf://acme/law@v2"
         assert (await post(site, "/v1/load_lora_adapter", **body, load_inplace=True)).status_code == 200
         assert site.store.get(TENANT, "law").digest != first
-        assert any(f"/resolve/{commit}/" in path for path in hub.asked), "files are those of the commit that was found"
+        assert any(f"/resolve/{commit}/" in path for path in hub.asked), "files are fetched from the resolved commit"
         on_disk = await post(site, "/v1/load_lora_adapter", lora_name="x", lora_path=str(tmp_path))
         assert (on_disk.status_code, on_disk.json()["error"]["param"]) == (404, "lora_path")
         assert (await post(site, "/v1/unload_lora_adapter", lora_name="law")).status_code == 200
@@ -216,19 +216,19 @@ async def test_a_repository_of_the_list_is_found_by_its_name(tmp_path: Path, hub
         body = {"model": "acme/law", "prompt": "Hi", "max_tokens": 2}
         answers = await asyncio.gather(*(served.client.post("/v1/completions", json=body) for _ in range(5)))
         assert {answer.status_code for answer in answers} == {200}, answers[0].text
-        assert sum("/api/models/" in path for path in hub.asked) == 1, "it is fetched once for all"
+        assert sum("/api/models/" in path for path in hub.asked) == 1, "concurrent requests share one fetch"
         assert "acme/law" in (await served.client.get("/v1/models")).text
         count = len(hub.asked)
-        others = body | {"model": "other/law"}  # a list of an owner's is for references
+        others = body | {"model": "other/law"}  # OWNER/* allows references only, not fetches by name
         assert (await served.client.post("/v1/completions", json=others)).status_code == 404
         assert (await served.client.delete("/v1/adapters/acme/law")).status_code == 200
-        assert (await served.client.post("/v1/completions", json=body)).status_code == 404, "it is no longer wanted"
+        assert (await served.client.post("/v1/completions", json=body)).status_code == 404, "not fetched again"
         headers = await key(served, "rival", ["serve"])
         assert (await served.client.post("/v1/completions", json=body, headers=headers)).status_code == 404
         assert len(hub.asked) == count
 
 
-async def test_one_that_cannot_be_had_is_not_asked_for_at_each_request(tmp_path: Path, hub: FakeHub) -> None:
+async def test_a_failed_fetch_is_not_repeated_on_each_request(tmp_path: Path, hub: FakeHub) -> None:
     async with serving(tmp_path, adapter_hub=("acme/none",)) as served:
         body = {"model": "acme/none", "prompt": "Hi", "max_tokens": 2}
         for _ in range(4):

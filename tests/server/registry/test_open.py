@@ -1,4 +1,4 @@
-"""Opening a version: its name is looked up once, and what it brings is told exactly."""
+"""Opening a version: its name is looked up once, and its text parts are reported exactly."""
 
 import shutil
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Adapters coming in and going out, without HTTP."""
+"""Publishing and removing adapters, without HTTP."""
 
 import asyncio
 import contextlib
@@ -63,8 +63,8 @@ async def test_a_rank_beyond_the_gpus_kernels_is_refused_on_a_gpu_only(site: Sit
     await site.publisher.import_directory(T, "wide", directory)
 
 
-async def test_what_cannot_ever_fit_is_refused_with_the_limit(site: Site) -> None:
-    site.engine.info = base_info(pool_rows=6)  # an fp32 row takes two
+async def test_an_adapter_that_can_never_fit_is_refused_with_the_limit(site: Site) -> None:
+    site.engine.info = base_info(pool_rows=6)  # an fp32 row takes two units
     with pytest.raises(AdapterError, match=r"rank 4 .* needs 8 rows .* has 6: the largest rank .* is 3") as refusal:
         await site.publisher.import_directory(T, "legal", write_adapter(site.settings.data_dir / "one", rank=4))
     assert refusal.value.param == "r"
@@ -83,7 +83,7 @@ async def test_names_that_no_adapter_may_have(site: Site, name: str) -> None:
     assert site.names() == []
 
 
-async def test_a_name_that_is_anothers_in_other_case_is_refused(site: Site) -> None:
+async def test_names_differing_only_in_case_are_refused(site: Site) -> None:
     one, two = write_adapter(site.settings.data_dir / "one", 1), write_adapter(site.settings.data_dir / "two", 2)
     await site.publisher.import_directory(T, "Legal", one)
     with pytest.raises(AdapterError, match="differs from the adapter 'Legal' in upper and lower case only") as refusal:
@@ -94,7 +94,7 @@ async def test_a_name_that_is_anothers_in_other_case_is_refused(site: Site) -> N
     await site.registry.delete(OPERATOR_CALLER, "Legal")
     both = (site.publisher.import_directory(T, name, one) for name in ("legal", "LEGAL"))
     outcomes = await asyncio.gather(*both, return_exceptions=True)
-    assert sorted(isinstance(outcome, AdapterError) for outcome in outcomes) == [False, True], "at once, too"
+    assert sorted(isinstance(outcome, AdapterError) for outcome in outcomes) == [False, True], "also concurrently"
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"])
@@ -111,7 +111,7 @@ async def test_links_out_of_the_directory_of_adapters_are_not_followed(name: str
         for linked in ("linked", "away"):
             assert not await site.registry.discovery.discover(T, linked)
         assert await site.registry.discovery.discover(T, "inside")
-        await site.publisher.import_directory(T, "told", root / "away")  # the operator's own word
+        await site.publisher.import_directory(T, "told", root / "away")  # named by the operator
         assert site.names() == ["inside", "told"]
 
 
@@ -178,9 +178,9 @@ async def test_a_directory_of_adapters(tmp_path: Path, caplog: pytest.LogCapture
 
     caplog.clear()
     assert not await site.registry.discovery.discover(T, "bad")
-    assert not caplog.records  # looked at once, until its files change
+    assert not caplog.records  # examined once, until its files change
     write_adapter(root / "bad", 4, r=5, lora_alpha=17)
-    assert not await site.registry.discovery.discover(T, "bad")  # ranks differ from the tensors'
+    assert not await site.registry.discovery.discover(T, "bad")  # the rank differs from the tensors'
     assert "bad is not served" in caplog.text
     for name in ("../adapters/good", ".", "..", "empty", "x" * 300):
         assert not await site.registry.discovery.discover(T, name)
@@ -198,7 +198,7 @@ async def test_an_adapter_that_the_base_hides_is_said_at_start(
         assert "adapter legal is hidden by the base" in caplog.text
 
 
-async def test_a_fault_that_passes_costs_no_adapter_of_the_directory(
+async def test_an_import_failed_by_a_transient_fault_is_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tmp_path / "adapters"

@@ -1,4 +1,4 @@
-"""Responses that several servers have in one object store: made at one, looked at, gone on from, ended at another."""
+"""Responses shared by several servers through one object store: created at one, read, continued and ended at others."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ from tests.support.threads import threads_at_rest
 
 
 class Lives:
-    """Servers that are opened as a test needs them."""
+    """Opens servers for a test."""
 
     def __init__(self, root: Path, url: str, stack: AsyncExitStack) -> None:
         self.url, self.root, self._stack = url, root, stack
@@ -61,7 +61,7 @@ def responses_of(served: Served) -> SharedResponses:
 
 
 async def die(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by `kill -9`: nothing is given back."""
+    """Stop as after `kill -9`: no lease is given back."""
     with monkeypatch.context() as patch:
         patch.setattr(responses_of(served), "_let_go", lambda key: None)
         await served.services.responses.stop()
@@ -69,9 +69,9 @@ async def die(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def believed_dead(served: Served, id_: str) -> dict[str, Any]:
-    """The response once this server has, as it believes, seen nothing of its holder for long.
+    """The response once this server assumes its holder dead, having seen no renewal for the duration of the lease.
 
-    Of which a last renewal may still be on its way.
+    A last renewal may still be on its way, so the times are set back repeatedly.
     """
     leases, key = responses_of(served)._leases, f"{DEFAULT_NAME}/{id_}"
     async with asyncio.timeout(60):
@@ -82,7 +82,7 @@ async def believed_dead(served: Served, id_: str) -> dict[str, Any]:
     return kept
 
 
-async def test_a_response_of_one_server_is_looked_at_gone_on_from_and_deleted_at_others(lives: Lives) -> None:
+async def test_a_response_is_read_continued_and_deleted_at_other_servers(lives: Lives) -> None:
     one, two, three = [await lives.open(name) for name in ("one", "two", "three")]
     first = await made(one)
     assert await get(two, first["id"]) == first
@@ -97,7 +97,9 @@ async def test_a_response_of_one_server_is_looked_at_gone_on_from_and_deleted_at
         assert await status(site, first["id"]) == 404
         assert await status(site, first["id"], "DELETE") == 404
     assert (await post(one, previous_response_id=first["id"])).status_code == 404
-    assert (await get(one, f"{second['id']}/input_items"))["data"][-1]["content"][0]["text"] == "Hi"  # it has its own
+    assert (await get(one, f"{second['id']}/input_items"))["data"][-1]["content"][0][
+        "text"
+    ] == "Hi"  # it has its own copy of the input
 
 
 async def test_a_restart_on_an_empty_disk_finds_them(lives: Lives) -> None:
@@ -106,7 +108,7 @@ async def test_a_restart_on_an_empty_disk_finds_them(lives: Lives) -> None:
     assert len(Bucket(lives.url).list(PREFIX)) == 1
 
 
-async def test_nobody_elses_is_found(lives: Lives) -> None:
+async def test_other_tenants_responses_are_not_found(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
     first = await made(one)
     with pytest.raises(Exception, match="No such response"):
@@ -115,7 +117,7 @@ async def test_nobody_elses_is_found(lives: Lives) -> None:
         assert await status(two, id_) == 404
 
 
-# --- in the background ------------------------------------------------------------------------------------------
+# --- background responses ------------------------------------------------------------------------------------------
 
 
 async def test_one_in_the_background_is_seen_and_cancelled_at_another(lives: Lives) -> None:
@@ -140,7 +142,7 @@ async def test_one_in_the_background_ends_for_all(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
     going = hold_at(one, 2)
     begun = await made(one, background=True)
-    await asyncio.sleep(0.5)  # some renewals
+    await asyncio.sleep(0.5)  # long enough for some renewals
     assert await get(two, begun["id"]) == begun
     going.set()
     done = await until(two, begun["id"], "completed")
@@ -178,7 +180,7 @@ async def test_when_its_server_dies_it_has_failed(lives: Lives, monkeypatch: pyt
     following = asyncio.create_task(two.client.get(f"/v1/responses/{id_}?stream=true"))
     await asyncio.sleep(0.5)
     await die(one, monkeypatch)
-    assert (await get(two, id_))["status"] == "in_progress"  # it may be alive
+    assert (await get(two, id_))["status"] == "in_progress"  # the server may still be alive
     left = await believed_dead(two, id_)
     assert (left["status"], left["error"]["code"]) == ("failed", "server_error")
     events = named_events(await following)
@@ -222,7 +224,7 @@ async def test_one_that_runs_is_deleted_at_another(lives: Lives) -> None:
     assert Bucket(lives.url).list(PREFIX) == []
 
 
-# --- room, and a store that is down -----------------------------------------------------------------------------
+# --- limits, and a store that is down -----------------------------------------------------------------------------
 
 
 async def test_old_ones_and_too_many_go_first(lives: Lives) -> None:
@@ -252,19 +254,19 @@ async def test_bytes_are_counted_over_all_servers(lives: Lives) -> None:
     responses_of(two).sweep()
     assert stored_bytes(two.services, TENANT) >= mine
     assert await status(two, first["id"], "DELETE") == 200
-    assert stored_bytes(two.services, TENANT) == 0  # at once where it was deleted
+    assert stored_bytes(two.services, TENANT) == 0  # without a sweep at the server that deleted it
     responses_of(one).sweep()
     assert stored_bytes(one.services, TENANT) == 0
 
 
-async def test_those_from_before_there_was_a_store_are_given_to_it(lives: Lives, tmp_path: Path) -> None:
+async def test_local_objects_are_moved_to_a_new_store(lives: Lives, tmp_path: Path) -> None:
     async with serving(tmp_path / "one") as alone:
         first = await made(alone)
         hold_at(alone, 1)
         left = await made(alone, background=True)
         await alone.services.responses.stop()
     one, two = await lives.open("one"), await lives.open("two")
-    assert await get(one, first["id"]) == first  # before and after
+    assert await get(one, first["id"]) == first  # before and after it is moved
     working = asyncio.create_task(one.services.responses.run())
     await eventually(lambda: len(Bucket(lives.url).list(PREFIX)) == 2)
     assert await get(two, first["id"]) == first
@@ -289,7 +291,7 @@ async def test_while_the_store_is_down_a_response_is_not_said_to_be_kept(
     with monkeypatch.context() as patch:
         for method in ("change", "fetch"):
             patch.setattr(Records, method, fail)
-        going.set()  # what has begun waits until it can be kept
+        going.set()  # the background response waits until it can be stored
         for response in (
             await post(one),
             await post(one, background=True),

@@ -1,4 +1,4 @@
-"""The audit log: every change, by whom, and bounded."""
+"""The audit log: every change, its author, and the bound on its size."""
 
 import asyncio
 import json

@@ -1,7 +1,7 @@
-"""Twenty tenants at once, whose adapters, files and keys come and go: nothing of one is in anything of another.
+"""Twenty tenants at once, with changing adapters, files and keys: nothing of one tenant reaches another.
 
-Whatever a tenant makes, and whatever the engine answers it, has the tenant's mark; no answer, line of a log, sum of
-usage or series of metrics may have another's.
+All objects that a tenant creates, and all that the engine returns to it, carry the tenant's mark; no response, log
+line, usage row or metric series may carry another's.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from tests.support.harness import write_adapter
 from tests.support.scripted import BASE, EOS, Served, encode, serving
 from tests.support.tenancy import Headers, key
 
-MARKS = [f"zq{n:02d}qz" for n in range(20)]  # which no random secret contains
+MARKS = [f"zq{n:02d}qz" for n in range(20)]  # no random secret contains one
 MARK = re.compile(r"zq\d\dqz")
 LISTS = ("models", "adapters", "files", "usage", "admin/audit", "admin/keys", "fine_tuning/jobs", "batches")
 WORKERS = 12
@@ -29,12 +29,12 @@ COUNTS = ("requests", "prompt_tokens", "generated_tokens")
 
 
 def foreign(text: str, mark: str) -> set[str]:
-    """Others' marks."""
+    """Marks of other tenants."""
     return set(MARK.findall(text)) - {mark}
 
 
 class Lines(logging.Handler):
-    """Counts the lines of requests, by their tenants, and keeps those with marks of several."""
+    """Counts log lines of requests by tenant, and keeps lines with marks of several tenants."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,13 +50,13 @@ class Lines(logging.Handler):
 
 
 class Crowd:
-    """All tenants as clients, and what they were told."""
+    """All tenants as clients, and the responses they got."""
 
     def __init__(self, served: Served, client: httpx.AsyncClient, root: Path, headers: dict[str, Headers]) -> None:
         self.served = served
         self.used: dict[tuple[str, str | None], Counter[str]] = defaultdict(Counter)
-        self.digests: dict[str, set[str]] = defaultdict(set)  # that were uploaded
-        self.answered: dict[str, set[str]] = defaultdict(set)  # some of them before their upload was answered
+        self.digests: dict[str, set[str]] = defaultdict(set)  # digests uploaded
+        self.answered: dict[str, set[str]] = defaultdict(set)  # digests that served, some before they were in `digests`
         self.asked: Counter[str] = Counter()
         self._client = client
         self._root = root
@@ -74,7 +74,7 @@ class Crowd:
         return response
 
     async def upload(self, mark: str, name: str) -> None:
-        """Let a name of a tenant mean something new."""
+        """Publish new content under a name of a tenant."""
         seed = self._random.randrange(2**31)
         directory = write_adapter(self._root / mark / str(seed), seed, 1)
         publisher = self.served.services.registry.publisher
@@ -86,7 +86,7 @@ class Crowd:
         body = {"model": model, "prompt": f"Hi {mark}", "max_tokens": 8}
         response = await self.ask(mark, "POST", "completions", 200, 404, json=body)
         if response.status_code == 404:
-            return  # it is away at present
+            return  # it is deleted at the moment
         if model != BASE:
             self.answered[mark].add(response.headers["X-Adapter-Digest"])
         assert mark in response.json()["choices"][0]["text"]
@@ -99,7 +99,7 @@ class Crowd:
         self.used[mark, None if model == BASE else model].update(counts)
 
     async def change(self, mark: str) -> None:
-        """Something comes or goes."""
+        """Create or delete an adapter, a file or a key."""
         files = self._files[mark]
         match self._random.randrange(5):
             case 0:
@@ -136,7 +136,7 @@ async def _churn(root: Path, requests: int) -> None:
         operator = await key(served)
         headers = {mark: await key(served, mark) for mark in MARKS}
         transport = httpx.ASGITransport(served.app)
-        # Without the check of every answer, which takes longer than the answer.
+        # Without schema validation of responses, which takes longer than the responses.
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=None) as client:
             crowd = Crowd(served, client, root, headers)
             for mark in MARKS:
@@ -165,7 +165,7 @@ async def _churn(root: Path, requests: int) -> None:
     assert lines.crossing == []
     for mark in MARKS:
         assert crowd.answered[mark] <= crowd.digests[mark], mark
-    assert all(lines.counts[mark] >= crowd.asked[mark] - 1 for mark in MARKS), "a line of each request, but for usage"
+    assert all(lines.counts[mark] >= crowd.asked[mark] - 1 for mark in MARKS), "each request but usage has a log line"
     for line in metrics.splitlines():
         assert len(set(MARK.findall(line))) < 2, line
     for mark in MARKS:
@@ -183,4 +183,4 @@ async def test_nothing_crosses(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 async def test_nothing_crosses_in_100_000_requests(tmp_path: Path) -> None:
-    await _churn(tmp_path, 106_000)  # some of the turns ask for nothing
+    await _churn(tmp_path, 106_000)  # some turns send no request

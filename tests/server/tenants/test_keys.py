@@ -1,4 +1,4 @@
-"""Keys: made, shown once, of roles and adapters, expired, revoked."""
+"""Keys: created, shown once, with roles and adapters, expired, revoked."""
 
 import asyncio
 import logging
@@ -39,7 +39,7 @@ async def test_the_first_key_closes_the_server_and_is_its_operators(tmp_path: Pa
         assert (await served.client.get("/v1/models")).status_code == 401
         for path in ("/v1/models", "/v1/server/history", "/metrics", "/v1/admin/tenants"):
             assert (await served.client.get(path, headers=operator)).status_code == 200
-        assert (await served.client.get("/metrics")).status_code == 200, "of one tenant, as before"
+        assert (await served.client.get("/metrics")).status_code == 200, "with one tenant, metrics stay public"
         created = await served.client.post("/v1/admin/tenants", json={"id": "acme"}, headers=operator)
         assert created.status_code == 201
         assert (await served.client.get("/metrics")).status_code == 401
@@ -134,7 +134,7 @@ async def test_the_command_lines_key_stays_an_admin_of_the_default_tenant(tmp_pa
         assert (await served.client.get("/v1/server/history", headers=bearer(other))).status_code == 403
         only = await made(served, operator, roles=["admin"])
         gone = await served.client.delete(f"/v1/admin/keys/{only['id']}", headers=operator)
-        assert gone.status_code == 200, "there is the command line's"
+        assert gone.status_code == 200, "the command line's key remains"
 
 
 async def test_a_tenants_admin_sees_its_own_keys_only(tmp_path: Path) -> None:

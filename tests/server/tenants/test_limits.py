@@ -1,4 +1,4 @@
-"""Limits of one tenant: by the minute, at once, stored, trained."""
+"""Limits of one tenant: requests and tokens per minute, concurrent sequences, device rows, storage, training."""
 
 import asyncio
 from pathlib import Path
@@ -21,7 +21,7 @@ FILES = {"file": ("a.jsonl", b'{"text": "some text to train on"}\n')}
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time as limits see it, which stands still."""
+    """A stopped clock for the limits."""
     now = [100.0]
     monkeypatch.setattr(limits, "time", Mock(monotonic=lambda: now[0]))
     return now
@@ -45,7 +45,7 @@ def test_a_minutes_worth_at_once_then_as_it_comes_back(clock: list[float]) -> No
 
 def test_an_answer_is_paid_for_afterwards(clock: list[float]) -> None:
     allowance = Allowance(Limits(tokens_per_minute=60))
-    allowance.check(1, 500)  # more than ever is there at once: it may owe
+    allowance.check(1, 500)  # more than the limit is admitted: the tenant goes into debt
     allowance.take(1, 500)
     allowance.spend(20)
     assert allowance.headers()["x-ratelimit-remaining-tokens"] == "0"
@@ -125,7 +125,7 @@ async def test_sequences_under_way(tmp_path: Path) -> None:
         assert allowance.running == 0
         served.engine.fail = {0: RuntimeError("the engine")}
         assert (await ask(served, acme)).status_code == 500
-        assert allowance.running == 0, "given back whatever happens"
+        assert allowance.running == 0, "released after a failure too"
 
 
 async def test_device_rows(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ async def test_device_rows(tmp_path: Path) -> None:
         for seed, (name, rank) in enumerate((("one", 4), ("two", 4), ("large", 16))):
             directory = write_adapter(tmp_path / name, seed, rank)
             await served.services.registry.publisher.import_directory("acme", name, directory)
-        await limited(served, device_rows=12)  # one of rank 4 takes 8 rows of each kind: its numbers are of 32 bits
+        await limited(served, device_rows=12)  # an fp32 adapter of rank 4 takes 8 rows of each kind
         release = asyncio.Event()
 
         async def gate(request: Generate, step: int) -> None:
@@ -161,7 +161,7 @@ async def test_device_rows(tmp_path: Path) -> None:
         assert (allowance.running, allowance._users, allowance._rows) == (0, {}, {})
         assert (await served.client.post("/v1/adapters/one/pin", headers=acme)).status_code == 200
         assert (await ask(served, acme, model="one")).status_code == 200
-        assert (await ask(served, acme, model="two")).status_code == 403, "what is pinned stays on the device"
+        assert (await ask(served, acme, model="two")).status_code == 403, "pinned rows count against the limit"
 
 
 async def test_stored_bytes(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ async def test_stored_bytes(tmp_path: Path) -> None:
 async def test_training(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         acme = await key(served, "acme")
-        owned = await furnish(served, tmp_path, "acme", "one", acme)  # with a job that is not at an end
+        owned = await furnish(served, tmp_path, "acme", "one", acme)  # with an unfinished job
         headers = await limited(served, training_jobs=1)
         body = {"model": BASE, "training_file": owned.file}
         refused = await served.client.post("/v1/fine_tuning/jobs", json=body, headers=headers)

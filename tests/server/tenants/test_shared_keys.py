@@ -1,4 +1,4 @@
-"""Tenants and keys that several servers have in an object store."""
+"""Tenants and keys shared by several servers through an object store."""
 
 import asyncio
 from functools import partial
@@ -17,7 +17,7 @@ from tests.support.threads import together
 
 
 class Servers:
-    """Each with a database of its own."""
+    """Opens servers, each with its own database."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -89,7 +89,7 @@ async def test_a_revoked_key_stops_working_at_others_with_the_next_poll(
         async with asyncio.timeout(60):
             while opens(two, secret):  # noqa: ASYNC110 - a thread's doing
                 await asyncio.sleep(0.01)
-        assert len(polls) - before <= 2  # one may have looked just before
+        assert len(polls) - before <= 2  # a poll may have been under way
     finally:
         following.cancel()
 
@@ -144,7 +144,7 @@ def test_rules_hold_for_what_others_have_made(servers: Servers) -> None:
             change()
 
 
-def test_when_a_key_was_used_is_known_to_all_and_undoes_nothing(servers: Servers) -> None:
+def test_last_uses_reach_all_servers_and_undo_no_revocation(servers: Servers) -> None:
     one, two = servers.open("one"), servers.open("two")
     one.create_key("", ["admin"])
     key, secret = one.create_key("", ["serve"])
@@ -168,7 +168,7 @@ def test_keys_from_before_there_was_a_store_are_in_it(servers: Servers) -> None:
 
 
 def test_a_server_without_its_store_has_a_copy(servers: Servers) -> None:
-    """It is not open to everybody because somebody left a flag out."""
+    """Without its store the server still requires keys, for example when a flag was left out by mistake."""
     one, two = servers.open("one"), servers.open("two")
     _, operator = one.create_key("", ["admin"])
     one.create_tenant("acme")
@@ -178,7 +178,7 @@ def test_a_server_without_its_store_has_a_copy(servers: Servers) -> None:
     assert [opens(alone, found) for found in (operator, secret)] == [True, True]
     one.revoke(key)
     one.delete_tenant("acme")
-    servers.open("two")  # while it was away
+    servers.open("two")  # copies the changes made in the meantime
     alone = servers.open("two", shared=False)
     assert [opens(alone, found) for found in (operator, secret)] == [True, False]
     assert "acme" not in alone.tenants
@@ -200,14 +200,14 @@ def test_while_the_store_is_down_known_keys_open(servers: Servers, monkeypatch: 
             one.create_key("", ["serve"])
         assert opens(one, operator)
         one._flush()
-        with pytest.raises(RemoteUnavailable):  # rather than let everybody in
+        with pytest.raises(RemoteUnavailable):  # a server without keys would be open to everybody
             servers.open("new")
     one.poll()
     assert len(one.keys) == 1
 
 
 @pytest.mark.parametrize("content", [b"{", b'{"tenant": 1}', None])
-def test_what_is_damaged_or_missing_in_the_store_lets_nobody_in(servers: Servers, content: bytes | None) -> None:
+def test_a_damaged_or_missing_record_in_the_store_opens_no_server(servers: Servers, content: bytes | None) -> None:
     one, two = servers.open("one"), servers.open("two")
     _, operator = one.create_key("", ["admin"])
     two.poll()
@@ -221,7 +221,7 @@ def test_what_is_damaged_or_missing_in_the_store_lets_nobody_in(servers: Servers
     two.poll()
     assert two.requires_key
     assert opens(two, operator)
-    _, other = two.create_key("", ["serve"])  # and a change mends it
+    _, other = two.create_key("", ["serve"])  # this change repairs the record
     assert [opens(servers.open("new"), secret) for secret in (operator, other)] == [True, True]
 
 

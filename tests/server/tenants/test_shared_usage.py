@@ -78,7 +78,7 @@ def test_every_server_answers_for_all(tmp_path: Path, url: str) -> None:
     train(two, "poet", "ftjob-3", 7)
     two.add_training("rival", "law", "ftjob-4", 9, 0.0)
     assert seen(one) == {"acme/law": (10, 0.5)}
-    for _ in range(2):  # once more changes nothing
+    for _ in range(2):  # sending again changes nothing
         one.send()
         two.send()
         everything = {"acme/law": (15, 1.0), "acme/poet": (7, 0.5), "rival/law": (9, 0.0)}
@@ -97,14 +97,14 @@ def test_what_was_counted_before_there_was_a_store_and_before_a_death_is_seen(tm
         connection.execute("INSERT INTO usage SELECT tenant, adapter, '2020-01-01', 1, 0, 0, 0, 3, 0.0 FROM usage")
     first = ledger(tmp_path, url)
     first.send()
-    train(first, "law", "ftjob-1", 30)  # and it dies
+    train(first, "law", "ftjob-1", 30)  # the server dies before sending this
     ledger(tmp_path, url).send()
     rows = ledger(tmp_path / "two", url).rows(None, "0", "9")
     assert [(row["day"], row["trained_tokens"]) for row in rows] == [("2020-01-01", 3), (today(), 30)]
 
 
 def _killed(root: Path, kills: int) -> None:
-    """Servers on one store, each killed at any moment and started again: what they acknowledged is seen, once."""
+    """Kill two servers on one store at random moments and restart them: acknowledged requests are counted once."""
     url, generator, acknowledged = f"file://{root}/bucket", random.Random(5), 0
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     for n in range(kills):
@@ -178,7 +178,7 @@ async def test_what_a_server_wrote_before_its_death_is_sent_by_the_next_start(tm
     assert sorted(map(str, await objects(other))) == ["new", "sent", "unsent"]
 
 
-async def test_what_left_the_files_here_stays_in_the_store(tmp_path: Path, url: str) -> None:
+async def test_entries_rotated_out_locally_stay_in_the_store(tmp_path: Path, url: str) -> None:
     one = await asyncio.to_thread(audit, tmp_path / "one", url, 1024)
     for n in range(60):
         await record(one, str(n))

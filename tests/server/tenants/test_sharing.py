@@ -1,4 +1,4 @@
-"""Adapters that a tenant shares: read, served and never changed by others."""
+"""Shared adapters: other tenants read and use them, and never change them."""
 
 import asyncio
 from pathlib import Path
@@ -39,7 +39,7 @@ async def test_a_shared_adapter_is_served_and_not_changed(tmp_path: Path) -> Non
         assert await names(served, third) == []
         answer = await served.client.post("/v1/completions", json=body, headers=rival)
         assert answer.headers["X-Adapter-Digest"] == version.digest
-        assert served.engine.requests[-1].tenant == "rival", "its KV is the reader's"
+        assert served.engine.requests[-1].tenant == "rival", "its KV belongs to the reader"
         pinned = {"model": f"acme/law@{version.digest[7:20]}"} | HI
         assert (await served.client.post("/v1/completions", json=pinned, headers=rival)).status_code == 200
         mine = await served.client.post("/v1/completions", json={"model": "law"} | HI, headers=rival)
@@ -67,7 +67,7 @@ async def test_a_shared_adapter_is_served_and_not_changed(tmp_path: Path) -> Non
             unseen = await served.client.request(method, f"/v1/adapters/acme/law{path}", headers=third, **sent)
             assert unseen.status_code == 404, path
         assert (await served.client.delete("/v1/models/acme/law", headers=rival)).status_code == 403
-        assert served.services.store.pointer("rival", "law").pinned is False, "nor one's own of that name"
+        assert served.services.store.pointer("rival", "law").pinned is False, "own adapter unchanged"
         assert served.services.store.pointer("acme", "law").readers == ("nobody", "rival")
 
         usage = (await served.client.get("/v1/usage", headers=rival)).json()["data"]

@@ -1,4 +1,4 @@
-"""`/v1/usage` and its ledger: each request once, whatever dies."""
+"""`/v1/usage` and its ledger: each request is counted once, also across crashes."""
 
 import asyncio
 import os
@@ -48,7 +48,7 @@ async def ask(served: Served, headers: dict[str, str], model: str, **more: Any) 
     return usage
 
 
-async def test_rows_are_what_answers_said(tmp_path: Path) -> None:
+async def test_rows_equal_the_usage_of_the_responses(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         served.engine.cached_tokens = 1
         served.engine.device_seconds = 0.25
@@ -82,7 +82,7 @@ async def test_rows_are_what_answers_said(tmp_path: Path) -> None:
         assert (await served.client.get("/v1/usage?first_day=x", headers=operator)).status_code == 400
 
 
-async def test_it_is_on_disk_before_the_answer_ends(tmp_path: Path) -> None:
+async def test_usage_is_on_disk_before_the_response_ends(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         for stream in (False, True):
             await ask(served, {}, BASE, stream=stream)
@@ -92,7 +92,7 @@ async def test_it_is_on_disk_before_the_answer_ends(tmp_path: Path) -> None:
             assert requests == 1 + stream
 
 
-async def test_who_leaves_pays_for_what_came_and_a_failure_before_costs_nothing(tmp_path: Path) -> None:
+async def test_a_failed_response_is_charged_for_its_generated_tokens(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         served.engine.fail = {0: RuntimeError("the engine")}
         body = {"model": BASE, "prompt": "Hi", "max_tokens": 8}
@@ -100,19 +100,19 @@ async def test_who_leaves_pays_for_what_came_and_a_failure_before_costs_nothing(
         assert (await served.client.get("/v1/usage")).json()["data"] == []
         served.engine.fail = {2: RuntimeError("the engine")}
         assert (await served.client.post("/v1/completions", json=body)).status_code == 500
-        for _ in range(1000):  # an answer that failed does not wait for its row
+        for _ in range(1000):  # a failed response does not wait for its row
             if rows := (await served.client.get("/v1/usage")).json()["data"]:
                 break
             await asyncio.sleep(0.01)
         assert [(row["requests"], row["generated_tokens"]) for row in rows] == [(1, 2)]
 
 
-async def test_a_database_that_takes_nothing_holds_nobody_up_and_loses_nothing(tmp_path: Path) -> None:
+async def test_a_locked_database_delays_nobody_and_loses_nothing(tmp_path: Path) -> None:
     database = await asyncio.to_thread(open_database, tmp_path / "tenants.db", 0.1)
     ledger = Ledger(database)
     other = sqlite3.connect(tmp_path / "tenants.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    await asyncio.wait_for(ledger.add("acme", "", 1, 0, 1), 60)  # one waits until it is clear that it is not written
+    await asyncio.wait_for(ledger.add("acme", "", 1, 0, 1), 60)  # one caller waits until writing has failed
     assert all(ledger.add("acme", "", 1, 0, 1).done() for _ in range(9))
     assert await asyncio.to_thread(ledger.rows, "acme", today(), today()) == []
     other.execute("ROLLBACK")
@@ -179,7 +179,7 @@ async def test_jobs_are_counted(tmp_path: Path) -> None:
 
 
 def _killed(directory: Path, kills: int) -> None:
-    """Writers that are killed at any moment: what was acknowledged is there, once."""
+    """Kill writers at random moments: acknowledged requests are counted exactly once."""
     path, acknowledged = directory / "tenants.db", 0
     generator = random.Random(7)
     for _ in range(kills):
@@ -195,7 +195,7 @@ def _killed(directory: Path, kills: int) -> None:
         writer.stdout.close()
     rows = Ledger(open_database(path)).rows("acme", "0", "9")
     counted = sum(row["requests"] for row in rows)
-    assert acknowledged <= counted <= acknowledged + 8 * kills, "those whose acknowledgement was under way may be there"
+    assert acknowledged <= counted <= acknowledged + 8 * kills, "rows not yet acknowledged may be there"
     assert acknowledged >= kills
     for row in rows:
         assert (row["prompt_tokens"], row["generated_tokens"]) == (3 * row["requests"], 2 * row["requests"])

@@ -1,4 +1,4 @@
-"""The wall between tenants, on every route: what is another's is answered as what is nobody's."""
+"""Isolation of tenants on every route: another tenant's object gets the same response as a nonexistent one."""
 
 import random
 import statistics
@@ -15,7 +15,7 @@ from server.http.operations import Operation
 from tests.support.scripted import BASE, Served, serving
 from tests.support.tenancy import Headers, Owned, answer, furnish, key
 
-# Of which kind the object in a path is, by what the path begins with.
+# The kind of the object in a path, by the beginning of the path.
 KINDS = {
     "/v1/models/{id:path}": "adapter",
     "/v1/adapters/{name:path}": "adapter",
@@ -40,8 +40,8 @@ NOBODYS = Owned(
     tenant="nobody",
 )
 _HI = [{"role": "user", "content": "Hi"}]
-# Bodies that name what a path does not: `{kind}` stands for an object's id, `{own}` for a file of the caller's. None:
-# the body names no object.
+# Bodies of routes without an object in the path: `{kind}` stands for an object's id, `{own}` for the caller's file.
+# None: the body names no object.
 BODIES: dict[str, list[dict[str, Any]] | None] = {
     "POST /v1/completions": [
         {"model": "{adapter}", "prompt": "Hi"},
@@ -89,12 +89,12 @@ BODIES: dict[str, list[dict[str, Any]] | None] = {
     "POST /v1/admin/tenants": None,
     "POST /v1/admin/keys": [{"tenant": "{tenant}"}],
 }
-# Fields of bodies that name an object; every one must be among the bodies above.
+# Fields of bodies that name an object; each must occur in the bodies above.
 NAMING = {
     *("model", "adapter_id", "adapters[].id", "mix[].adapter", "lora_name", "digest", "tenant"),
     *("file", "training_file", "validation_file", "input_file_id", "previous_response_id", "input[].id"),
 }
-# Those that do not, by the end of their paths: text, choices, and names that their sender makes.
+# Fields that name none, by the end of their paths: text, choices, and names chosen by the sender.
 OTHERS = {
     *(
         "prompt",
@@ -116,11 +116,11 @@ OTHERS = {
     *("cache_salt", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user", "user_id"),
     *("tool_call_id", "tool_use_id", "call_id", "content[].id", "previous_message_id"),
     *("suffix", "bias", "modules_to_save[]", "target_modules", "target_modules[]", "target_parameters[]"),
-    *("name", "source", "lora_path", "tenants[]", "adapters[]"),  # of what is made, fetched, shared or bound
-    "base_model_name",  # a note that nothing looks up
+    *("name", "source", "lora_path", "tenants[]", "adapters[]"),  # of objects created, fetched, shared or bound
+    "base_model_name",  # a note that is never looked up
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-# Bodies of routes whose path names an object.
+# Bodies of routes with an object in the path.
 BESIDE: dict[str, dict[str, Any]] = {
     "promote": {"digest": "{digest}"},
     "merge": {"to": "checkpoint"},
@@ -131,7 +131,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 
 @asynccontextmanager
 async def two_tenants(directory: Path) -> AsyncIterator[tuple[Served, Headers, Owned, Owned]]:
-    """An application; the headers and the objects of one tenant, and the objects of the other."""
+    """An application, the headers and objects of one tenant, and the objects of another."""
     async with serving(directory, lora_dir=directory / "lora", allowed_origins=("*",)) as served:
         headers = {tenant: await key(served, tenant) for tenant in ("acme", "rival")}
         ours = await furnish(served, directory, "acme", "ours", headers["acme"])
@@ -144,7 +144,7 @@ def operations(served: Served) -> list[Operation]:
 
 
 def filled(value: Any, ids: Mapping[str, str]) -> Any:
-    """A path or a body with these ids by kind."""
+    """The path or body with the ids inserted by kind."""
     if isinstance(value, str):
         for kind, id_ in ids.items():
             value = value.replace(f"{{{kind}}}", id_.removeprefix("resp_") if f"msg_{{{kind}}}" in value else id_)
@@ -155,7 +155,7 @@ def filled(value: Any, ids: Mapping[str, str]) -> Any:
 
 
 def asked(operation: Operation) -> list[tuple[str, dict[str, Any] | None]]:
-    """Paths and bodies that name objects of an operation. Fails for one that nobody has decided on."""
+    """An operation's paths and bodies that name objects. Fails for an operation missing from the tables above."""
     name = f"{operation.method} {operation.path}"
     if not operation.param_convertors:
         if not (operation.bodies or operation.form):
@@ -171,7 +171,7 @@ def asked(operation: Operation) -> list[tuple[str, dict[str, Any] | None]]:
     return [(f"{path.partition('{')[0]}{{{KINDS[path]}}}{rest}", body)]
 
 
-async def test_what_is_anothers_is_answered_as_what_is_nobodys(tmp_path: Path) -> None:
+async def test_other_tenants_objects_answer_like_unknown_ones(tmp_path: Path) -> None:
     async with two_tenants(tmp_path) as (served, headers, ours, theirs):
         seen = 0
         for operation in operations(served):
@@ -187,7 +187,7 @@ async def test_what_is_anothers_is_answered_as_what_is_nobodys(tmp_path: Path) -
                 assert told[0][0] != 403 or path.startswith("/v1/admin"), path
                 seen += 1
         assert seen > 60
-        # Nothing of theirs has gone.
+        # Nothing of the other tenant has been removed.
         everything = [(path, theirs) for path in KINDS if "/admin/" not in path]
         rival = await key(served, "rival")
         for path, owned in everything:
@@ -197,7 +197,7 @@ async def test_what_is_anothers_is_answered_as_what_is_nobodys(tmp_path: Path) -
 
 
 def text_fields(schema: Mapping[str, Any], defined: Mapping[str, Any], path: str, seen: frozenset[str]) -> set[str]:
-    """Paths of all fields of a JSON schema that may be any text."""
+    """Paths of all fields of a JSON schema that accept any text."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return set() if name in seen else text_fields(defined[name], defined, path, seen | {name})
@@ -209,7 +209,7 @@ def text_fields(schema: Mapping[str, Any], defined: Mapping[str, Any], path: str
 
 
 def mentioned(value: Any, path: str = "") -> set[str]:
-    """Paths of the fields of a body that have an object's id."""
+    """Paths of a body's fields that contain an object's id."""
     if isinstance(value, dict):
         return set[str]().union(*(mentioned(item, f"{path}.{name}".lstrip(".")) for name, item in value.items()))
     if isinstance(value, list):
@@ -217,7 +217,7 @@ def mentioned(value: Any, path: str = "") -> set[str]:
     return {path} if isinstance(value, str) and "{" in value else set()
 
 
-async def test_no_field_of_a_body_is_forgotten(tmp_path: Path) -> None:
+async def test_every_body_field_that_may_name_an_object_is_tried(tmp_path: Path) -> None:
     async with two_tenants(tmp_path) as (served, *_):
         for operation in operations(served):
             name = f"{operation.method} {operation.path}"
@@ -227,16 +227,16 @@ async def test_no_field_of_a_body_is_forgotten(tmp_path: Path) -> None:
                 fields = text_fields(schema, schema.get("$defs", {}), "", frozenset())
                 unknown = {
                     field
-                    for field in fields - NAMING - {"id"}  # of a tenant that is made
+                    for field in fields - NAMING - {"id"}  # the id of a new tenant
                     if OTHERS.isdisjoint({field, field.rpartition(".")[2], ".".join(field.split(".")[-2:])})
                 }
                 assert unknown == set(), f"{name}: do these name an object?"
                 tried = set[str]().union(*map(mentioned, bodies))
-                assert fields & NAMING <= tried, f"{name}: not all that may name an object is tried"
+                assert fields & NAMING <= tried, f"{name}: some fields that may name an object are not tried"
 
 
-async def test_every_method_and_query_tells_as_little(tmp_path: Path) -> None:
-    """Whatever the method; and with another's id in any parameter of a query, as the cursor of a list."""
+async def test_all_methods_and_query_parameters_hide_other_tenants_objects(tmp_path: Path) -> None:
+    """With every method, and with another tenant's id in any query parameter, such as the cursor of a list."""
     async with two_tenants(tmp_path) as (served, headers, _, theirs):
 
         async def told(method: str, path: str, owned: Owned, **options: Any) -> Any:
@@ -267,7 +267,7 @@ async def test_every_method_and_query_tells_as_little(tmp_path: Path) -> None:
         assert seen > 200
 
 
-async def test_lists_show_what_is_ones_own(tmp_path: Path) -> None:
+async def test_lists_show_only_the_callers_objects(tmp_path: Path) -> None:
     async with two_tenants(tmp_path) as (served, headers, _, theirs):
         lists = [
             operation
@@ -283,7 +283,7 @@ async def test_lists_show_what_is_ones_own(tmp_path: Path) -> None:
                 assert len(response.json()["data"]) >= 1, operation.path
 
 
-async def test_names_are_each_tenants_own_and_the_base_is_everybodys(tmp_path: Path) -> None:
+async def test_tenants_have_separate_names_and_share_the_base(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         headers = {tenant: await key(served, tenant) for tenant in ("", "acme", "rival")}
         digests = {}
@@ -337,14 +337,14 @@ async def test_content_lasts_as_long_as_any_tenant_names_it(tmp_path: Path) -> N
 async def _times(
     directory: Path, tries: int, alike: Callable[[list[float], list[float]], bool]
 ) -> dict[str, list[list[float]]]:
-    """Seconds of asking for another's and for nobody's object of every kind, in any order.
+    """Seconds taken by requests for another tenant's and for a nonexistent object of every kind, in random order.
 
-    Where they are not `alike` they are taken anew, twice at most: the machine may do other things.
+    If they are not `alike`, they are measured again, twice at most, since the machine may be busy.
     """
     found: dict[str, list[list[float]]] = {}
     async with (
         two_tenants(directory) as (served, headers, _, theirs),
-        # Without the check of every answer: it takes longer than the answer, and as long as that is.
+        # Without schema validation of responses, which takes longer, and as long as the response itself.
         httpx.AsyncClient(transport=httpx.ASGITransport(served.app), base_url="http://test") as client,
     ):
         for path, kind in [one for one in KINDS.items() for _ in range(3)]:
@@ -358,7 +358,7 @@ async def _times(
                 times[i].append(time.perf_counter() - started)
                 refusal = response.json()["error"]
                 assert response.status_code == 404
-                assert refusal["param"] is not None, "the object is not found, rather than the route"
+                assert refusal["param"] is not None, "the object is unknown, not the route"
             found[path] = times
     return found
 
