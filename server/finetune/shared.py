@@ -47,6 +47,7 @@ class Shared(RecordTable[R, S]):
         self._stored = Records(bucket, self._table)
         self.leases = Leases(self._stored, lease_seconds)
         self._most = most
+        self._moved: dict[str, R] = {}  # whose status others have changed, not yet heeded
         self._writing: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
     # --- a record and its row ------------------------------------------------------------------------
@@ -90,9 +91,8 @@ class Shared(RecordTable[R, S]):
 
     # --- what others do ------------------------------------------------------------------------------
 
-    def follow(self) -> list[R]:
-        """Take over what other servers changed; the records whose status is another now."""
-        moved = []
+    def follow(self) -> None:
+        """Take over what other servers changed."""
         for record in sorted(self._stored.news(), key=lambda record: (record.content or {}).get("number", 0)):
             try:
                 with self._writing[record.key]:
@@ -100,13 +100,27 @@ class Shared(RecordTable[R, S]):
                         continue
                     if record.content is None:
                         self._forget_row(record)
-                    elif self._copy(record.content):
-                        moved.append(self._read(record.content))
+                    else:
+                        self._take(record.content)
             except _DAMAGE as fault:
                 self._stored.damage(record.key, fault)
             except (RemoteUnavailable, StorageFull, DatabaseBusy):
                 self._stored.forget(record.key)
                 raise
+
+    def next_moved(self) -> R | None:
+        """A record whose status others have changed, however that was heard, as it is now; each once."""
+        while self._moved:
+            id_, record = self._moved.popitem()
+            with contextlib.suppress(self._unknown):
+                return super().get(record.tenant, id_)
+        return None
+
+    def _take(self, content: Content) -> bool:
+        """`_copy` of what others may have changed."""
+        if moved := self._copy(content):
+            record = self._read(content)
+            self._moved[record.id] = record
         return moved
 
     def get(self, tenant: str, id_: str) -> R:
@@ -118,7 +132,7 @@ class Shared(RecordTable[R, S]):
                 raise
             with self._writing[id_]:
                 if self._stored.note(found):
-                    self._copy(found.content)
+                    self._take(found.content)
             return super().get(tenant, id_)
 
     def refresh(self, id_: str) -> None:
@@ -127,7 +141,7 @@ class Shared(RecordTable[R, S]):
             found = self._stored.look(id_)
             self._stored.note(found)
             if found.content is not None:
-                self._copy(found.content)
+                self._take(found.content)
             else:
                 self._forget_row(found)
 
@@ -165,14 +179,14 @@ class Shared(RecordTable[R, S]):
     def holds(self, id_: str) -> bool:
         return self.leases.holds(id_)
 
-    def send(self, id_: str, *, release: bool = False) -> R | None:
-        """Renew the lease, or end it, and send what is new; the record when somebody has changed its status.
+    def send(self, id_: str, *, release: bool = False) -> bool:
+        """Renew the lease, or end it, and send what is new; whether somebody has changed the status.
 
         Raises LeaseLost.
         """
         with self._writing[id_]:
             content = self.leases.change(id_, lambda content: self._merged(id_, content), release=release)
-            return self._read(content) if self._copy(content) else None
+            return self._take(content)
 
     def _send_new(self, id_: str, **lists: list[Any]) -> None:
         """Make the record of a row. `lists`: what it has beside."""
@@ -181,6 +195,12 @@ class Shared(RecordTable[R, S]):
             content = self._stored.change(id_, lambda old: old or self._merged(id_, fresh)).content
             assert content is not None
             self.leases.see(id_, content)
+
+    def _never(self, id_: str) -> None:
+        """Remove the rows of a new record that others could not be told of; if they were after all, they come back."""
+        with self._writing[id_]:
+            self._stored.forget(id_)
+            self.remove(id_)
 
     def _change(self, record: R, change: Any, changes: Mapping[str, Any], *, anybody: bool = False) -> R:
         """Change a record that is held here, or with `anybody` another's, too. `change` is of a content.

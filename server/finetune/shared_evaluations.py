@@ -34,7 +34,7 @@ class SharedEvaluations(Shared[Evaluation, Status], EvaluationStore):
         try:
             self._send_new(evaluation.id)
         except BaseException:
-            self.remove(evaluation.id)
+            self._never(evaluation.id)
             raise
         return evaluation
 

@@ -48,10 +48,13 @@ class SharedJobs(Shared[Job, Status], JobStore):
         try:
             self._share(job, directory)
         except BaseException:
-            with self.database.transaction(removing=True) as connection:
-                for table, column in (("events", "job"), ("jobs", "id")):
-                    connection.execute(f"DELETE FROM {table} WHERE {column} = ?", (job.id,))
+            self._never(job.id)
             raise
+
+    def remove(self, id_: str) -> None:
+        with self.database.transaction(removing=True) as connection:
+            connection.execute("DELETE FROM events WHERE job = ?", (id_,))
+            super().remove(id_)
 
     def share_all(self, directory: Path) -> None:
         """Give the store what it does not have: jobs from a time without one, whose directories lie in this one."""

@@ -75,16 +75,22 @@ class Sharing:
 
     async def poll(self) -> None:
         """Follow once, and take up what nobody works on."""
+        await self._heed()
         await asyncio.to_thread(self._also)
-        for record in await asyncio.to_thread(self.records.follow):
-            if self.records.holds(record.id):
-                await self._worker.heed(record)
-            if self.records.ended(record) and record.id not in self._worker.tasks:  # else the task clears up
-                await self._worker.clear(record.id)
+        await asyncio.to_thread(self.records.follow)
+        await self._heed()
         idle = [id_ for id_ in self.records.leases.held() if id_ not in self._worker.tasks]
         await asyncio.gather(*map(self._release, idle))
         # A task whose lease was lost may still be about to end.
         self._worker.begin(await asyncio.to_thread(self.records.take_up, list(self._worker.tasks)))
+
+    async def _heed(self) -> None:
+        """Let those that work on records whose status others have changed do as it says."""
+        while (record := await asyncio.to_thread(self.records.next_moved)) is not None:
+            if self.records.holds(record.id):
+                await self._worker.heed(record)
+            if self.records.ended(record) and record.id not in self._worker.tasks:  # else the task clears up
+                await self._worker.clear(record.id)
 
     async def _follow(self) -> None:
         while True:
@@ -116,9 +122,8 @@ class Sharing:
         leases = self.records.leases
         try:
             async with asyncio.timeout(max(_SHORTEST, leases.left(id_))):
-                record = await asyncio.to_thread(self.records.send, id_)
-            if record is not None:
-                await self._worker.heed(record)
+                if await asyncio.to_thread(self.records.send, id_):
+                    self.wake()
         except (*_FAULTS, LeaseLost, TimeoutError) as fault:
             if leases.left(id_) <= _SHORTEST:
                 log.warning("%s is left to others: %s", id_, repr(fault))
