@@ -27,9 +27,9 @@ def threads(count: int, name: str, priority: Priority) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, name, partial(give_way, priority))
 
 
-async def run_in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    """Let one of the threads do it. Whoever is cancelled meanwhile waits for its end: it may still need what its caller
-    is about to clear away."""
+async def run_in(pool: ThreadPoolExecutor | None, work: Callable[[], T]) -> T:
+    """Let one of the threads do it; None: of the event loop's own. Whoever is cancelled meanwhile waits for its
+    end: it may still need what its caller is about to clear away."""
     future = asyncio.get_running_loop().run_in_executor(pool, work)
     try:
         return await asyncio.shield(future)

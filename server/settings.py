@@ -309,8 +309,8 @@ class Settings:
     )
     adapter_orphan_hours: float = number(
         24.0,
-        "Age at which files in --adapter-store that no name has are removed, at start and at that interval; 0 leaves "
-        "them. Longer than any upload takes.",
+        "Age at which files in --adapter-store that no name has, and no file, job or batch needs, are removed, at "
+        "start and at that interval; 0 leaves them. Longer than any upload takes.",
         within=(0, 24 * 365),
     )
     adapter_check_seconds: float = number(600.0, "How long checking an uploaded adapter may take.", within=(1, 86400))
@@ -486,6 +486,11 @@ class Settings:
     def base_aliases(self) -> frozenset[str]:
         """Every name that means the base in a request."""
         return frozenset({self.base_name, self.model})
+
+    @property
+    def orphan_seconds(self) -> float:
+        """0 without an object store, too."""
+        return 0.0 if self.adapter_store is None else self.adapter_orphan_hours * 3600
 
     @property
     def store_patience(self) -> Patience:

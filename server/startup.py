@@ -180,7 +180,11 @@ def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batche
     if shared is not None:
         from server.finetune.sharing import Sharing
 
-        batches.sharing = Sharing(shared, batches, settings.store_poll_seconds / 2, before=shared.share_all)
+        age = settings.orphan_seconds
+        sweep = partial(shared.remove_orphans, age)
+        batches.sharing = Sharing(
+            shared, batches, settings.store_poll_seconds / 2, before=shared.share_all, sweep=sweep, sweep_seconds=age
+        )
     return batches
 
 

@@ -64,6 +64,11 @@ class Record:
     fault: str | None = None
 
     @property
+    def removed(self) -> bool:
+        """Whether somebody removed it, as far as is remembered."""
+        return self.content is None and self.version is not None and self.fault is None
+
+    @property
     def abandoned(self) -> bool:
         """Whether whoever sealed it will not take it away any more."""
         return self.age > _SEAL_SECONDS

@@ -18,13 +18,13 @@ from typing import Any
 
 import msgspec
 
-from adapters.disk import StorageFull, sync
+from adapters.disk import sync
 from adapters.storage.bucket import Bucket
-from adapters.storage.database import DatabaseBusy
 from adapters.storage.leases import LEASE, LeaseLost, Leases
 from adapters.storage.records import Content, Record, Records
 from adapters.storage.versions import RemoteUnavailable
 from server.finetune.checkpoints import file_hash
+from server.finetune.orphans import remove_orphans
 from server.finetune.record_table import R, RecordTable, S
 
 _DAMAGE = (ValueError, LookupError, TypeError)  # what reading a record raises when it is none
@@ -34,11 +34,11 @@ class Shared(RecordTable[R, S]):
     """Whatever waits for the object store raises RemoteUnavailable.
 
     Attributes:
-        files: where the files of the records lie in the bucket.
+        files: where the files of the records lie in the bucket, if they have any.
         stopped: raised when a record is another server's, as when its status does not allow a change.
     """
 
-    files: str
+    files = ""
     stopped: type[Exception]
 
     def join(self, bucket: Bucket, lease_seconds: float, most: int) -> None:
@@ -49,6 +49,16 @@ class Shared(RecordTable[R, S]):
         self._most = most
         self._moved: dict[str, R] = {}  # whose status others have changed, not yet heeded
         self._writing: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
+
+    @contextlib.contextmanager
+    def _in_step(self, id_: str) -> Iterator[None]:
+        """A record and its row are changed together. When one of them could not be, what the record says is news."""
+        with self._writing[id_]:
+            try:
+                yield
+            except BaseException:
+                self._stored.forget(id_)
+                raise
 
     # --- a record and its row ------------------------------------------------------------------------
 
@@ -95,7 +105,7 @@ class Shared(RecordTable[R, S]):
         """Take over what other servers changed."""
         for record in sorted(self._stored.news(), key=lambda record: (record.content or {}).get("number", 0)):
             try:
-                with self._writing[record.key]:
+                with self._in_step(record.key):
                     if not self._stored.note(record):
                         continue
                     if record.content is None:
@@ -103,10 +113,8 @@ class Shared(RecordTable[R, S]):
                     else:
                         self._take(record.content)
             except _DAMAGE as fault:
+                self._stored.note(record)  # once is enough
                 self._stored.damage(record.key, fault)
-            except (RemoteUnavailable, StorageFull, DatabaseBusy):
-                self._stored.forget(record.key)
-                raise
 
     def next_moved(self) -> R | None:
         """A record whose status others have changed, however that was heard, as it is now; each once."""
@@ -130,14 +138,14 @@ class Shared(RecordTable[R, S]):
             found = self._stored.miss(id_)
             if found is None or found.content is None:
                 raise
-            with self._writing[id_]:
+            with self._in_step(id_):
                 if self._stored.note(found):
                     self._take(found.content)
             return super().get(tenant, id_)
 
     def refresh(self, id_: str) -> None:
         """Let the rows here be what the store says."""
-        with self._writing[id_]:
+        with self._in_step(id_):
             found = self._stored.look(id_)
             self._stored.note(found)
             if found.content is not None:
@@ -147,7 +155,7 @@ class Shared(RecordTable[R, S]):
 
     def _forget_row(self, record: Record) -> None:
         """Only of a record that somebody removed: what has vanished may come back."""
-        if record.version is not None and record.fault is None:
+        if record.removed:
             self._removed(record.key)
 
     def never_shared(self) -> Iterator[R]:
@@ -170,7 +178,7 @@ class Shared(RecordTable[R, S]):
         at_work = Counter(record.tenant for record in unfinished if self.leases.holds(record.id))
         while waiting and len(self.leases.held()) < self._most:
             waiting.remove(first := min(waiting, key=lambda record: at_work[record.tenant]))
-            with contextlib.suppress(LeaseLost), self._writing[first.id]:
+            with contextlib.suppress(LeaseLost), self._in_step(first.id):
                 self._copy(self.leases.claim(first.id), claimed=True)
                 at_work[first.tenant] += 1
                 taken.append(super().get(first.tenant, first.id))
@@ -184,14 +192,14 @@ class Shared(RecordTable[R, S]):
 
         Raises LeaseLost.
         """
-        with self._writing[id_]:
+        with self._in_step(id_):
             content = self.leases.change(id_, lambda content: self._merged(id_, content), release=release)
             return self._take(content)
 
     def _send_new(self, id_: str, **lists: list[Any]) -> None:
         """Make the record of a row. `lists`: what it has beside."""
         fresh: Content = {"number": self._row(id_)["number"], LEASE: None, **lists}
-        with self._writing[id_]:
+        with self._in_step(id_):
             content = self._stored.change(id_, lambda old: old or self._merged(id_, fresh)).content
             assert content is not None
             self.leases.see(id_, content)
@@ -207,7 +215,7 @@ class Shared(RecordTable[R, S]):
 
         Raises `stopped`, and what `change` does.
         """
-        with self._writing[record.id]:
+        with self._in_step(record.id):
             if self.leases.holds(record.id) or not anybody:
                 try:
                     content = self.leases.change(record.id, lambda content: change(self._merged(record.id, content)))
@@ -258,6 +266,16 @@ class Shared(RecordTable[R, S]):
         with contextlib.suppress(RemoteUnavailable):  # the next time will do
             there = [entry.path for entry in self._bucket.list(self._object(id_, "").rstrip("/"))]
             self._bucket.delete([path for path in there if path not in kept])
+
+    def remove_orphans(self, seconds: float) -> int:
+        """Remove objects of records that are at their end, and tombstones, all older than this; how many objects."""
+        self._stored.sweep(seconds)
+        if not self.files:
+            return 0
+        return remove_orphans(self._bucket, self.files, self._stored, self._needed, seconds)
+
+    def _needed(self, content: Content | None) -> Collection[str] | None:
+        return () if content is None or self.ended(self._read(content)) else None
 
     def _object(self, id_: str, name: str) -> str:
         return f"{self.files}/{id_}/{name}"

@@ -12,6 +12,7 @@ from adapters.storage.versions import RemoteUnavailable
 from server.errors import StorageFull
 from server.finetune.shared import Shared
 from server.finetune.worker import Worker
+from server.repeat import repeatedly
 
 _RENEWALS = 3  # in the time that a lease lasts
 _SHORTEST = 0.02
@@ -27,6 +28,7 @@ class Sharing:
         seconds: between two looks at what others changed.
         also: further things to be followed, first.
         before: once, when the first look has succeeded.
+        sweep: every `sweep_seconds`, unless that is 0: how many objects it removed that nobody needs.
     """
 
     def __init__(
@@ -36,12 +38,16 @@ class Sharing:
         seconds: float,
         also: Callable[[], None] = lambda: None,
         before: Callable[[], None] = lambda: None,
+        sweep: Callable[[], int] = lambda: 0,
+        sweep_seconds: float = 0.0,
     ) -> None:
         self.records = records
         self._worker = worker
         self._seconds = seconds
         self._also = also
         self._before = before
+        self._sweep_once = sweep
+        self._sweep_seconds = sweep_seconds
         self._woken = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._outage = False
@@ -57,7 +63,7 @@ class Sharing:
 
     def start(self) -> None:
         """Follow, take up and renew in the background from now on."""
-        self._tasks = [asyncio.create_task(work) for work in (self._follow(), self._renew())]
+        self._tasks = [asyncio.create_task(work) for work in (self._follow(), self._renew(), self._sweep())]
 
     async def stop(self) -> None:
         """End what `start` began; leases stay as they are."""
@@ -109,6 +115,14 @@ class Sharing:
                 async with asyncio.timeout(self._seconds):
                     await self._woken.wait()
             self._woken.clear()
+
+    async def _sweep(self) -> None:
+        async def sweep() -> None:
+            if count := await asyncio.to_thread(self._sweep_once):
+                log.info("removed %d objects from the object store that nothing needs", count)
+
+        if self._sweep_seconds:
+            await repeatedly(sweep, self._sweep_seconds, "removing what nothing needs", *_FAULTS)
 
     async def _renew(self) -> None:
         leases = self.records.leases

@@ -32,8 +32,9 @@ from server.client.engine import EngineDied
 from server.finetune import evaluations, sharing
 from server.messages.protocol import Generate
 from server.responses import shared as shared_responses
+from server.responses import store
 from server.services import TENANT
-from tests.support.scripted import ScriptedEngine, Served, serving
+from tests.support.scripted import ScriptedEngine, serving
 from tests.support.several import LEASE
 from tests.support.threads import threads_at_rest
 
@@ -62,7 +63,7 @@ class SteeredEngine(ScriptedEngine):
     async def _pace(self, request: Generate, step: int) -> None:
         born = self._born.setdefault(request.id, self.deaths) if step == 0 else self._born[request.id]
         await asyncio.sleep(random.random() / 300)
-        while self.held and born == self.deaths:
+        while self.held and born == self.deaths:  # noqa: ASYNC110  # nothing tells
             await asyncio.sleep(0.002)
         if born != self.deaths:
             raise EngineDied("The engine died.")
@@ -216,7 +217,6 @@ class Fleet:
 
     Attributes:
         engines: all that there ever were.
-        torn: some server died or lost the store in the midst of a change.
         lost_usage: what was used may be forgotten, since a server died that could not write it down.
     """
 
@@ -229,7 +229,6 @@ class Fleet:
         self.lives: list[Life] = []
         self.engines: list[SteeredEngine] = []
         self.lost_usage = count > 1
-        self.torn = False
         self.said: list[str] = []  # the moves so far
 
     async def open(self, place: int, root: Path | None = None) -> None:
@@ -243,6 +242,11 @@ class Fleet:
     @property
     def any(self) -> Life:
         return self.choose.choice(self.lives)
+
+    @property
+    def rough(self) -> bool:
+        """Whether something is amiss somewhere."""
+        return any(life.troubled for life in self.lives)
 
     @property
     def services(self) -> Iterator[Any]:
@@ -259,7 +263,6 @@ class Fleet:
         kind = self.choose.choice(kinds + ["away", "believe"] * (self.url is not None))
         self.said.append(f"{kind} {place}")
         life.troubles += 1
-        self.torn |= kind in ("kill", "away")
         match kind:
             case "restart":
                 await life.close()
@@ -332,10 +335,18 @@ class Fleet:
             found += [str(path) for path in here if path.name.removesuffix(".json") not in known]
             for directory in (files / "staging", life.root / "batches", life.root / "lost+found"):
                 found += [str(path) for path in directory.rglob("*")] if directory.exists() else []
-        if self.url is not None and not self.torn:
-            known = {row.id for row in self.lives[0].served.services.tuning.files.page(TENANT, limit=1000)[0]}
-            stored = [entry.path for entry in Bucket(self.url).list("file-contents")]
-            found += [path for path in stored if path.split("/")[1] not in known]
+        if self.url is not None:
+            services: Any = self.lives[0].served.services
+            services.tuning.files.follow()
+            for table in (services.tuning.files, services.tuning.evaluations.store, services.batches.store):
+                table.remove_orphans(0.0)
+            known = {row.id for row in services.tuning.files.page(TENANT, limit=1000)[0]}
+            stored = [entry.path for part in ("file-contents", "batch-files") for entry in Bucket(self.url).list(part)]
+            found += [
+                f"{path} {services.tuning.files._records.look(path.split('/')[1])}"
+                for path in stored
+                if path.split("/")[1] not in known
+            ]
         return found
 
     def used(self) -> int:
@@ -393,7 +404,8 @@ def _patch(patch: pytest.MonkeyPatch) -> None:
         (runner, "AGAIN_SECONDS"),
         (runner, "SPACE_SECONDS"),
         (evaluations, "SPACE_SECONDS"),
-        (shared_responses, "_AGAIN_SECONDS"),
+        (store, "AGAIN_SECONDS"),
+        (store, "_KEEPING_SECONDS"),
         (usage, "RETRY_SECONDS"),
     ):
         patch.setattr(module, name, SOON)
@@ -432,7 +444,5 @@ def _changed(real: Any) -> Any:
             self.life.ready(writes=not removing)
         with real(self, removing=removing) as connection:
             yield connection
-        if outermost:
-            self.life.ready()
 
     return transaction
