@@ -52,6 +52,10 @@ class SharedEvaluations(Shared[Evaluation, Status], EvaluationStore):
         self.leases.drop(evaluation_id)
         self.remove(evaluation_id)
 
+    def has_results(self, evaluation: Evaluation) -> bool:
+        self.refresh(evaluation.id)
+        return super().has_results(evaluation)
+
     def _removed(self, id_: str) -> None:
         self.remove(id_)
 

@@ -92,8 +92,8 @@ class Life:
         troubles: how often something was amiss that a client may be told of.
     """
 
-    def __init__(self, root: Path, settings: dict[str, Any]) -> None:
-        self.root = root
+    def __init__(self, root: Path, settings: dict[str, Any], reply: Callable[[Generate], list[int]] | None) -> None:
+        self.root, self._reply = root, reply
         self.dead = self.ended = self.away = self.full = False
         self.troubles = 0
         self.tasks: set[asyncio.Task[Any]] = set()
@@ -105,6 +105,7 @@ class Life:
         with self.own():
             opened = serving(self.root, engine=SteeredEngine, **self._settings)
             self.served = await self._serving.enter_async_context(opened)
+            self.engine.reply = self._reply or self.engine.reply
             await self._running.enter_async_context(self.served.app.router.lifespan_context(self.served.app))
 
     @property
@@ -220,8 +221,15 @@ class Fleet:
         lost_usage: what was used may be forgotten, since a server died that could not write it down.
     """
 
-    def __init__(self, root: Path, count: int, choose: random.Random, **settings: Any) -> None:
-        self.root, self.choose = root, choose
+    def __init__(
+        self,
+        root: Path,
+        count: int,
+        choose: random.Random,
+        reply: Callable[[Generate], list[int]] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.root, self.choose, self._reply = root, choose, reply
         self.url = f"file://{root}/bucket" if count > 1 else None
         store: dict[str, Any] = {"adapter_store": self.url, "store_poll_seconds": 0.1, "job_lease_seconds": LEASE}
         self._settings = (store if self.url else {}) | settings
@@ -234,7 +242,7 @@ class Fleet:
     async def open(self, place: int, root: Path | None = None) -> None:
         """A new server in the place of one that has gone, over its disk or an empty one."""
         self._opened += 1
-        life = Life(root or self.root / f"disk-{self._opened}", self._settings)
+        life = Life(root or self.root / f"disk-{self._opened}", self._settings, self._reply)
         self.lives[place : place + 1] = [life]
         await life.open()
         self.engines.append(life.engine)
