@@ -26,9 +26,9 @@ def thread_pool(count: int, name: str, priority: Priority) -> ThreadPoolExecutor
     return ThreadPoolExecutor(count, name, partial(lower_priority, priority))
 
 
-async def run_in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    """Run `work` in a pool thread. A cancelled caller still waits for it to finish, since the work may use resources
-    that the caller frees."""
+async def run_in(pool: ThreadPoolExecutor | None, work: Callable[[], T]) -> T:
+    """Run `work` in a thread of the pool; None: of the event loop's own. A cancelled caller waits for it to finish,
+    since the work may use resources that the caller frees."""
     future = asyncio.get_running_loop().run_in_executor(pool, work)
     try:
         return await asyncio.shield(future)

@@ -311,8 +311,8 @@ class Settings:
     )
     adapter_orphan_hours: float = number(
         24.0,
-        "Age at which unnamed versions in --adapter-store are removed, at start and at that interval; 0 leaves them. "
-        "Must exceed the duration of any upload.",
+        "Age at which unneeded objects in --adapter-store (without a name, file, job or batch) are removed, at start and "
+        "at that interval; 0 leaves them. Must exceed the duration of any upload.",
         bounds=(0, 24 * 365),
     )
     adapter_check_seconds: float = number(600.0, "How long checking an uploaded adapter may take.", bounds=(1, 86400))
@@ -490,6 +490,11 @@ class Settings:
     def base_aliases(self) -> frozenset[str]:
         """All names of the base in requests."""
         return frozenset({self.base_name, self.model})
+
+    @property
+    def orphan_seconds(self) -> float:
+        """`adapter_orphan_hours` in seconds; 0 without an object store, too."""
+        return 0.0 if self.adapter_store is None else self.adapter_orphan_hours * 3600
 
     @property
     def store_request_limits(self) -> RequestLimits:

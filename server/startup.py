@@ -184,7 +184,14 @@ def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batche
     if shared is not None:
         from server.finetune.sharing import Sharing
 
-        batches.sharing = Sharing(shared, batches, settings.store_poll_seconds / 2, before=shared.share_all)
+        batches.sharing = Sharing(
+            shared,
+            batches,
+            settings.store_poll_seconds / 2,
+            before=shared.share_all,
+            remove_orphans=partial(shared.remove_orphans, settings.orphan_seconds),
+            orphan_seconds=settings.orphan_seconds,
+        )
     return batches
 
 

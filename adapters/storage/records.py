@@ -65,6 +65,11 @@ class Record:
     fault: str | None = None
 
     @property
+    def removed(self) -> bool:
+        """Whether it is known to be removed."""
+        return self.content is None and self.version is not None and self.fault is None
+
+    @property
     def seal_expired(self) -> bool:
         """Whether the seal is so old that its server will not remove the tombstone any more."""
         return self.age > _SEAL_SECONDS

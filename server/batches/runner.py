@@ -127,7 +127,11 @@ class Batches(Worker[Batch]):
             sync(self._directory)
             self.store.database.after_commit(undo.pop_all)
             self.store.database.after_commit(partial(self._pending.clear, batch.id))
-        self.store.share(batch, directory)
+        try:
+            self.store.share(batch, directory)
+        except BaseException:
+            lost.rename_and_remove(directory)
+            raise
         return batch
 
     async def cancel(self, batch: Batch) -> Batch:
@@ -276,6 +280,7 @@ class Batches(Worker[Batch]):
             for row in rows.read(directory / INPUT):
                 if row.custom_id not in journal.done:
                     count += journal.add(row.custom_id, None, unanswered)
+        self.store.complete(batch)
         made: dict[bool, str | None] = {True: None, False: None}
         with raising_storage_full(), self._files.staging() as staging:
             for good, path in journal.paths.items():

@@ -15,6 +15,7 @@ import msgspec
 
 from adapters.storage.bucket import Conflict
 from adapters.storage.database import Database
+from adapters.storage.leases import LeaseLost
 from adapters.storage.versions import RemoteUnavailable
 from server.batches.rows import ANSWERS, INPUT
 from server.batches.store import FINAL, Batch, BatchStateError, BatchStore, Status
@@ -61,7 +62,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
             self._bucket.put_file(self._object(batch.id, INPUT), directory / INPUT)
             self._send_new(batch.id, parts=[])
         except BaseException:
-            self.remove(batch.id)
+            self._never(batch.id)
             raise
 
     def share_all(self) -> None:
@@ -81,6 +82,14 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
 
     def steer(self, batch: Batch, status: Status) -> Batch:
         return self._change(batch, self._moving(status, {}), {}, anybody=True)
+
+    def complete(self, batch: Batch) -> None:
+        """Upload the answered lines first, so that a server that takes over writes the same files."""
+        self._answered.add(batch.id)
+        try:
+            self.send(batch.id)
+        except LeaseLost:
+            raise BatchStateError(f"{batch.id} is another server's now.") from None
 
     def _moving(self, status: Status, changes: Mapping[str, Any]) -> Callable[["Content"], "Content"]:
         def change(content: "Content") -> "Content":

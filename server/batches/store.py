@@ -143,5 +143,8 @@ class BatchStore(RecordTable[Batch, Status]):
     def prepare(self, batch: Batch, directory: Path) -> None:
         """Bring the files needed to continue into its directory."""
 
+    def complete(self, batch: Batch) -> None:
+        """All requests have their lines; there will be files of them. Raises BatchStateError."""
+
     def forget(self, id_: str) -> None:
         """Delete the uploaded files of its directory."""

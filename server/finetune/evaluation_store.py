@@ -90,3 +90,10 @@ class EvaluationStore(RecordTable[Evaluation, Status]):
     def delete(self, evaluation_id: str) -> None:
         """Delete an evaluation."""
         self.remove(evaluation_id)
+
+    def has_results(self, evaluation: Evaluation) -> bool:
+        """Whether one has results, or may have: it has neither failed nor been deleted."""
+        try:
+            return self.get(evaluation.tenant, evaluation.id).status != "failed"
+        except UnknownEvaluationError:
+            return False

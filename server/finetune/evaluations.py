@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from adapters.background import run_in
 from adapters.disk import StorageFull
 from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
@@ -32,7 +33,6 @@ from server.finetune.evaluation_store import (
     EvaluationStateError,
     EvaluationStore,
     Score,
-    UnknownEvaluationError,
 )
 from server.finetune.files import FileStore, UnknownFileError
 from server.finetune.jobs import JobError, JobFailedError
@@ -49,6 +49,7 @@ from server.text.processor import TextProcessor
 log = logging.getLogger("lorakeet.finetune")
 
 RESULTS = "evaluation-results"
+_LATER = (503, 507)  # statuses of faults that go by: a store that is away, a disk that is full
 SPARE_TOKENS = 8  # beyond the expected answer, to detect longer ones
 
 
@@ -128,13 +129,26 @@ class Evaluations(Worker[Evaluation]):
     async def delete(self, tenant: str, evaluation_id: str) -> None:
         """Delete an evaluation, stopping it if it runs. Raises UnknownEvaluationError."""
         evaluation = await asyncio.to_thread(self.store.get, tenant, evaluation_id)
-        await asyncio.to_thread(self.store.delete, evaluation_id)
         await self.abandon(evaluation_id)
-        await asyncio.to_thread(self._delete_files, evaluation)
+        try:
+            await asyncio.to_thread(self._delete_files, evaluation)  # first, or nobody would know of them
+            await asyncio.to_thread(self.store.delete, evaluation_id)
+        except BaseException:
+            if evaluation.goes_on:
+                self.go_on(evaluation)
+            raise
 
     # --- lifecycle -------------------------------------------------------------------------------------------
 
     async def _work(self, evaluation: Evaluation) -> None:
+        try:
+            await self._advance(evaluation)
+        finally:
+            with contextlib.suppress(StorageFull, DatabaseBusy, RemoteUnavailable):
+                await run_in(None, partial(self._left, evaluation))
+
+    async def _advance(self, evaluation: Evaluation) -> None:
+        """To its end, unless it becomes another server's."""
         while True:
             try:
                 done = await self._evaluate(evaluation)
@@ -146,6 +160,10 @@ class Evaluations(Worker[Evaluation]):
                 done = replace(evaluation, status="failed", error=fault.error)
             except Exception as fault:
                 error = as_error(fault)
+                if error.status in _LATER:
+                    log.warning("evaluation %s waits: %s", evaluation.id, fault)
+                    await asyncio.sleep(SPACE_SECONDS)
+                    continue
                 if isinstance(error, InternalError):
                     log.exception("evaluation %s failed", evaluation.id)
                 done = replace(
@@ -163,17 +181,14 @@ class Evaluations(Worker[Evaluation]):
                 await asyncio.to_thread(self.store.settle, evaluation)
                 return True
             except EvaluationStateError:
-                await asyncio.to_thread(self._left, evaluation)
                 return False
             except (StorageFull, DatabaseBusy, RemoteUnavailable) as fault:
                 log.warning("evaluation %s waits: %s", evaluation.id, fault)
             await asyncio.sleep(SPACE_SECONDS)
 
     def _left(self, evaluation: Evaluation) -> None:
-        """Delete its files if it was deleted in the meantime."""
-        try:
-            self.store.get(evaluation.tenant, evaluation.id)
-        except UnknownEvaluationError:
+        """Delete its files if it has failed for good, or was deleted in the meantime."""
+        if not self.store.has_results(evaluation):
             self._delete_files(evaluation)
 
     def _delete_files(self, evaluation: Evaluation) -> None:
@@ -241,7 +256,7 @@ class Evaluations(Worker[Evaluation]):
 
         while True:
             try:
-                return await asyncio.to_thread(write)
+                return await run_in(None, write)  # a cancelled caller deletes the written rows
             except (OSError, StorageFull, DatabaseBusy, RemoteUnavailable) as fault:
                 log.warning("the rows of an evaluation wait for the disk: %s", type(fault).__name__)
             await asyncio.sleep(SPACE_SECONDS)

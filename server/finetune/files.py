@@ -101,7 +101,8 @@ class FileStore:
     ) -> StoredFile:
         """Add a staged file, which is moved. Raises OSError (on a full disk, for example) with nothing kept.
 
-        file_id: set when the file may have been added before, here or at another server.
+        file_id: set when the file may have been added before, here or at another server. If it was deleted since, it is
+            as if that came now.
         """
         known, file_id = file_id is not None, file_id or new_id("file-")
         target = self._root / file_id
@@ -117,19 +118,23 @@ class FileStore:
             with self._database.transaction() as connection:
                 insert(connection, row)
                 self._database.after_commit(lambda: self._pending.clear(file_id))
+        except UnknownFileError:
+            self._remove(target)
         except BaseException:
             self._remove(target)
-            if not known:
-                self._unshare(file_id)
+            self._unshare(file_id, known=known)
             raise
         return stored
 
     def _share(self, row: dict[str, Any], source: Path) -> dict[str, Any]:
-        """Upload a new file for other servers, if there are any; return its final row."""
+        """Upload a new file for other servers, if there are any; return its final row.
+
+        Raises UnknownFileError for one that had this id, and was deleted.
+        """
         return row
 
-    def _unshare(self, file_id: str) -> None:
-        """Undo `_share`."""
+    def _unshare(self, file_id: str, *, known: bool) -> None:
+        """Undo `_share`. `known`: it may have been there before."""
 
     def _note(self, row: dict[str, Any]) -> None:
         record = record_of(self._root, row["id"])

@@ -130,7 +130,11 @@ class JobManager(Worker[Job]):
             sync(self._directory)
             self._database.after_commit(undo.pop_all)
             self._database.after_commit(partial(self._pending.clear, job.id))
-        self._jobs.share(job, directory)
+        try:
+            self._jobs.share(job, directory)
+        except BaseException:
+            lost.rename_and_remove(directory)
+            raise
         return job
 
     def _steering(self, job: Job) -> asyncio.Lock:

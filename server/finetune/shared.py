@@ -18,13 +18,13 @@ from typing import Any
 
 import msgspec
 
-from adapters.disk import StorageFull, sync
+from adapters.disk import sync
 from adapters.storage.bucket import Bucket
-from adapters.storage.database import DatabaseBusy
 from adapters.storage.leases import LEASE, LeaseLost, Leases
 from adapters.storage.records import Content, Record, Records
 from adapters.storage.versions import RemoteUnavailable
 from server.finetune.checkpoints import file_hash
+from server.finetune.orphans import remove_orphans
 from server.finetune.record_table import R, RecordTable, S
 
 _DAMAGE = (ValueError, LookupError, TypeError)  # errors of reading an invalid record
@@ -34,11 +34,11 @@ class Shared(RecordTable[R, S]):
     """A table of shared records. Every method that waits for the object store raises RemoteUnavailable.
 
     Attributes:
-        files: folder of the records' files in the bucket.
+        files: folder of the records' files in the bucket, if they have any.
         stopped: raised when another server holds the record, or its status does not allow a change.
     """
 
-    files: str
+    files = ""
     stopped: type[Exception]
 
     def join(self, bucket: Bucket, lease_seconds: float, most: int) -> None:
@@ -47,7 +47,18 @@ class Shared(RecordTable[R, S]):
         self._stored = Records(bucket, self._table)
         self.leases = Leases(self._stored, lease_seconds)
         self._most = most
+        self._moved: dict[str, R] = {}  # records with a status changed by other servers, not handled yet
         self._writing: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
+
+    @contextlib.contextmanager
+    def _in_step(self, id_: str) -> Iterator[None]:
+        """Change a record and its row together. If one fails, the record counts as changed and is read again."""
+        with self._writing[id_]:
+            try:
+                yield
+            except BaseException:
+                self._stored.forget(id_)
+                raise
 
     # --- a record and its row ------------------------------------------------------------------------
 
@@ -90,23 +101,34 @@ class Shared(RecordTable[R, S]):
 
     # --- changes of other servers --------------------------------------------------------------------
 
-    def follow(self) -> list[R]:
-        """Import the changes of other servers; return the records with a changed status."""
-        moved = []
+    def follow(self) -> None:
+        """Import the changes of other servers."""
         for record in sorted(self._stored.fetch_changes(), key=lambda record: (record.content or {}).get("number", 0)):
             try:
-                with self._writing[record.key]:
+                with self._in_step(record.key):
                     if not self._stored.remember(record):
                         continue
                     if record.content is None:
                         self._forget_row(record)
-                    elif self._copy(record.content):
-                        moved.append(self._read(record.content))
+                    else:
+                        self._take(record.content)
             except _DAMAGE as fault:
+                self._stored.remember(record)  # reported once
                 self._stored.report_damage(record.key, fault)
-            except (RemoteUnavailable, StorageFull, DatabaseBusy):
-                self._stored.forget(record.key)
-                raise
+
+    def next_moved(self) -> R | None:
+        """Return the current state of a record whose status another server has changed; each change once."""
+        while self._moved:
+            id_, record = self._moved.popitem()
+            with contextlib.suppress(self._unknown):
+                return super().get(record.tenant, id_)
+        return None
+
+    def _take(self, content: Content) -> bool:
+        """Do `_copy` for content that other servers may have changed."""
+        if moved := self._copy(content):
+            record = self._read(content)
+            self._moved[record.id] = record
         return moved
 
     def get(self, tenant: str, id_: str) -> R:
@@ -116,24 +138,24 @@ class Shared(RecordTable[R, S]):
             found = self._stored.find_unknown(id_)
             if found is None or found.content is None:
                 raise
-            with self._writing[id_]:
+            with self._in_step(id_):
                 if self._stored.remember(found):
-                    self._copy(found.content)
+                    self._take(found.content)
             return super().get(tenant, id_)
 
     def refresh(self, id_: str) -> None:
         """Update the local rows from the store."""
-        with self._writing[id_]:
+        with self._in_step(id_):
             found = self._stored.fetch(id_)
             self._stored.remember(found)
             if found.content is not None:
-                self._copy(found.content)
+                self._take(found.content)
             else:
                 self._forget_row(found)
 
     def _forget_row(self, record: Record) -> None:
         """Forget a record that was removed (a tombstone); a merely missing one may come back."""
-        if record.version is not None and record.fault is None:
+        if record.removed:
             self._removed(record.key)
 
     def never_shared(self) -> Iterator[R]:
@@ -156,7 +178,7 @@ class Shared(RecordTable[R, S]):
         at_work = Counter(record.tenant for record in unfinished if self.leases.holds(record.id))
         while waiting and len(self.leases.held_keys()) < self._most:
             waiting.remove(first := min(waiting, key=lambda record: at_work[record.tenant]))
-            with contextlib.suppress(LeaseLost), self._writing[first.id]:
+            with contextlib.suppress(LeaseLost), self._in_step(first.id):
                 self._copy(self.leases.claim(first.id), claimed=True)
                 at_work[first.tenant] += 1
                 taken.append(super().get(first.tenant, first.id))
@@ -165,29 +187,35 @@ class Shared(RecordTable[R, S]):
     def holds(self, id_: str) -> bool:
         return self.leases.holds(id_)
 
-    def send(self, id_: str, *, release: bool = False) -> R | None:
-        """Renew or release the lease, and upload changes; return the record if its status has changed.
+    def send(self, id_: str, *, release: bool = False) -> bool:
+        """Renew or release the lease, and upload changes; return whether the status has changed.
 
         Raises LeaseLost.
         """
-        with self._writing[id_]:
+        with self._in_step(id_):
             content = self.leases.change(id_, lambda content: self._merged(id_, content), release=release)
-            return self._read(content) if self._copy(content) else None
+            return self._take(content)
 
     def _send_new(self, id_: str, **lists: list[Any]) -> None:
         """Create the store's record of a row. `lists`: its further lists."""
         fresh: Content = {"number": self._row(id_)["number"], LEASE: None, **lists}
-        with self._writing[id_]:
+        with self._in_step(id_):
             content = self._stored.change(id_, lambda old: old or self._merged(id_, fresh)).content
             assert content is not None
             self.leases.observe(id_, content)
+
+    def _never(self, id_: str) -> None:
+        """Remove the rows of a new record that others could not be told of; if they were after all, they come back."""
+        with self._writing[id_]:
+            self._stored.forget(id_)
+            self.remove(id_)
 
     def _change(self, record: R, change: Any, changes: Mapping[str, Any], *, anybody: bool = False) -> R:
         """Change a record held here or, with `anybody`, by any server. `change` maps the old content to the new.
 
         Raises `stopped`, and the errors of `change`.
         """
-        with self._writing[record.id]:
+        with self._in_step(record.id):
             if self.leases.holds(record.id) or not anybody:
                 try:
                     content = self.leases.change(record.id, lambda content: change(self._merged(record.id, content)))
@@ -238,6 +266,16 @@ class Shared(RecordTable[R, S]):
         with contextlib.suppress(RemoteUnavailable):  # retried by the next call
             there = [entry.path for entry in self._bucket.list(self._object(id_, "").rstrip("/"))]
             self._bucket.delete([path for path in there if path not in kept])
+
+    def remove_orphans(self, seconds: float) -> int:
+        """Remove old unneeded objects of finished records, and old tombstones; return the count of objects."""
+        self._stored.remove_tombstones(seconds)
+        if not self.files:
+            return 0
+        return remove_orphans(self._bucket, self.files, self._stored, self._needed, seconds)
+
+    def _needed(self, content: Content | None) -> Collection[str] | None:
+        return () if content is None or self.ended(self._read(content)) else None
 
     def _object(self, id_: str, name: str) -> str:
         return f"{self.files}/{id_}/{name}"

@@ -34,7 +34,7 @@ class SharedEvaluations(Shared[Evaluation, Status], EvaluationStore):
         try:
             self._send_new(evaluation.id)
         except BaseException:
-            self.remove(evaluation.id)
+            self._never(evaluation.id)
             raise
         return evaluation
 
@@ -51,6 +51,10 @@ class SharedEvaluations(Shared[Evaluation, Status], EvaluationStore):
         self._stored.change(evaluation_id, lambda content: None)
         self.leases.drop(evaluation_id)
         self.remove(evaluation_id)
+
+    def has_results(self, evaluation: Evaluation) -> bool:
+        self.refresh(evaluation.id)
+        return super().has_results(evaluation)
 
     def _removed(self, id_: str) -> None:
         self.remove(id_)

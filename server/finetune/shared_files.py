@@ -1,20 +1,22 @@
 """Files shared by several servers in an object store, a record and an object each. Local rows and bytes are copies."""
 
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.disk import StorageFull
-from adapters.storage.database import Database, DatabaseBusy
+from adapters.storage.database import Database
 from adapters.storage.versions import RemoteUnavailable
 from server.finetune.files import COLUMNS, FileStore, StoredFile, UnknownFileError, digest_of, insert, log
+from server.finetune.orphans import remove_orphans
 from server.finetune.shared import place
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
     from adapters.storage.records import Record, Records
+
+_CONTENTS = "file-contents"
 
 
 class SharedFiles(FileStore):
@@ -48,16 +50,23 @@ class SharedFiles(FileStore):
             try:
                 self._take(record)
             except (LookupError, TypeError) as fault:
+                self._records.remember(record)  # reported once
                 self._records.report_damage(record.key, fault)
-            except (StorageFull, DatabaseBusy):
-                self._records.forget(record.key)
-                raise
 
     def _take(self, record: "Record") -> None:
         """Update the local row from a record, if the record is new."""
-        with self._copying:
+        with self._copying, self._in_step(record.key):
             if self._records.remember(record):
                 self._copy(record)
+
+    @contextmanager
+    def _in_step(self, file_id: str) -> Iterator[None]:
+        """Change a record and its row together. If one fails, the record counts as changed and is read again."""
+        try:
+            yield
+        except BaseException:
+            self._records.forget(file_id)
+            raise
 
     def _copy(self, record: "Record") -> None:
         if record.content is None:
@@ -72,6 +81,8 @@ class SharedFiles(FileStore):
     def _share(self, row: dict[str, Any], source: Path) -> dict[str, Any]:
         """Upload the bytes, then the record that names them. Of two uploads with one id, the first is the file."""
         row = {"number": place()} | row
+        if self._records.fetch(row["id"]).removed:
+            raise UnknownFileError(row["id"])
         self._bucket.put_file(_path(row), source)
         shared = self._records.change(row["id"], lambda old: old or row).content or row
         if shared["digest"] != row["digest"]:
@@ -80,13 +91,22 @@ class SharedFiles(FileStore):
             self._bucket.get_file(_path(shared), source)
         return shared
 
-    def _unshare(self, file_id: str) -> None:
+    def _unshare(self, file_id: str, *, known: bool) -> None:
         with suppress(RemoteUnavailable):
-            self._forget(file_id)
+            if not known:
+                self._forget(file_id)
+        self._records.forget(file_id)  # its state in the store is unknown
 
     def _forget(self, file_id: str) -> None:
+        """Remove a file's record, then its bytes. Bytes that remain because of an outage are removed as orphans."""
         self._records.change(file_id, lambda old: None)
-        self._bucket.delete([entry.path for entry in self._bucket.list(f"file-contents/{file_id}")])
+        with suppress(RemoteUnavailable):
+            self._bucket.delete([entry.path for entry in self._bucket.list(f"{_CONTENTS}/{file_id}")])
+
+    def remove_orphans(self, seconds: float) -> int:
+        """Remove bytes without a record, and tombstones, older than `seconds`; return the count of objects."""
+        self._records.remove_tombstones(seconds)
+        return remove_orphans(self._bucket, _CONTENTS, self._records, _needed, seconds)
 
     def get(self, tenant: str, file_id: str) -> StoredFile:
         try:
@@ -112,9 +132,14 @@ class SharedFiles(FileStore):
 
     def delete(self, tenant: str, file_id: str) -> None:
         self.get(tenant, file_id)
-        self._forget(file_id)
-        super().delete(tenant, file_id)
+        with self._in_step(file_id):
+            self._forget(file_id)
+            super().delete(tenant, file_id)
+
+
+def _needed(row: Mapping[str, Any] | None) -> list[str]:
+    return [] if row is None else [_path(row)]
 
 
 def _path(row: Mapping[str, Any]) -> str:
-    return f"file-contents/{row['id']}/{row['digest']}"
+    return f"{_CONTENTS}/{row['id']}/{row['digest']}"

@@ -19,6 +19,7 @@ from adapters.storage.leases import LeaseLost
 from adapters.storage.versions import RemoteUnavailable
 from server.finetune.checkpoints import file_hash
 from server.finetune.jobs import Job, JobSpec, JobStateError, JobStore, Status, StoredCheckpoint, event_row, level_of
+from server.finetune.orphans import remove_orphans
 from server.finetune.record_table import encode
 from server.finetune.shared import Shared, place
 from server.messages.training import Metrics
@@ -48,10 +49,13 @@ class SharedJobs(Shared[Job, Status], JobStore):
         try:
             self._share(job, directory)
         except BaseException:
-            with self.database.transaction(removing=True) as connection:
-                for table, column in (("events", "job"), ("jobs", "id")):
-                    connection.execute(f"DELETE FROM {table} WHERE {column} = ?", (job.id,))
+            self._never(job.id)
             raise
+
+    def remove(self, id_: str) -> None:
+        with self.database.transaction(removing=True) as connection:
+            connection.execute("DELETE FROM events WHERE job = ?", (id_,))
+            super().remove(id_)
 
     def share_all(self, directory: Path) -> None:
         """Upload jobs created before the server used a store. `directory` holds their directories."""
@@ -72,6 +76,13 @@ class SharedJobs(Shared[Job, Status], JobStore):
             if self.leases.seconds_left(id_) > 0 and (found := self._stored.fetch(id_).content) is not None:
                 named = {segment["name"] for segment in found["segments"]}
                 self._bucket.delete([path for path in there if path not in named])
+
+    def remove_orphans(self, seconds: float) -> int:
+        def named(content: "Content | None") -> list[str]:
+            return [] if content is None else [segment["name"] for segment in content["segments"]]
+
+        count = remove_orphans(self._bucket, "job-logs", self._stored, named, seconds)
+        return count + super().remove_orphans(seconds)
 
     def take_up(self, but: Collection[str] = ()) -> list[Job]:
         taken = super().take_up(but)

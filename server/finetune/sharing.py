@@ -12,6 +12,7 @@ from adapters.storage.versions import RemoteUnavailable
 from server.errors import StorageFull
 from server.finetune.shared import Shared
 from server.finetune.worker import Worker
+from server.repeat import run_periodically
 
 _RENEWALS = 3  # per duration of a lease
 _SHORTEST = 0.02
@@ -27,6 +28,7 @@ class Sharing:
         seconds: between two polls.
         also: called first in every poll, to follow further records.
         before: called once, after the first successful import.
+        remove_orphans: called every `orphan_seconds`, unless that is 0; returns the number of removed objects.
     """
 
     def __init__(
@@ -36,12 +38,16 @@ class Sharing:
         seconds: float,
         also: Callable[[], None] = lambda: None,
         before: Callable[[], None] = lambda: None,
+        remove_orphans: Callable[[], int] = lambda: 0,
+        orphan_seconds: float = 0.0,
     ) -> None:
         self.records = records
         self._worker = worker
         self._seconds = seconds
         self._also = also
         self._before = before
+        self._remove_orphans = remove_orphans
+        self._orphan_seconds = orphan_seconds
         self._woken = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._outage = False
@@ -53,11 +59,11 @@ class Sharing:
             await asyncio.to_thread(self.records.follow)
             await asyncio.to_thread(self._before)
         except _FAULTS as fault:
-            log.warning("what other servers have is not seen yet: %s", fault)
+            log.warning("other servers' records cannot be read yet: %s", fault)
 
     def start(self) -> None:
         """Start following, claiming and renewing in the background."""
-        self._tasks = [asyncio.create_task(work) for work in (self._follow(), self._renew())]
+        self._tasks = [asyncio.create_task(work) for work in (self._follow(), self._renew(), self._collect_orphans())]
 
     async def stop(self) -> None:
         """Stop the background tasks; leases stay as they are."""
@@ -75,34 +81,48 @@ class Sharing:
 
     async def poll(self) -> None:
         """Import other servers' changes once, and claim unleased records."""
+        await self._heed()
         await asyncio.to_thread(self._also)
-        for record in await asyncio.to_thread(self.records.follow):
-            if self.records.holds(record.id):
-                await self._worker.heed(record)
-            if self.records.ended(record) and record.id not in self._worker.tasks:  # else the task cleans up
-                await self._worker.clear(record.id)
+        await asyncio.to_thread(self.records.follow)
+        await self._heed()
         idle = [id_ for id_ in self.records.leases.held_keys() if id_ not in self._worker.tasks]
         await asyncio.gather(*map(self._release, idle))
         # Exclude records with a task: one that lost its lease may still be ending.
         self._worker.begin(await asyncio.to_thread(self.records.take_up, list(self._worker.tasks)))
+
+    async def _heed(self) -> None:
+        """Notify the worker of each record whose status another server has changed."""
+        while (record := await asyncio.to_thread(self.records.next_moved)) is not None:
+            if self.records.holds(record.id):
+                await self._worker.heed(record)
+            if self.records.ended(record) and record.id not in self._worker.tasks:  # else the task cleans up
+                await self._worker.clear(record.id)
 
     async def _follow(self) -> None:
         while True:
             try:
                 await self.poll()
                 if self._outage:
-                    log.info("changes of other servers are seen again")
+                    log.info("other servers' changes can be read again")
                 self._outage = False
             except _FAULTS as fault:
                 if not self._outage:
-                    log.warning("changes of other servers are not seen: %s", fault)
+                    log.warning("other servers' changes cannot be read: %s", fault)
                 self._outage = True
             except Exception:
-                log.exception("changes of other servers are not seen")
+                log.exception("cannot read other servers' changes")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._seconds):
                     await self._woken.wait()
             self._woken.clear()
+
+    async def _collect_orphans(self) -> None:
+        async def collect() -> None:
+            if count := await asyncio.to_thread(self._remove_orphans):
+                log.info("removed %d unneeded objects from the object store", count)
+
+        if self._orphan_seconds:
+            await run_periodically(collect, self._orphan_seconds, "removing unneeded objects", *_FAULTS)
 
     async def _renew(self) -> None:
         leases = self.records.leases
@@ -116,9 +136,8 @@ class Sharing:
         leases = self.records.leases
         try:
             async with asyncio.timeout(max(_SHORTEST, leases.seconds_left(id_))):
-                record = await asyncio.to_thread(self.records.send, id_)
-            if record is not None:
-                await self._worker.heed(record)
+                if await asyncio.to_thread(self.records.send, id_):
+                    self.wake()
         except (*_FAULTS, LeaseLost, TimeoutError) as fault:
             if leases.seconds_left(id_) <= _SHORTEST:
                 log.warning("%s is left to others: %s", id_, repr(fault))

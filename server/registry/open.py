@@ -79,7 +79,7 @@ class Registry:
         self.following = StoreFollower(settings, store, publisher)
         self._store = store
         self._fetch = fetch
-        self._orphan_seconds = settings.adapter_orphan_hours * 3600 if settings.adapter_store is not None else 0.0
+        self._orphan_seconds = settings.orphan_seconds
 
     @classmethod
     def make(

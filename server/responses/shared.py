@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,12 +26,11 @@ from adapters.storage.versions import RemoteUnavailable
 from server.errors import NotFound
 from server.repeat import run_periodically
 from server.responses.running import Followed, Running
-from server.responses.store import STOPPED, Fields, KeptResponse, ResponseStore, log
+from server.responses.store import Fields, KeptResponse, ResponseStore, log, stopped
 from server.tenants.caller import tenant_name, tenant_of
 
 PREFIX = "responses"
 _RENEWALS = 3  # per lease duration, at least
-_AGAIN_SECONDS = 1.0  # before another attempt to store a response
 _ID = re.compile(r"resp_[0-9a-f]{32}")
 
 
@@ -67,18 +66,8 @@ class SharedResponses(ResponseStore):
 
     # --- stored responses
 
-    async def keep(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None = None) -> None:
-        """Store a response; a finished background response is retried until the store is available."""
-        if response.status != "in_progress" and (running := self.running.get(response.id)) is not None:
-            running.settled = True
-        while True:
-            try:
-                return await super().keep(tenant, response, items, events)
-            except RemoteUnavailable as fault:
-                if not (response.background and self._leases.holds(_key(tenant, response.id))):
-                    raise
-                log.warning("response %s waits: %s", response.id, fault)
-            await asyncio.sleep(_AGAIN_SECONDS)
+    def _awaited(self, running: Running) -> bool:
+        return self._leases.holds(_key(running.tenant, running.id))
 
     def _save(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None) -> None:
         content: Content = {
@@ -151,10 +140,10 @@ class SharedResponses(ResponseStore):
 
     # --- background responses
 
-    async def _working(self, running: Running, work: Awaitable[None]) -> None:
+    async def _working(self, running: Running, work: Callable[[], Awaitable[None]]) -> None:
         renewing = asyncio.create_task(self._renew(running))
         try:
-            await work
+            await work()
         finally:
             renewing.cancel()
             await asyncio.gather(renewing, return_exceptions=True)
@@ -307,11 +296,8 @@ def _failed(content: Content | None) -> Content:
         raise LeaseLost
     if not _goes_on(content):
         return content
-    response = content["response"] | {"status": "failed", "error": STOPPED}
-    events = content["events"]
-    if events:
-        events = [*events, {"type": "response.failed", "sequence_number": len(events), "response": response}]
-    return content | {"response": response, "events": events}
+    left = stopped(KeptResponse(content["response"], content["items"], content["events"]))
+    return content | {"response": left.response, "events": left.events}
 
 
 def _cancelled(content: Content | None) -> Content | None:

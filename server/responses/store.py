@@ -8,17 +8,22 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
 
+from adapters.background import run_in
 from adapters.disk import StorageFull
 from adapters.storage.database import Database, DatabaseBusy
+from adapters.storage.versions import RemoteUnavailable
 from server.errors import InvalidRequest, NotFound, printable
 from server.responses.running import Ended, Followed, Running
 
 DAY = 86400
+AGAIN_SECONDS = 1.0  # before another attempt to store a response
+_KEEPING_SECONDS = 5.0  # longest wait of a client for a response being stored
 STOPPED = {"code": "server_error", "message": "The server stopped while this response was being made."}
 
 log = logging.getLogger("lorakeet.responses")
@@ -38,6 +43,14 @@ class KeptResponse:
     def goes_on(self) -> bool:
         """Whether the response is in progress."""
         return bool(self.response["status"] == "in_progress")
+
+
+def stopped(kept: KeptResponse) -> KeptResponse:
+    """One whose server is heard of no more: it has failed, as its events say, too."""
+    response, events = kept.response | {"status": "failed", "error": STOPPED}, kept.events
+    if events is not None:
+        events = [*events, {"type": "response.failed", "sequence_number": len(events), "response": response}]
+    return KeptResponse(response, kept.items, events)
 
 
 class ResponseStore:
@@ -67,12 +80,29 @@ class ResponseStore:
     async def keep(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None = None) -> None:
         """Store a response or its new state. Raises InvalidRequest for one that is too large.
 
+        A finished background response is retried until it can be stored. A cancelled caller still waits for a change in
+        progress to finish: the next step may be to delete the response.
+
         events: of its stream, for a background response.
         """
-        await asyncio.to_thread(self._save, tenant, response, items, events)
+        running = self.running.get(response.id) if response.status != "in_progress" else None
+        if running is not None:
+            running.settled = True
+        while True:
+            try:
+                return await run_in(None, partial(self._save, tenant, response, items, events))
+            except (StorageFull, DatabaseBusy, RemoteUnavailable) as fault:
+                if running is None or not self._awaited(running):
+                    raise
+                log.warning("response %s waits: %s", response.id, fault)
+            await asyncio.sleep(AGAIN_SECONDS)
+
+    def _awaited(self, running: Running) -> bool:
+        """Whether this server decides the final state of a response."""
+        return True
 
     def _save(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None) -> None:
-        record, sent, log_ = (msgspec.json.encode(part).decode() for part in (response, items, events or []))
+        record, sent, log_ = (msgspec.json.encode(part).decode() for part in (response, items, events))
         size = self._fitting(len(record) + len(sent) + len(log_))
         row = (response.id, tenant, response.created_at, size, record, sent, log_)
 
@@ -100,9 +130,7 @@ class ResponseStore:
         kept = self._row(tenant, id_)
         if kept is None:
             raise NotFound(f"No such response: {printable(id_)}; it was not stored, or no longer is.", param=param)
-        if kept.goes_on and id_ not in self.running:
-            kept.response.update(status="failed", error=STOPPED)
-        return kept
+        return stopped(kept) if kept.goes_on and id_ not in self.running else kept
 
     def _row(self, tenant: str, id_: str) -> KeptResponse | None:
         with self._database.reading() as connection:
@@ -113,7 +141,9 @@ class ResponseStore:
         if row is None:
             return None
         response, items, events = (msgspec.json.decode(row[column]) for column in ("record", "items", "events"))
-        return KeptResponse(response, items, events or None)
+        kept = KeptResponse(response, items, events)
+        # A row that was written by version 0.1 has an empty list for none.
+        return kept if events or kept.goes_on else replace(kept, events=None)
 
     def item(self, tenant: str, id_: str, param: str) -> Fields:
         """Return an item of a stored response, input or output. Raises NotFound."""
@@ -164,32 +194,34 @@ class ResponseStore:
 
     # --- background responses
 
-    def begin(self, running: Running, work: Awaitable[None]) -> None:
+    def begin(self, running: Running, work: Callable[[], Awaitable[None]]) -> None:
         """Run `work`, which publishes the events, in a task."""
 
-        async def run() -> None:
-            try:
-                await self._working(running, work)
-            finally:
-                running.end()
-                self.running.pop(running.id, None)
+        def end(_: asyncio.Task[None]) -> None:
+            running.end()
+            self.running.pop(running.id, None)
 
         self.running[running.id] = running
-        running.task = asyncio.create_task(run())
+        running.task = asyncio.create_task(self._working(running, work))
+        running.task.add_done_callback(end)
 
-    async def _working(self, running: Running, work: Awaitable[None]) -> None:
-        await work
+    async def _working(self, running: Running, work: Callable[[], Awaitable[None]]) -> None:
+        await work()
 
     def events(self, kept: KeptResponse, tenant: str) -> Followed | None:
         """The events of a background response that was started as a stream, as they occur; else None."""
         id_ = kept.response["id"]
         if id_ in self.running:
             return self.running[id_]
-        return Ended(kept.events) if kept.events else None
+        return None if kept.events is None else Ended(kept.events)
 
     async def cancel(self, tenant: str, id_: str) -> None:
         """Stop a running response; its output so far is stored."""
-        if (running := self.running.get(id_)) is not None:
+        if (running := self.running.get(id_)) is None:
+            return
+        if running.settled and running.task is not None:  # it has ended by itself, and is about to be kept
+            await asyncio.wait({running.task}, timeout=_KEEPING_SECONDS)
+        else:
             running.cancelled = True
             await running.stop()
 

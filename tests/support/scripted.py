@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 
 from adapters.peft_format.outline import Outline
 from adapters.storage.names import LocalNames
+from adapters.storage.remote import RemoteStore
 from adapters.storage.store import AdapterStore
 from server.errors import EngineUnavailable
 from server.http.app import build_app
@@ -200,7 +201,8 @@ async def serving(
         scripted.info = msgspec.structs.replace(scripted.info, max_model_len=context)
     with closing(LocalNames(directory / "test.db")) as names:
         chosen = Settings(**dict[str, Any](served_model_name=BASE, data_dir=directory) | settings)
-        store = AdapterStore(directory / "adapters", names)
+        remote = None if chosen.adapter_store is None else RemoteStore(chosen.adapter_store)
+        store = AdapterStore(directory / "adapters", remote or names, remote=remote)
         services = make_services(chosen, scripted, store, tiny_text(), outline=outline)
         app = build_app(services)
         async with client_of(app) as client:

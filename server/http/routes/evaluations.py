@@ -1,6 +1,8 @@
 """`/v1/evaluations`: loss, perplexity and exact match of an adapter compared with the base."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from msgspec import to_builtins
@@ -67,17 +69,22 @@ async def get_evaluation(request: Request) -> Response:
 
 async def delete_evaluation(request: Request) -> Response:
     """Delete an evaluation; a running one is stopped."""
-    evaluation = await _find(request)
-    await services_of(request).tuning.evaluations.delete(caller_of(request).tenant, evaluation.id)
-    return JSONResponse({"id": evaluation.id, "object": "evaluation", "deleted": True})
+    evaluation_id = request.path_params["id"]
+    with _known(evaluation_id):
+        await services_of(request).tuning.evaluations.delete(caller_of(request).tenant, evaluation_id)
+    return JSONResponse({"id": evaluation_id, "object": "evaluation", "deleted": True})
 
 
 async def _find(request: Request) -> Evaluation:
-    evaluation_id = request.path_params["id"]
+    evaluation_id, evaluations = request.path_params["id"], services_of(request).tuning.evaluations
+    with _known(evaluation_id):
+        return await asyncio.to_thread(evaluations.store.get, caller_of(request).tenant, evaluation_id)
+
+
+@contextmanager
+def _known(evaluation_id: str) -> Iterator[None]:
     try:
-        return await asyncio.to_thread(
-            services_of(request).tuning.evaluations.store.get, caller_of(request).tenant, evaluation_id
-        )
+        yield
     except UnknownEvaluationError:
         raise NotFound(f"No such evaluation: {printable(evaluation_id)}", param="id") from None
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 from starlette.requests import Request
@@ -29,6 +29,8 @@ from server.settings import Settings
 
 _MAX_FILENAME = 255
 _UPLOAD = "upload"
+
+T = TypeVar("T")
 
 
 class FilesQuery(ListQuery):
@@ -145,16 +147,21 @@ async def preview_file(request: Request, query: PreviewQuery) -> Response:
 
 async def delete_file(request: Request) -> Response:
     """Delete a file. Jobs that have already read it are not affected."""
-    stored = await _find(request)
-    await asyncio.to_thread(services_of(request).tuning.files.delete, caller_of(request).tenant, stored.id)
-    return JSONResponse({"id": stored.id, "object": "file", "deleted": True})
+    await _asked(request, services_of(request).tuning.files.delete)
+    return JSONResponse({"id": request.path_params["id"], "object": "file", "deleted": True})
 
 
 async def _find(request: Request, *, fetched: bool = False) -> StoredFile:
     """Find the file in the path; with `fetched`, its bytes are on the local disk."""
-    file_id, files = request.path_params["id"], services_of(request).tuning.files
+    files = services_of(request).tuning.files
+    return await _asked(request, files.fetched if fetched else files.get)
+
+
+async def _asked(request: Request, work: Callable[[str, str], T]) -> T:
+    """Run `work` for the file in the path. Raises NotFound if there is none."""
+    file_id = request.path_params["id"]
     try:
-        return await asyncio.to_thread(files.fetched if fetched else files.get, caller_of(request).tenant, file_id)
+        return await asyncio.to_thread(work, caller_of(request).tenant, file_id)
     except UnknownFileError:
         raise NotFound(f"No such File object: {printable(file_id)}", param="id", code="file_not_found") from None
 

@@ -131,7 +131,7 @@ async def _in_background(work: _Work, send: Send) -> None:
     """Start a background response; send its object, or follow its events."""
     running = Running(work.caller.tenant, work.id, streamed=bool(work.body.stream))
     begun: asyncio.Future[ResponseObject] = asyncio.get_running_loop().create_future()
-    work.services.responses.begin(running, _run(work, running, begun))
+    work.services.responses.begin(running, partial(_run, work, running, begun))
     response = await asyncio.shield(begun)
     headers = {"X-Adapter-Digest": response.system_fingerprint}
     if work.body.stream:

@@ -142,6 +142,21 @@ async def running_at_one(lives: Lives) -> tuple[Sharer, Sharer, str]:
     return one, two, job_id
 
 
+async def test_a_refused_wish_tells_the_task_what_another_server_has_changed(lives: Lives) -> None:
+    one, two = await lives.open("one"), await lives.open("two")
+    two.sharing.records._most = 0
+    one.trainer.until = 3  # no reply comes from the engine any more
+    job_id = await one.create()
+    await one.until(job_id, "running", step=2)
+    await two.until(job_id, "running")
+    await asleep(one.sharing)
+    await two.steer(job_id, "cancel")
+    refused = await one.http.post(f"/v1/fine_tuning/jobs/{job_id}/pause")
+    assert refused.status_code == 400
+    await one.sharing.poll()  # there is no news of the job in the store
+    await until(lambda: not one.tuning.manager.tasks)
+
+
 async def test_a_job_is_cancelled_at_another_server(lives: Lives) -> None:
     one, two, job_id = await running_at_one(lives)
     assert (await two.steer(job_id, "cancel"))["status"] == "cancelled"

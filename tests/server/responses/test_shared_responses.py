@@ -12,7 +12,7 @@ from adapters.storage.bucket import Bucket
 from adapters.storage.records import Records
 from adapters.storage.versions import RemoteUnavailable
 from server.http.quotas import stored_bytes
-from server.responses import shared
+from server.responses import store
 from server.responses.shared import PREFIX, SharedResponses
 from server.services import TENANT
 from server.tenants.caller import DEFAULT_NAME
@@ -281,7 +281,7 @@ async def test_while_the_store_is_down_a_response_is_not_said_to_be_kept(
 ) -> None:
     one = await lives.open("one")
     first = await made(one)
-    monkeypatch.setattr(shared, "_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(store, "AGAIN_SECONDS", 0.05)
 
     def fail(*_: object, **__: object) -> None:
         raise RemoteUnavailable("no route")
