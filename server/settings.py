@@ -311,8 +311,8 @@ class Settings:
     )
     adapter_orphan_hours: float = number(
         24.0,
-        "Age at which unneeded objects in --adapter-store (without a name, file, job or batch) are removed, at start and "
-        "at that interval; 0 leaves them. Must exceed the duration of any upload.",
+        "Age at which unneeded objects in --adapter-store (without a name, file, job or batch) are removed, at start "
+        "and at that interval; 0 leaves them. Must exceed the duration of any upload.",
         bounds=(0, 24 * 365),
     )
     adapter_check_seconds: float = number(600.0, "How long checking an uploaded adapter may take.", bounds=(1, 86400))
