@@ -129,8 +129,7 @@ class Bucket:
         assert self._directory is not None
         path = file.relative_to(self._directory).as_posix()
         try:
-            with (self._directory / _LOCK).open("wb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with self._changing():
                 found = self.read(path)
                 if (found and found.version) != version:
                     raise Conflict(path)
@@ -165,9 +164,23 @@ class Bucket:
 
     def delete(self, paths: Sequence[str]) -> None:
         """Remove these objects, as far as they are there."""
-        with self._asking(), contextlib.suppress(FileNotFoundError):  # a directory says so; buckets do not
+        with self._asking(), self._changing(), contextlib.suppress(FileNotFoundError):  # a directory says so
             if paths:
                 obstore.delete(self._store, paths)
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Nobody compares a directory's object with what it was, and then replaces it, meanwhile."""
+        if self._directory is None:
+            yield
+            return
+        try:
+            lock = (self._directory / _LOCK).open("wb")
+        except OSError as fault:
+            raise RemoteUnavailable(_line(fault)) from None
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     @contextlib.contextmanager
     def _asking(self, *, large: bool = False, missing: bool = True) -> Iterator[None]:

@@ -77,8 +77,10 @@ class ResponseStore:
 
     # --- kept ones
 
-    async def keep(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None = None) -> None:
-        """Keep a response, or what has become of it since. Raises InvalidRequest for one that is too large.
+    async def keep(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None = None) -> bool:
+        """Keep a response, or what has become of it since; False when clients were told of another end.
+
+        Raises InvalidRequest for one that is too large.
 
         One that has ended in the background waits until it can be. Whoever is cancelled in the midst of a change waits
         for its end: what comes next may be to delete the response.
@@ -101,7 +103,7 @@ class ResponseStore:
         """Whether it is this server's to say how a response has ended."""
         return True
 
-    def _save(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None) -> None:
+    def _save(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None) -> bool:
         record, sent, log_ = (msgspec.json.encode(part).decode() for part in (response, items, events))
         size = self._fitting(len(record) + len(sent) + len(log_))
         row = (response.id, tenant, response.created_at, size, record, sent, log_)
@@ -118,6 +120,7 @@ class ResponseStore:
             return size - (known["bytes"] if known else 0)
 
         self._write(write)
+        return True
 
     def _fitting(self, size: int) -> int:
         if size > self._max_bytes:
@@ -219,11 +222,11 @@ class ResponseStore:
         """Stop one that runs; what it has so far is kept."""
         if (running := self.running.get(id_)) is None:
             return
-        if running.settled and running.task is not None:  # it has ended by itself, and is about to be kept
-            await asyncio.wait({running.task}, timeout=_KEEPING_SECONDS)
-        else:
+        if not running.settled:  # else it has ended by itself, and is about to be kept
             running.cancelled = True
-            await running.stop()
+            running.cancel()
+        if running.task is not None:
+            await asyncio.wait({running.task}, timeout=_KEEPING_SECONDS)
 
     async def stop(self) -> None:
         """Stop all responses that run in the background."""
