@@ -129,8 +129,7 @@ class Bucket:
         assert self._directory is not None
         path = file.relative_to(self._directory).as_posix()
         try:
-            with (self._directory / _LOCK).open("wb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with self._changing():
                 found = self.read(path)
                 if (found and found.version) != version:
                     raise Conflict(path)
@@ -167,9 +166,27 @@ class Bucket:
 
     def delete(self, paths: Sequence[str]) -> None:
         """Remove these objects, ignoring missing ones."""
-        with self._requesting(), contextlib.suppress(FileNotFoundError):  # raised for a directory only
+        with (
+            self._requesting(),
+            self._changing(),
+            contextlib.suppress(FileNotFoundError),
+        ):  # of a directory
             if paths:
                 obstore.delete(self._store, paths)
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Keep other processes from replacing or removing objects of a directory meanwhile."""
+        if self._directory is None:
+            yield
+            return
+        try:
+            lock = (self._directory / _LOCK).open("wb")
+        except OSError as fault:
+            raise RemoteUnavailable(_message(fault)) from None
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     @contextlib.contextmanager
     def _requesting(self, *, large: bool = False, missing_is_unavailable: bool = True) -> Iterator[None]:

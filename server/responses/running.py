@@ -43,10 +43,15 @@ class Running:
         self._ended = True
         self._wake()
 
-    async def stop(self) -> None:
-        """Cancel the task that generates the response, and wait for it to end."""
+    def cancel(self) -> None:
+        """Cancel the task that generates the response."""
         if self.task is not None:
             self.task.cancel()
+
+    async def stop(self) -> None:
+        """Cancel the task, and wait for its end."""
+        self.cancel()
+        if self.task is not None:
             await asyncio.gather(self.task, return_exceptions=True)
 
     def _wake(self) -> None:

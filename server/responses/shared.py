@@ -69,7 +69,7 @@ class SharedResponses(ResponseStore):
     def _awaited(self, running: Running) -> bool:
         return self._leases.holds(_key(running.tenant, running.id))
 
-    def _save(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None) -> None:
+    def _save(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None) -> bool:
         content: Content = {
             "response": msgspec.to_builtins(response),
             "items": msgspec.to_builtins(items),
@@ -85,11 +85,14 @@ class SharedResponses(ResponseStore):
             self._leases.claim(key, lambda old: content)
         else:
             try:
-                self._leases.change(key, lambda old: _ended(old, content), release=True)
+                kept = self._leases.change(key, lambda old: _ended(old, content), release=True)
             except LeaseLost:
                 log.info("response %s is kept no more, or was given up by another server", response.id)
-                return
+                return False
+            self._count(tenant, size)
+            return bool(kept["response"]["status"] == response.status)
         self._count(tenant, size)
+        return True
 
     def get(self, tenant: str, id_: str, *, param: str = "id") -> KeptResponse:
         content = self._content(tenant, id_)
@@ -287,7 +290,8 @@ def _ended(old: Content, new: Content) -> Content:
     was, now = old["response"]["status"], new["response"]["status"]
     if was in ("in_progress", now):
         return new
-    return new | {"response": new["response"] | {"status": was, "completed_at": None}}
+    left = new | {"response": new["response"] | {"status": was, "completed_at": None}}
+    return left if new["events"] is None else left | {"events": new["events"][:-1]}  # the last one tells of the other
 
 
 def _failed(content: Content | None) -> Content:

@@ -77,8 +77,10 @@ class ResponseStore:
 
     # --- stored responses
 
-    async def keep(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None = None) -> None:
-        """Store a response or its new state. Raises InvalidRequest for one that is too large.
+    async def keep(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None = None) -> bool:
+        """Store a response or its new state; return False if clients were sent another final state.
+
+        Raises InvalidRequest for one that is too large.
 
         A finished background response is retried until it can be stored. A cancelled caller still waits for a change in
         progress to finish: the next step may be to delete the response.
@@ -101,7 +103,7 @@ class ResponseStore:
         """Whether this server decides the final state of a response."""
         return True
 
-    def _save(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None) -> None:
+    def _save(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None) -> bool:
         record, sent, log_ = (msgspec.json.encode(part).decode() for part in (response, items, events))
         size = self._fitting(len(record) + len(sent) + len(log_))
         row = (response.id, tenant, response.created_at, size, record, sent, log_)
@@ -118,6 +120,7 @@ class ResponseStore:
             return size - (known["bytes"] if known else 0)
 
         self._write(write)
+        return True
 
     def _fitting(self, size: int) -> int:
         if size > self._max_bytes:
@@ -219,11 +222,11 @@ class ResponseStore:
         """Stop a running response; its output so far is stored."""
         if (running := self.running.get(id_)) is None:
             return
-        if running.settled and running.task is not None:  # it has ended by itself, and is about to be kept
-            await asyncio.wait({running.task}, timeout=_KEEPING_SECONDS)
-        else:
+        if not running.settled:  # else it has ended by itself, and is about to be kept
             running.cancelled = True
-            await running.stop()
+            running.cancel()
+        if running.task is not None:
+            await asyncio.wait({running.task}, timeout=_KEEPING_SECONDS)
 
     async def stop(self) -> None:
         """Stop all background responses."""

@@ -56,9 +56,11 @@ class _Work:
         limit = self.services.settings.max_response_bytes
         return ResponseWriter(self.body, chat, self._number, kept=self.kept, max_bytes=limit)
 
-    async def keep(self, writer: ResponseWriter, events: list[Any] | None = None) -> None:
-        if self.kept:
-            await self.services.responses.keep(self.caller.tenant, writer.response, self.items, events)
+    async def keep(self, writer: ResponseWriter, events: list[Any] | None = None) -> bool:
+        """False when clients were told that it ended otherwise."""
+        if not self.kept:
+            return True
+        return await self.services.responses.keep(self.caller.tenant, writer.response, self.items, events)
 
 
 async def create_response(request: Request, body: ResponseBody) -> Answer:
@@ -167,8 +169,8 @@ async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObje
                     return
                 except Exception as fault:
                     last = writer.fail(work.body.refusal(as_error(fault)))
-                await work.keep(writer, None if log is None else [*log, last])
-                running.publish(last)
+                if await work.keep(writer, None if log is None else [*log, last]):
+                    running.publish(last)
     except Exception as fault:
         if begun.done():
             raise
