@@ -42,7 +42,7 @@ class ExpertLinear(nn.Module):
 
     def fill(self, weights: ExpertWeights, dtype: torch.dtype) -> None:
         """Set the weights, once; `dtype` is the model's."""
-        self.weights, self.dtype = weights.placed(), dtype
+        self.weights, self.dtype = weights.to_huge_pages(), dtype
         for name, tensor in self.weights.tensors().items():
             self.register_buffer(name, tensor, persistent=False)
 

@@ -29,8 +29,8 @@ WeightKind = Literal["nf4", "fp4", "int8", "dense"]
 # the codes.
 _LEVEL_STEPS = {"nf4": 111.75, "fp4": 119.5}
 
-_SKETCHED = 1024  # outputs at a time, so that temporaries stay small
-_ABOUT = 1.0001  # factor on norms, which makes up for their own rounding
+_SKETCH_ROWS = 1024  # outputs at a time, so that temporaries stay small
+_NORM_MARGIN = 1.0001  # factor on norms, which makes up for their own rounding
 _TINY = 1e-35  # small, but with a finite inverse and full precision
 
 
@@ -183,7 +183,7 @@ class QuantizedWeight:
         return levels.to(torch.int8), unit
 
     def with_sketch(self) -> "QuantizedWeight":
-        """Return the same weight with a sketch, with which `kernels.likeliest_output` reads half as many bytes.
+        """Return the same weight with a sketch, with which `kernels.output_argmax` reads half as many bytes.
 
         Raises:
             ValueError: not dense, not finite, or not of whole blocks of 64 inputs, at most 65536.
@@ -194,8 +194,8 @@ class QuantizedWeight:
         groups = -(-out_features // 16)
         data = torch.zeros(groups * 16, in_features, dtype=torch.int8)
         scale, norm, error = torch.zeros(3, groups * 16)
-        for first in range(0, out_features, _SKETCHED):
-            part = slice(first, min(first + _SKETCHED, out_features))
+        for first in range(0, out_features, _SKETCH_ROWS):
+            part = slice(first, min(first + _SKETCH_ROWS, out_features))
             rows = self.data[part].float()
             scale[part] = (rows.abs().amax(1) / 127).clamp(min=_TINY)  # a smaller row's loss counts in its error
             codes = (rows / scale[part, None]).round()
@@ -205,7 +205,7 @@ class QuantizedWeight:
             error[part] = (rows - rounded).double().norm(dim=1)
         # fp32 sums of this many products, on both sides: each addition rounds by at most 2**-24 of the total.
         error += norm * (in_features + 32) * 2.0**-24
-        norm, error = norm * _ABOUT, (error * _ABOUT).clamp(min=_TINY)
+        norm, error = norm * _NORM_MARGIN, (error * _NORM_MARGIN).clamp(min=_TINY)
         if not error.isfinite().all():
             raise ValueError("a weight that is not finite")
         data = data.view(groups, 16, in_features // 4, 4).transpose(1, 2).contiguous()

@@ -74,7 +74,7 @@ def round_to_int8(engine: Engine, directory: Path) -> None:
     weights |= {linear.name: linear.weights for linear in base.experts}
     rounded: dict[str, QuantizedWeight | ExpertWeights] = {}
     for name, weight in weights.items():
-        if native.takes_weight(weight):
+        if native.supports_weight(weight):
             with suppress(ValueError):
                 rounded[name] = library.with_int8_inputs(weight)
     if not rounded:

@@ -48,7 +48,7 @@ class Weights:
         self._embedding: nn.Module = base.model.get_input_embeddings()
         self._head: FrozenLinear = base.model.get_output_embeddings()
         # Hidden states to the argmax of each row's logits without computing all logits; None if not available.
-        self.argmax = kernels.plan_likeliest(self._head.weight, self._head.bias)
+        self.argmax = kernels.plan_argmax(self._head.weight, self._head.bias)
         # The planned decoder, if there is one for the model's shape; None: modules run.
         # It takes a single block table, so all layers must be of one group.
         self.plan = (

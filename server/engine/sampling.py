@@ -27,7 +27,7 @@ from adapters.kernels import Truncation
 from server.engine import drawing
 from server.messages.protocol import Sampling, TokenLogprob
 
-NOTHING = -1  # in place of a token, as in `kernels.likeliest`
+NOTHING = -1  # in place of a token, as in `kernels.argmax`
 GREEDY_BELOW = 1e-5  # temperatures below this count as 0, as in vLLM
 _BYTES = torch.where((torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 1, 0.0, -torch.inf)  # by a mask's byte
 _CPU_SLICE = 2**18  # logits worked on at once on a CPU: temporaries of 1 MiB stay in its cache
@@ -165,12 +165,12 @@ def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] =
 
 
 def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int]) -> Tensor:
-    tokens = kernels.likeliest(logits)
+    tokens = kernels.argmax(logits)
     scores = logits
     if not all(row.plain for row in rows):
         scores = _adjust(logits, rows, eos_token_ids)
         # A bias may overflow, and a mask may leave nothing.
-        tokens = torch.where(tokens == NOTHING, NOTHING, kernels.likeliest(scores, masked=True))
+        tokens = torch.where(tokens == NOTHING, NOTHING, kernels.argmax(scores, masked=True))
     drawn = [index for index, row in enumerate(rows) if not row.greedy]
     if drawn:
         places = places_of(drawn, scores)

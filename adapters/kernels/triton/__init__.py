@@ -18,9 +18,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-_off = False
+_disabled = False
 _fixed = False
-_tiles_of_gpu = False
+_use_gpu_tiles = False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
 
 
@@ -29,9 +29,9 @@ def interpreted() -> bool:
     return os.environ.get("LORAKEET_TRITON") == "interpret"
 
 
-def few_programs() -> bool:
+def large_tiles() -> bool:
     """Whether tiles should be large: the interpreter's time depends on operations and programs, not on sizes."""
-    return interpreted() and not _tiles_of_gpu
+    return interpreted() and not _use_gpu_tiles
 
 
 def deterministic() -> bool:
@@ -45,9 +45,9 @@ def fix_tiles(fixed: bool) -> None:
     _fixed = fixed
 
 
-def takes(*tensors: Tensor) -> bool:
+def supports(*tensors: Tensor) -> bool:
     """Whether the kernels support these tensors' devices and dtypes."""
-    if _off or os.environ.get("LORAKEET_TRITON") == "0":
+    if _disabled or os.environ.get("LORAKEET_TRITON") == "0":
         return False
     device = "cpu" if interpreted() else "cuda"
     return all(tensor.device.type == device and tensor.dtype in DTYPES for tensor in tensors)
@@ -55,13 +55,13 @@ def takes(*tensors: Tensor) -> bool:
 
 @contextmanager
 def switched_off() -> Iterator[None]:
-    """Make `takes` return False within the context, so that plain torch runs, for comparison."""
-    global _off
-    _off = True
+    """Make `supports` return False within the context, so that plain torch runs, for comparison."""
+    global _disabled
+    _disabled = True
     try:
         yield
     finally:
-        _off = False
+        _disabled = False
 
 
 @cache
