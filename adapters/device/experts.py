@@ -108,13 +108,13 @@ def pad_router(router: nn.Module, weight: Tensor) -> None:
         found = inner(router, hidden, *args, **kwargs)
         whole = hidden.shape[-2]
         if isinstance(found, Tensor):
-            return _cut(found, whole, count)
-        return tuple(_cut(part, whole, count) for part in found)
+            return _drop_padding(found, whole, count)
+        return tuple(_drop_padding(part, whole, count) for part in found)
 
     router.forward = padded
 
 
-def _cut(part: Any, whole: int, count: int) -> Any:
+def _drop_padding(part: Any, whole: int, count: int) -> Any:
     """Return the first `count` of a tensor's `whole` rows, along its first or second dimension."""
     if not isinstance(part, Tensor) or whole == count:
         return part

@@ -36,7 +36,7 @@ def forgetful() -> Iterator[None]:
 
 def test_of_several_that_want_a_library_one_compiles_it(elsewhere: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), ThreadPoolExecutor(4) as executor:
-        paths = set(executor.map(build.built, ["portable"] * 4))
+        paths = set(executor.map(build.library_path, ["portable"] * 4))
     assert len(paths) == 1
     assert list(build.cache_dir().glob("*.so")) == [paths.pop()]
     assert caplog.text.count("compiling") == 1

@@ -87,7 +87,7 @@ class TestInFlight:
         for _ in range(3):
             world.step()
         assert sequence.finish_reason == "stop"
-        assert world.scheduler.leaving == [sequence]
+        assert world.scheduler.ended_in_flight == [sequence]
         assert sequence.tables
         busy = not world.scheduler.idle
         assert busy
