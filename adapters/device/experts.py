@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import kernels
-from adapters.device.lora import Routed, StepSlot
+from adapters.device.lora import RoutedTokens, StepSlot
 from adapters.kernels import ExpertWeights, reference
 from adapters.peft_format.sizes import ExpertsSize
 
@@ -51,7 +51,7 @@ class ExpertLinear(nn.Module):
         dense = self.weights[int(expert)].dequantize(self.dtype)
         return dense.T if self.transposed else dense
 
-    def forward(self, rows: Tensor, routed: Routed) -> Tensor:
+    def forward(self, rows: Tensor, routed: RoutedTokens) -> Tensor:
         """Multiply rows sorted by expert: `[rows, in] -> [rows, out]`."""
         y = kernels.grouped_linear(rows, self.weights, routed.counts)
         deltas = self.slot.experts
@@ -72,7 +72,7 @@ def forward(module: Any, hidden: Tensor, index: Tensor, scores: Tensor) -> Tenso
     experts, order = index.flatten().sort(stable=True)
     tokens = order // top_k
     counts = experts.new_zeros(module.num_experts).scatter_add_(0, experts, torch.ones_like(experts))
-    routed = Routed(experts, tokens, counts, len(hidden))
+    routed = RoutedTokens(experts, tokens, counts, len(hidden))
     rows = hidden[tokens]
     if module.has_gate:
         rows = module.gate_up_proj(rows, routed)

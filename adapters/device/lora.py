@@ -20,7 +20,7 @@ class Deltas(Protocol):
         """Return `y + delta(x)`; may write into `y`. x [tokens, in], y [tokens, out]."""
 
 
-class Routed:
+class RoutedTokens:
     """A step's tokens sorted by expert: the rows of experts' products.
 
     Args:
@@ -50,7 +50,7 @@ class Routed:
 class ExpertDeltas(Protocol):
     """The adapters' deltas of one step in experts' linears."""
 
-    def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: Routed) -> Tensor:
+    def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: RoutedTokens) -> Tensor:
         """Return `y + delta(x)` of the parameter `name`; may write into `y`. x [rows, in], y [rows, out]."""
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import kernels
-from adapters.device.lora import Deltas, ExpertDeltas, FrozenLinear, LoraLinear, Routed
+from adapters.device.lora import Deltas, ExpertDeltas, FrozenLinear, LoraLinear, RoutedTokens
 from adapters.device.memory import to_device
 from adapters.device.whole_modules import copy_module, replacing_hook
 
@@ -193,7 +193,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 class ExtraUse(NamedTuple):
-    """A run of a step's rows with one adapter's extras, among all tokens or among the kept rows."""
+    """A run of a step's rows with one adapter's extras, among all tokens or among the rows of the head."""
 
     start: int
     end: int
@@ -224,7 +224,7 @@ class _StepExperts:
     def __init__(self, uses: Sequence[ExtraUse]) -> None:
         self._uses = uses
 
-    def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: Routed) -> Tensor:
+    def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: RoutedTokens) -> Tensor:
         for start, end, extras, weight in self._uses:
             runs = routed.runs(start, end)
             for rows in extras.experts.get(name, ()) if runs else ():
@@ -237,12 +237,12 @@ class StepExtras:
 
     Args:
         tokens: runs of the step's tokens, in order of application.
-        kept: the same adapters' runs among the rows of the head.
+        head_rows: the same adapters' runs among the rows of the head.
     """
 
-    def __init__(self, tokens: Sequence[ExtraUse], kept: Sequence[ExtraUse]) -> None:
+    def __init__(self, tokens: Sequence[ExtraUse], head_rows: Sequence[ExtraUse]) -> None:
         self.tokens = tokens
-        self.kept = kept
+        self.head_rows = head_rows
 
     @property
     def in_decoder(self) -> bool:
@@ -275,7 +275,7 @@ class StepExtras:
                 if any(use.extras.new_tokens for use in embedded):
                     stack.callback(embedding.register_forward_pre_hook(clamped).remove)
                 hook(embedding, _embedding_hook(embedded, clamped))
-            headed = [use for use in self.kept if use.extras.head]
+            headed = [use for use in self.head_rows if use.extras.head]
             if headed:
                 hook(model.get_output_embeddings(), _head_hook(headed))
             for name in {name for use in self.tokens for name in use.extras.modules}:

@@ -253,7 +253,7 @@ class Kernels:
             data = on_huge_pages(torch.empty(layout, dtype=torch.uint8))
             self._lib.lk_int8_copy(byref(self.weight(weight)), unit, data.data_ptr())
         elif weight.blocksize != _BLOCK:
-            raise ValueError(f"experts in blocks of {weight.blocksize}")
+            raise ValueError(f"no int8 inputs for experts in blocks of {weight.blocksize}")
         else:
             data = on_huge_pages(torch.empty(len(weight), *layout, dtype=torch.uint8))
             self._lib.lk_int8_experts(byref(experts_struct(weight)), len(weight), unit, data.data_ptr())
@@ -368,7 +368,7 @@ class Kernels:
         logits, tokens = logits.contiguous(), tokens.contiguous()
         rows, most = len(logits), min(most, logits.shape[1])
         if rows and int(tokens.max()) >= logits.shape[1]:
-            raise IndexError(f"token {int(tokens.max())} of {logits.shape[1]}")
+            raise IndexError(f"token {int(tokens.max())} is outside the vocabulary of {logits.shape[1]}")
         found = (
             torch.empty(rows, dtype=torch.float64),
             torch.empty(rows, dtype=torch.int64),

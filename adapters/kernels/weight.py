@@ -176,7 +176,9 @@ class QuantizedWeight:
             ValueError: not 4-bit, or not in whole blocks of a multiple of 64 inputs.
         """
         if self.kind not in ("nf4", "fp4") or self.blocksize % 64 or self.shape[1] % self.blocksize:
-            raise ValueError(f"a {self.kind} weight of shape {self.shape} in blocks of {self.blocksize}")
+            raise ValueError(
+                f"no int8 inputs for a {self.kind} weight of shape {self.shape} in blocks of {self.blocksize}"
+            )
         assert self.code is not None
         levels = (self.code * _LEVEL_STEPS[self.kind]).round()
         unit = float(levels @ self.code / (levels @ levels))  # the least-squares fit
@@ -190,7 +192,7 @@ class QuantizedWeight:
         """
         out_features, in_features = self.shape
         if self.kind != "dense" or in_features % 64 or in_features > 2**16:
-            raise ValueError(f"a {self.kind} weight of shape {self.shape}")
+            raise ValueError(f"cannot make a screening copy of a {self.kind} weight of shape {self.shape}")
         groups = -(-out_features // 16)
         data = torch.zeros(groups * 16, in_features, dtype=torch.int8)
         scale, norm, error = torch.zeros(3, groups * 16)
@@ -207,7 +209,7 @@ class QuantizedWeight:
         error += norm * (in_features + 32) * 2.0**-24
         norm, error = norm * _NORM_MARGIN, (error * _NORM_MARGIN).clamp(min=_TINY)
         if not error.isfinite().all():
-            raise ValueError("a weight that is not finite")
+            raise ValueError("the weight is not finite")
         data = data.view(groups, 16, in_features // 4, 4).transpose(1, 2).contiguous()
         return replace(self, sketch=Sketch(data, scale, norm, error, float((norm + error).max())))
 

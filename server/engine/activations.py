@@ -146,7 +146,7 @@ def _drift(
     for _ in drift(runners, pools, keys, prompt, comparison, _CHUNK):
         pass
     if not math.isfinite(comparison.divergence):
-        raise UnservableModel(f"{setting} makes logits of this base that are not finite: leave it out")
+        raise UnservableModel(f"with {setting}, this base's logits are not finite: leave it out")
     return Drift(
         comparison.positions, comparison.divergence / comparison.positions, comparison.agreeing / comparison.positions
     )

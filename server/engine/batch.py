@@ -118,10 +118,10 @@ class Packer:
             runs += [
                 (offset + begin - first, offset + end - first, read, write) for begin, end, read, write in work.runs
             ]
-            places = range(first, last)
-            positions += places
+            own_positions = range(first, last)
+            positions += own_positions
             for table, group in zip(sequence.tables, slots, strict=True):
-                group += [table[position // size] * size + position % size for position in places]
+                group += [table[position // size] * size + position % size for position in own_positions]
             begins = [first, *range(last - len(work.drafts), last)] if drafts_as_requests and work.drafts else [first]
             for begin, end in pairwise([*begins, last]):
                 for table, rows in zip(sequence.tables, tables, strict=True):
@@ -261,17 +261,17 @@ class InFlightStep:
                         rows[work.sequence] = count
                         count += _num_draws(work)
         tokens = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
-        places = [rows[sequence] for sequence in sequences]
-        if places != list(range(len(tokens))):
-            tokens = tokens[to_device(torch.tensor(places), tokens.device)]
+        indices = [rows[sequence] for sequence in sequences]
+        if indices != list(range(len(tokens))):
+            tokens = tokens[to_device(torch.tensor(indices), tokens.device)]
         return tokens.clamp(min=0)  # an arbitrary token where the logits were not finite
 
     def results(self) -> list[WorkResult]:
         """Wait for the device, and return one result per work, in order. To be called once."""
         results: dict[int, WorkResult] = {}
-        for places, outcome in self.outcomes:
-            results |= zip(places, outcome.results(), strict=True)
-        return [results[place] for place in range(len(self.step.works))]
+        for indices, outcome in self.outcomes:
+            results |= zip(indices, outcome.results(), strict=True)
+        return [results[index] for index in range(len(self.step.works))]
 
 
 def draw(batch: Batch, logits: Tensor, classified: dict[int, Readback], eos_token_ids: Seq[int]) -> Outcome:

@@ -86,12 +86,12 @@ def drift(
         for start in range(0, len(prompt), chunk):
             length = min(chunk, len(prompt) - start)
             yield "drift"
-            one = runners[0].logits([_work(first, start, length)]).log_softmax(-1)
+            first_logprobs = runners[0].logits([_work(first, start, length)]).log_softmax(-1)
             yield "drift"
-            other = runners[1].logits([_work(second, start, length)]).log_softmax(-1)
+            second_logprobs = runners[1].logits([_work(second, start, length)]).log_softmax(-1)
             comparison.positions += length
-            comparison.divergence += float((one.exp() * (one - other)).sum())
-            comparison.agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
+            comparison.divergence += float((first_logprobs.exp() * (first_logprobs - second_logprobs)).sum())
+            comparison.agreeing += int((first_logprobs.argmax(-1) == second_logprobs.argmax(-1)).sum())
     finally:
         for pool, tables in zip(pools, taken, strict=False):
             pool.free(tables)
@@ -115,12 +115,12 @@ def _speed(
     taken = yield from _allocate(pool, 2 * (CONTEXT_BLOCKS + requests))
     both: list[list[Sequence]] = []
     try:
-        left = list(zip(*taken, strict=True))  # each entry has one block of every group
+        unused = list(zip(*taken, strict=True))  # each entry has one block of every group
         for key in keys:
-            shared = [left.pop() for _ in range(CONTEXT_BLOCKS)]
+            shared = [unused.pop() for _ in range(CONTEXT_BLOCKS)]
             both.append([])
             for _ in range(requests):
-                tables = list(map(list, zip(*shared, left.pop(), strict=True)))
+                tables = list(map(list, zip(*shared, unused.pop(), strict=True)))
                 both[-1].append((yield from _sequence(pool, [*context, context[0]], key, tables)))
             alone, *others = both[-1]
             for start in range(0, len(context), CHUNK):

@@ -112,7 +112,7 @@ class ForwardPath(ABC):
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, dict[int, Readback]]:
-        """Return the logits of the kept rows, fp32 [K, V], and the scores of classifying works, by index."""
+        """Return the logits at the logits indices, fp32 [K, V], and the scores of classifying works, by index."""
 
     def run(self, batch: Batch) -> Outcome:
         """Submit a forward pass, and the draw from its logits, to the device."""
@@ -147,7 +147,7 @@ class PlannedPath(ForwardPath):
 
 
 def _logits_rows(hidden: Tensor, batch: Batch) -> Tensor:
-    """Return the kept rows of a planned decoder's output, fp32 [K, hidden]."""
+    """Return the rows with logits of a planned decoder's output, fp32 [K, hidden]."""
     return hidden if len(batch.logits_indices) == len(hidden) else hidden[batch.logits_indices]
 
 
@@ -174,29 +174,29 @@ class ModulesPath(ForwardPath):
         finally:
             slot.deltas = slot.experts = slot.attention = slot.states = None
 
-    def _narrow_head_input(self, keep: Tensor) -> AbstractContextManager[Any]:
+    def _narrow_head_input(self, indices: Tensor) -> AbstractContextManager[Any]:
         """Return a context that limits the head to these rows in models without a `logits_to_keep` argument."""
-        if self.weights.has_logits_to_keep or not len(keep):
+        if self.weights.has_logits_to_keep or not len(indices):
             return nullcontext()
 
         def narrow(module: nn.Module, args: Any, output: Any) -> Any:
-            output.last_hidden_state = output.last_hidden_state[:, keep]
+            output.last_hidden_state = output.last_hidden_state[:, indices]
             return output
 
         return self.weights.base.decoder.register_forward_hook(narrow)
 
 
 @contextmanager
-def _capture_output(decoder: nn.Module, found: list[Tensor] | None) -> Iterator[None]:
-    """Append the decoder's output, [T, hidden], to `found` within the context; do nothing if it is None."""
-    if found is None:
+def _capture_output(decoder: nn.Module, outputs: list[Tensor] | None) -> Iterator[None]:
+    """Append the decoder's output, [T, hidden], to `outputs` within the context; do nothing if it is None."""
+    if outputs is None:
         yield
         return
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        found.append(output[0][0])
+    def capture(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0][0])
 
-    with decoder.register_forward_hook(keep):
+    with decoder.register_forward_hook(capture):
         yield
 
 
@@ -260,10 +260,10 @@ class Runner:
 
     def _group_by_path(self, works: Seq[Work]) -> list[tuple[ForwardPath, Seq[int]]]:
         """Group works into forward passes: each path with the indices of its works."""
-        places: dict[ForwardPath, list[int]] = {}
-        for place, work in enumerate(works):
-            places.setdefault(self.route(work.sequence), []).append(place)
-        return list(places.items())
+        indices: dict[ForwardPath, list[int]] = {}
+        for index, work in enumerate(works):
+            indices.setdefault(self.route(work.sequence), []).append(index)
+        return list(indices.items())
 
     @torch.no_grad()
     def warm_up(self, requests: int) -> None:
@@ -279,10 +279,10 @@ class Runner:
             previous: the previous step, if it is in flight: pending tokens are taken from it.
         """
         outcomes: list[tuple[Seq[int], Outcome]] = []
-        for path, places in self._group_by_path(step.works):
-            works = step.works if len(places) == len(step.works) else [step.works[place] for place in places]
+        for path, indices in self._group_by_path(step.works):
+            works = step.works if len(indices) == len(step.works) else [step.works[index] for index in indices]
             with path.weights.threads():
-                outcomes.append((places, path.run(self._pack(path, works, previous))))
+                outcomes.append((indices, path.run(self._pack(path, works, previous))))
         return InFlightStep(step, outcomes)
 
     @torch.no_grad()

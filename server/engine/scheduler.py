@@ -106,7 +106,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. If it can never run, `take_failed` reports it after the next `schedule`."""
         if sequence.id in self._by_id:
-            raise ValueError(f"sequence {sequence.id} is already here")
+            raise ValueError(f"sequence {sequence.id} is already queued")
         if self._blocks.states is not None:
             sequence.drafter = None  # a state cannot be rolled back after a rejected draft
         sequence.max_new_tokens = min(sequence.sampling.max_tokens, self._max_model_len - len(sequence.prompt))

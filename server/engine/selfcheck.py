@@ -66,7 +66,7 @@ def run(engine: Engine, cache_dir: Path) -> None:
         passed.parent.mkdir(parents=True, exist_ok=True)
         passed.write_text(json.dumps({"digest": engine.base_digest, "difference": difference}))
     except OSError as fault:
-        log.warning("the self-check has passed, and the next start repeats it: %s", fault)
+        log.warning("the self-check passed, but this could not be recorded, so the next start repeats it: %s", fault)
 
 
 # --- comparison -------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def errors_as_unservable(model: str) -> Iterator[None]:
     except (UnservableModel, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as fault:
-        log.debug("a library's fault over this model", exc_info=True)
+        log.debug("the libraries cannot load this model", exc_info=True)
         if isinstance(fault, KeyError) and fault.args == (attention.ATTENTION,):
             reason = "its attention cannot be replaced by the server's, which transformers must look up by name"
         else:
@@ -277,7 +277,7 @@ def _wrap(
     config = model.config.get_text_config()
     longest = positions.longest_context(config, max_model_len)
     if longest > positions.longest_context(config):
-        log.info("longrope with its long factors, for every length: --max-model-len %s asks for them", max_model_len)
+        log.info("using longrope's long factors for every length, since --max-model-len is %s", max_model_len)
     slot = StepSlot()
     decoder = model.get_decoder()
     lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]

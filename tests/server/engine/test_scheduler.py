@@ -23,7 +23,7 @@ def test_the_budget_must_exceed_the_requests() -> None:
 def test_a_name_is_unique() -> None:
     world = World()
     sequence = world.add([1])
-    with pytest.raises(ValueError, match="already here"):
+    with pytest.raises(ValueError, match="already queued"):
         world.scheduler.add(sequence)
 
 
