@@ -114,10 +114,10 @@ def pad_router(router: nn.Module, weight: Tensor) -> None:
     router.forward = padded
 
 
-def _drop_padding(part: Any, whole: int, count: int) -> Any:
-    """Return the first `count` of a tensor's `whole` rows, along its first or second dimension."""
-    if not isinstance(part, Tensor) or whole == count:
+def _drop_padding(part: Any, num_padded: int, count: int) -> Any:
+    """Return the first `count` of a tensor's `num_padded` rows, along its first or second dimension."""
+    if not isinstance(part, Tensor) or num_padded == count:
         return part
-    if part.shape[0] == whole:
+    if part.shape[0] == num_padded:
         return part[:count]
-    return part[:, :count] if part.dim() > 1 and part.shape[1] == whole else part
+    return part[:, :count] if part.dim() > 1 and part.shape[1] == num_padded else part

@@ -82,7 +82,7 @@ def set_deterministic(fixed: bool) -> None:
 
 def is_deterministic() -> bool:
     """Return the setting of `set_deterministic`."""
-    return triton.deterministic()
+    return triton.is_deterministic()
 
 
 def runs_natively(

@@ -42,16 +42,16 @@ def row_multiple(out_features: int, in_features: int, dtype: torch.dtype, thread
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(192, in_features, generator=generator).to(dtype)
     weight = torch.randn(min(out_features, PROBED_OUTPUTS), in_features, generator=generator).to(dtype)
-    whole = F.linear(x, weight)
+    expected = F.linear(x, weight)
     for multiple in (1, 2, 4, 8, 16, 32, 64):
-        if _rows_agree(x, weight, whole, multiple):
+        if _rows_agree(x, weight, expected, multiple):
             return multiple
     raise RuntimeError(f"no row multiple makes {dtype} products of {(out_features, in_features)} invariant")
 
 
-def _rows_agree(x: Tensor, weight: Tensor, whole: Tensor, multiple: int) -> bool:
+def _rows_agree(x: Tensor, weight: Tensor, expected: Tensor, multiple: int) -> bool:
     counts = {multiple * n for n in (1, 2, 3, 4, 5, 7, 8, 12, 16)} | {64, 128}
-    return all(torch.equal(F.linear(x[:rows], weight), whole[:rows]) for rows in sorted(counts) if rows <= len(x))
+    return all(torch.equal(F.linear(x[:rows], weight), expected[:rows]) for rows in sorted(counts) if rows <= len(x))
 
 
 # On a CPU, torch computes this many numbers at a time, or half as many, and the rest one by one, perhaps differently.

@@ -109,11 +109,11 @@ class BlockGroups:
             return wanted - sequence.num_computed
         return min(wanted, self.token_capacity(sequence)) - sequence.num_computed
 
-    def allocate_drafts(self, sequence: Sequence, wanted: int, spare: int) -> int:
+    def allocate_drafts(self, sequence: Sequence, count: int, spare: int) -> int:
         """Return how many drafts have slots. New blocks are allocated only while `spare` of each group remain."""
         num_tokens = len(sequence.tokens)
-        self.grow(sequence, num_tokens + wanted, spare)
-        return min(wanted, self.token_capacity(sequence) - num_tokens)
+        self.grow(sequence, num_tokens + count, spare)
+        return min(count, self.token_capacity(sequence) - num_tokens)
 
     def token_capacity(self, sequence: Sequence) -> int:
         """Return the number of tokens for which a sequence has slots."""

@@ -93,7 +93,7 @@ def _nucleus_floor(weights: Tensor, p: Tensor) -> Tensor:
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Return the token at which each row's running sum of weights passes its share `uniforms` [rows, 1] of the sum."""
-    blocks = _blocked(weights)
+    blocks = _as_blocks(weights)
     edges = block_sums(weights).cumsum(-1)  # float64 [rows, blocks]
     goal = uniforms * edges[:, -1:]
     block = _first_beyond(edges, goal)
@@ -107,7 +107,7 @@ def _first_beyond(sums: Tensor, goal: Tensor) -> Tensor:
     return torch.minimum((sums <= goal).sum(-1, keepdim=True), (sums < sums[:, -1:]).sum(-1, keepdim=True))
 
 
-def _blocked(weights: Tensor) -> Tensor:
+def _as_blocks(weights: Tensor) -> Tensor:
     """Return weights [rows, vocabulary] as [rows, blocks, block], padded with zeros."""
     missing = -weights.shape[1] % _BLOCK
     return (F.pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, _BLOCK))
@@ -115,4 +115,4 @@ def _blocked(weights: Tensor) -> Tensor:
 
 def block_sums(weights: Tensor) -> Tensor:
     """Return the sums over blocks of the vocabulary, float64 [rows, blocks]."""
-    return _blocked(weights).sum(-1).double()  # float32 is accurate enough within a block, and needs no wider copy
+    return _as_blocks(weights).sum(-1).double()  # float32 is accurate enough within a block, and needs no wider copy

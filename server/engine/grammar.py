@@ -237,8 +237,8 @@ class Grammars:
         for constraint, _, _ in works:
             constraint._prepared = prepared
 
-    def _compile(self, grammar: Grammar, own: AdapterRef | None) -> Compiled:
-        tokenizer = self._base_tokenizer if own is None else self._own_tokenizer(own)
+    def _compile(self, grammar: Grammar, adapter: AdapterRef | None) -> Compiled:
+        tokenizer = self._base_tokenizer if adapter is None else self._own_tokenizer(adapter)
         if tokenizer is None:
             raise InvalidGrammar(f"This model's answers cannot follow a grammar: {self._base_error}.")
         try:

@@ -74,8 +74,10 @@ def exact_kv_dtype(base: Base) -> torch.dtype:
 def _kv_dtype(base: Base, requested: str) -> torch.dtype:
     if requested == "auto":
         return exact_kv_dtype(base)
-    if requested == "int8" and (odd := [layer.head_dim for layer in base.layers if layer.head_dim % 4]):
-        raise UnservableModel(f"--kv-cache-dtype int8 is for heads of a multiple of 4 numbers; here they have {odd[0]}")
+    if requested == "int8" and (unsupported := [layer.head_dim for layer in base.layers if layer.head_dim % 4]):
+        raise UnservableModel(
+            f"--kv-cache-dtype int8 is for heads of a multiple of 4 numbers; here they have {unsupported[0]}"
+        )
     return KV_DTYPES[requested]
 
 
@@ -111,12 +113,12 @@ def _state_slots(base: Base, state_cache_bytes: int | None, requests: int) -> in
     return min(size // slot, requests + MAX_SNAPSHOTS)
 
 
-def _share(base: Base, divisor: int, most: int, of_gpu: float) -> int:
-    """Return the default for a size in bytes: a share of the GPU's free memory, or of the host's, at most `most`."""
+def _share(base: Base, divisor: int, max_bytes: int, of_gpu: float) -> int:
+    """Return the default for a size in bytes: a share of the GPU's free memory or the host's, at most `max_bytes`."""
     if base.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(base.device)
         return int(free * of_gpu)
-    return min(most, psutil.virtual_memory().available // divisor)
+    return min(max_bytes, psutil.virtual_memory().available // divisor)
 
 
 def _pool_units(base: Base, adapter_bytes: int) -> int:

@@ -183,10 +183,10 @@ def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
     return tokens
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _logprobs(logits: Tensor, tokens: Tensor, max_alternatives: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return each token's log-probability and rank, and ids and log-probabilities [rows, most] of the likeliest."""
     if compiled := kernels.cpu_kernels(logits):
-        return compiled.logprobs(logits, tokens, most)
+        return compiled.logprobs(logits, tokens, max_alternatives)
     vocabulary = logits.shape[1]
     peak = logits.amax(-1, keepdim=True)
     total = drawing.block_sums((logits - peak).exp_()).sum(-1)  # float64 [rows]
@@ -194,7 +194,7 @@ def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor
     own = logits.gather(1, tokens[:, None])  # [rows, 1]
     values = (own.double() - log_total).squeeze(1)
     ranks = (logits > own).sum(-1) + 1
-    if not most:
+    if not max_alternatives:
         nothing = tokens.new_empty(len(tokens), 0)
         return values, ranks, nothing, nothing.double()
     # topk orders ties arbitrarily; so it ranks unique keys: the logit's bits, mapped so that integers order as the
@@ -202,7 +202,7 @@ def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor
     bits = (logits + 0.0).view(torch.int32)  # -0 becomes 0
     ids = torch.arange(vocabulary - 1, -1, -1, device=logits.device)
     keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | ids
-    best = vocabulary - 1 - (keys.topk(min(most, vocabulary)).values & 0xFFFFFFFF)
+    best = vocabulary - 1 - (keys.topk(min(max_alternatives, vocabulary)).values & 0xFFFFFFFF)
     return values, ranks, best, logits.gather(1, best).double() - log_total
 
 

@@ -67,7 +67,7 @@ class Shares:
         self._paused: dict[str, float] = {}  # service of absent tenants, where above the least of the present ones
 
     @property
-    def contended(self) -> bool:
+    def is_contended(self) -> bool:
         """Whether more than one tenant has sequences."""
         return len(self._tenants) > 1
 
@@ -124,7 +124,7 @@ class Shares:
 
         Yielded sequences count as served here, since they will be.
         """
-        if not self.contended:
+        if not self.is_contended:
             yield from waiting
             return
         queues: dict[str, list[Sequence]] = {}
@@ -141,7 +141,7 @@ class Shares:
 
     def tenants_of_next_step(self, running: Seq[Sequence], waiting: Seq[Sequence]) -> frozenset[str] | None:
         """Return the tenants to which the next step belongs; None: all."""
-        if not self.contended:
+        if not self.is_contended:
             return None
         heavy = {
             name
@@ -167,7 +167,7 @@ class Shares:
             return None
         if running[-1].background:
             return running[-1]
-        if not self.contended:
+        if not self.is_contended:
             return None
         share_after = self._holding(newcomer.tenant, [*running, newcomer])
         if share_after > 1 and any(one.tenant == newcomer.tenant for one in running):
@@ -176,7 +176,7 @@ class Shares:
 
     def youngest(self, running: Seq[Sequence], above: float = 0.0, excluded: Collection[str] = ()) -> Sequence | None:
         """Return the youngest background sequence, or else the youngest of the tenant furthest above its share."""
-        if not self.contended or not running or running[-1].background:
+        if not self.is_contended or not running or running[-1].background:
             return running[-1] if running else None
         held = {name: self._holding(name, running) for name in {one.tenant for one in running}.difference(excluded)}
         heaviest = max(held, key=held.__getitem__, default=None)

@@ -50,7 +50,7 @@ def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts.forward)
 
 
-def declared(config: Any) -> str | None:
+def expert_count_entry(config: Any) -> str | None:
     """Return a text model's number of experts as an entry of its config, for messages; None without experts."""
     parts = [part for part in (config, getattr(config, "ffn_config", None)) if part is not None]
     counts = ((name, getattr(part, name, None)) for part in parts for name in _COUNTS)
@@ -65,16 +65,18 @@ def replace_experts(model: transformers.PreTrainedModel) -> None:
     found = []
     for name, module in list(model.named_modules()):
         if hasattr(module, "is_transposed") and hasattr(module, "has_post_expert_norm"):
-            held = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
-            for part in [part for part in module._parameters if part in held]:
+            parameters = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+            for part in [part for part in module._parameters if part in parameters]:
                 shape = getattr(module, part).shape
                 delattr(module, part)
                 setattr(module, part, ExpertLinear(shape, bool(module.is_transposed)))
                 found.append(f"{name}.{part}")
-    text = declared(model.config.get_text_config())
-    left = [name for name, weight in model.get_decoder().named_parameters() if "expert" in name and weight.dim() > 2]
-    if left or (text and not found):
-        where = f"{text}; {left[0]}" if text and left else text or left[0]
+    text = expert_count_entry(model.config.get_text_config())
+    unsupported = [
+        name for name, weight in model.get_decoder().named_parameters() if "expert" in name and weight.dim() > 2
+    ]
+    if unsupported or (text and not found):
+        where = f"{text}; {unsupported[0]}" if text and unsupported else text or unsupported[0]
         raise UnservableModel(f"mixture-of-experts models of this shape are not served ({where})")
     model._keys_to_ignore_on_load_unexpected = {
         *(model._keys_to_ignore_on_load_unexpected or ()),

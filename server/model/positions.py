@@ -33,15 +33,15 @@ def _scalings(text: Any) -> list[Mapping[str, Any]]:
     return [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
 
 
-def _longest_for(scaling: Mapping[str, Any], most: int, requested: int) -> int:
-    original = scaling.get("original_max_position_embeddings") or most
+def _longest_for(scaling: Mapping[str, Any], max_positions: int, requested: int) -> int:
+    original = scaling.get("original_max_position_embeddings") or max_positions
     match scaling.get("rope_type"):
         case "yarn" | "linear":
-            return max(most, int(original * (scaling.get("factor") or 1)))
+            return max(max_positions, int(original * (scaling.get("factor") or 1)))
         case "longrope" if requested <= original:
-            return min(most, int(original))
+            return min(max_positions, int(original))
         case _:
-            return most
+            return max_positions
 
 
 def describe_limits(text: Any) -> str:

@@ -93,9 +93,9 @@ def _rows_hook(calls: list[ModuleRows | None]) -> Any:
     return watch
 
 
-def _rows(shape: torch.Size, own: int) -> TokenRows | None:
-    """Return the only axis, except for the last `own` ones, with a whole number of rows per token; None if unclear."""
-    axes = [axis for axis, size in enumerate(shape[: len(shape) - own]) if size % TOKENS == 0]
+def _rows(shape: torch.Size, own_axes: int) -> TokenRows | None:
+    """Return the only axis, before the last `own_axes` ones, with a whole number of rows per token; None if unclear."""
+    axes = [axis for axis, size in enumerate(shape[: len(shape) - own_axes]) if size % TOKENS == 0]
     return TokenRows(axes[0], shape[axes[0]] // TOKENS) if len(axes) == 1 else None
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from adapters.kernels.triton import interpreted
+from adapters.kernels.triton import is_interpreted
 from adapters.peft_format.inspection import inspect
 from adapters.peft_format.outline import Outline
 from server.engine import boot
@@ -26,7 +26,7 @@ def load_engine(
         # How long adapters take to arrive is not to hang on what else the machine does.
         "background_priority": "normal",
         # Tests say of every engine what holds of a CPU's: its kernels, interpreted, need to be told.
-        "deterministic": interpreted(),
+        "deterministic": is_interpreted(),
     }
     config = EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides))
     return boot.load(config, depth=depth, planned=planned)

@@ -57,7 +57,7 @@ class FakeConstraint:
     def final_forced_tokens(self, sampling: Sampling) -> list[int]:
         return list(self.forced) if self.stopped and sampling.logprobs is None else []
 
-    def valid(self, drafts: list[int]) -> list[int]:
+    def valid_prefix(self, drafts: list[int]) -> list[int]:
         return [draft for draft in drafts if draft != 5]
 
 

@@ -24,17 +24,17 @@ _use_gpu_tiles = False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("LORAKEET_TRITON") == "interpret"
 
 
 def large_tiles() -> bool:
     """Whether tiles should be large: the interpreter's time depends on operations and programs, not on sizes."""
-    return interpreted() and not _use_gpu_tiles
+    return is_interpreted() and not _use_gpu_tiles
 
 
-def deterministic() -> bool:
+def is_deterministic() -> bool:
     """Whether tiles and splits are the same for all row counts."""
     return _fixed
 
@@ -49,7 +49,7 @@ def supports(*tensors: Tensor) -> bool:
     """Whether the kernels support these tensors' devices and dtypes."""
     if _disabled or os.environ.get("LORAKEET_TRITON") == "0":
         return False
-    device = "cpu" if interpreted() else "cuda"
+    device = "cpu" if is_interpreted() else "cuda"
     return all(tensor.device.type == device and tensor.dtype in DTYPES for tensor in tensors)
 
 
@@ -69,7 +69,7 @@ def load() -> ModuleType | None:
     """Return `functions`, or None if Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
-    if interpreted():
+    if is_interpreted():
         os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined
     from adapters.kernels.triton import functions
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapters.kernels import reference
 from adapters.kernels.experts import ExpertWeights
-from adapters.kernels.triton import deterministic
+from adapters.kernels.triton import is_deterministic
 from adapters.kernels.triton.linear import (
     CHUNK,
     MAX_ROWS,
@@ -102,7 +102,7 @@ def grouped_forward(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor
     y = x.new_empty(rows, outs)
     if rows == 0:
         return y
-    block_m = FEW_ROWS if deterministic() or rows <= experts * FEW_ROWS else MAX_ROWS
+    block_m = FEW_ROWS if is_deterministic() or rows <= experts * FEW_ROWS else MAX_ROWS
     tiles = choose_tiles(block_m, weights.shape)
     absmax, nested = weights.absmax, weights.nested_absmax
     assert absmax is not None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from adapters.kernels import reference
 from adapters.kernels.experts import ExpertWeights
-from adapters.kernels.triton import deterministic, interpreted, large_tiles
+from adapters.kernels.triton import is_deterministic, is_interpreted, large_tiles
 from adapters.kernels.weight import QuantizedWeight
 
 MAX_ROWS = 64
@@ -250,10 +250,12 @@ def supports_weight(weight: QuantizedWeight | ExpertWeights) -> bool:
 
 def linear_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """See `reference.linear_forward`."""
-    few = 0 < len(x) <= MAX_ROWS or (deterministic() and len(x) > 0)
+    few = 0 < len(x) <= MAX_ROWS or (is_deterministic() and len(x) > 0)
     if not (few and supports_weight(weight)):
         return (
-            _linear_in_fixed_batches(x, weight, bias) if deterministic() else reference.linear_forward(x, weight, bias)
+            _linear_in_fixed_batches(x, weight, bias)
+            if is_deterministic()
+            else reference.linear_forward(x, weight, bias)
         )
     return linear_by_tiles(x, weight, bias, choose_tiles(len(x), weight.shape))
 
@@ -274,7 +276,7 @@ def choose_tiles(rows: int, shape: tuple[int, int]) -> Tiles:
     outs, ins = shape
     if large_tiles():
         return Tiles(min(256, triton.next_power_of_2(outs)), 1, 1, 4, 3)
-    tiles = _MORE_ROWS if deterministic() or rows > 16 else _FEW_ROWS if rows > 1 else _ONE_ROW
+    tiles = _MORE_ROWS if is_deterministic() or rows > 16 else _FEW_ROWS if rows > 1 else _ONE_ROW
     splits = 1
     while splits < tiles.splits and ins // (CHUNK.value * 2 * splits) >= _CHUNKS:
         splits *= 2
@@ -286,7 +288,7 @@ def linear_by_tiles(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, til
     x = pair_aligned(x)
     (rows, ins), outs = x.shape, weight.shape[0]
     y = x.new_empty(rows, outs)
-    if deterministic():
+    if is_deterministic():
         block_m = MAX_ROWS
     else:
         block_m = 1 if rows == 1 else max(16, triton.next_power_of_2(min(rows, MAX_ROWS)))
@@ -333,7 +335,7 @@ def pair_aligned(x: Tensor) -> Tensor:
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """Return the dtype in which numbers of this dtype are multiplied."""
     # The interpreter multiplies bf16 as integers; fp32 gives the same products.
-    if interpreted() or dtype == torch.float32:
+    if is_interpreted() or dtype == torch.float32:
         return tl.float32
     return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
 
@@ -344,7 +346,7 @@ def code_table(weight: QuantizedWeight | ExpertWeights, dtype: torch.dtype) -> t
     if key not in _tables:
         assert weight.code is not None
         code = weight.code.to(dtype)
-        in_registers = dtype != torch.float32 and not interpreted()
+        in_registers = dtype != torch.float32 and not is_interpreted()
         _tables[key] = code, lookup_asm(code.view(torch.int16).tolist()) if in_registers else ""
     return _tables[key]
 
