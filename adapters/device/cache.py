@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from adapters.background import Priority, thread_pool
 from adapters.device.host import HostAdapter
 from adapters.device.pool import RowPool
-from adapters.device.rows import rounded
+from adapters.device.rows import round_up
 from adapters.peft_format.sizes import EXTRAS
 
 FRESH_SECONDS = 1.0  # time for which a newly loaded adapter is not evicted before its first use
@@ -82,7 +82,7 @@ class AdapterCache:
         self._paths: dict[str, str] = {}
         self._owners: dict[str, Owner] = {}  # by digest, if last registered by a tenant with a limit
         self._host: OrderedDict[str, HostAdapter] = OrderedDict()  # least recently used first
-        self._held = 0  # bytes in the host tier
+        self._host_bytes_used = 0  # bytes in the host tier
         self._device: OrderedDict[str, int] = OrderedDict()  # digest -> rank, least recently used first
         self._references: Counter[str] = Counter()
         self._loading: dict[str, tuple[Future[HostAdapter], float]] = {}
@@ -112,14 +112,14 @@ class AdapterCache:
         """Start reading an adapter that will be acquired, unless the host tier is full (others would be evicted)."""
         if digest in self._device or digest in self._host or digest in self._errors:
             return
-        if self._held < self._host_bytes:
+        if self._host_bytes_used < self._host_bytes:
             self._start_loading(digest)
 
     def insert(self, adapter: HostAdapter) -> None:
         """Put an adapter into the host tier."""
-        self._let_go(adapter.digest)
+        self._evict_from_host(adapter.digest)
         self._host[adapter.digest] = adapter
-        self._held += adapter.bytes
+        self._host_bytes_used += adapter.bytes
         self._changed.add(adapter.digest)
 
     def pin(self, adapters: Mapping[str, str]) -> None:
@@ -138,9 +138,9 @@ class AdapterCache:
         if any(digest in self._errors for digest in digests):
             return "failed"
         missing = [digest for digest in digests if digest not in self._device]
-        here = [digest for digest in missing if digest in self._host and digest not in self._filling]
+        in_host = [digest for digest in missing if digest in self._host and digest not in self._filling]
         # Adapters in the host tier are placed at once: while the others are read, they might be evicted from it.
-        if here and not self._place(here, keep=digests):
+        if in_host and not self._place(in_host, keep=digests):
             return "full"
         missing = [digest for digest in missing if digest not in self._device]
         for digest in missing:
@@ -181,7 +181,7 @@ class AdapterCache:
             del self._filling[digest]
             fault = filled.exception()
             if fault is None:
-                self._arrive(adapter)
+                self._add_resident(adapter)
                 if digest not in self._pinned:
                     self._fresh[digest] = time.monotonic()
                 if adapter.file is not None:
@@ -189,7 +189,7 @@ class AdapterCache:
             else:
                 self._errors[digest] = str(fault) or type(fault).__name__
                 self._pool.remove(digest)
-                self._let_go(digest)
+                self._evict_from_host(digest)
             if digest in self._forgotten:
                 self._drop(digest)
         arrived: set[str] = set()
@@ -208,7 +208,7 @@ class AdapterCache:
             arrived.add(digest)
         for digest in self._pinned:
             if digest not in self._device and digest not in self._filling:
-                self._bring_back(digest)
+                self._place_pinned(digest)
         if arrived:
             self._trim_host(arrived)
 
@@ -236,7 +236,7 @@ class AdapterCache:
 
     # --- the tiers -------------------------------------------------------------------------------
 
-    def _bring_back(self, digest: str) -> None:
+    def _place_pinned(self, digest: str) -> None:
         """Place a pinned adapter on the device, once there is room beside those in use and the other pins."""
         if digest in self._host:
             self._place([digest], keep=self._pinned)
@@ -247,26 +247,26 @@ class AdapterCache:
         if digest not in self._loading and digest not in self._filling:
             self._loading[digest] = (self._reader.submit(self._load, digest, self._paths[digest]), time.monotonic())
 
-    def _let_go(self, digest: str) -> None:
+    def _evict_from_host(self, digest: str) -> None:
         """Evict an adapter from the host tier, if it is there."""
         adapter = self._host.pop(digest, None)
         if adapter is not None:
-            self._held -= adapter.bytes
+            self._host_bytes_used -= adapter.bytes
             self._changed.add(digest)
 
     def _trim_host(self, arrived: set[str]) -> None:
         """Keep the host tier within its bound; new arrivals stay, since they are about to be placed."""
         leaving = (digest for digest in list(self._host) if digest not in arrived)
-        while self._held > self._host_bytes and (digest := next(leaving, None)) is not None:
-            self._let_go(digest)
+        while self._host_bytes_used > self._host_bytes and (digest := next(leaving, None)) is not None:
+            self._evict_from_host(digest)
 
     def _place(self, digests: Sequence[str], keep: Collection[str]) -> bool:
         """Copy adapters from the host tier to the device, or start to, evicting idle ones. False: there is no room."""
         adapters = [self._host[digest] for digest in digests]
         need: Counter[str] = Counter()
         for adapter in adapters:
-            need.update({kind: rounded(units) for kind, units in adapter.units(self._pool.kinds).items()})
-        self._leave_for_own(digests, need, keep)
+            need.update({kind: round_up(units) for kind, units in adapter.units(self._pool.kinds).items()})
+        self._enforce_owner_limit(digests, need, keep)
         victims = choose_victims(need, self._pool.free, self._candidates(need, keep), self._pool.units_of)
         if victims is None:
             return False
@@ -276,16 +276,20 @@ class AdapterCache:
 
     def _candidates(self, need: Units, keep: Collection[str]) -> Iterator[str]:
         """Yield the adapters that may be evicted from the device for this need, in order of eviction."""
-        yield from (digest for digest in self._device if digest not in self._pinned and self._idle(digest, keep))
+        yield from (
+            digest for digest in self._device if digest not in self._pinned and self._is_evictable(digest, keep)
+        )
         staying = (self._pinned.keys() | set(keep)) & self._device.keys()
         if not self._fits_beside(need, staying):
-            yield from [digest for digest in self._device if digest in self._pinned and self._idle(digest, keep)]
+            yield from [
+                digest for digest in self._device if digest in self._pinned and self._is_evictable(digest, keep)
+            ]
 
-    def _idle(self, digest: str, keep: Collection[str]) -> bool:
+    def _is_evictable(self, digest: str, keep: Collection[str]) -> bool:
         used = digest in self._references or digest in keep
         return not used and self._fresh.get(digest, 0.0) < time.monotonic() - FRESH_SECONDS
 
-    def _leave_for_own(self, digests: Sequence[str], need: Units, keep: Collection[str]) -> None:
+    def _enforce_owner_limit(self, digests: Sequence[str], need: Units, keep: Collection[str]) -> None:
         """Evict idle adapters of these adapters' tenant, if these would take it above its limit."""
         owner = self._owners.get(digests[0])
         if owner is None:
@@ -297,7 +301,7 @@ class AdapterCache:
         for digest in own:
             if all(units <= owner[1] for kind, units in held.items() if kind != EXTRAS):
                 break
-            if digest in self._device and digest not in self._pinned and self._idle(digest, keep):
+            if digest in self._device and digest not in self._pinned and self._is_evictable(digest, keep):
                 held.subtract(self._pool.units_of(digest))
                 self._evict(digest)
 
@@ -316,13 +320,13 @@ class AdapterCache:
             self._host.move_to_end(adapter.digest)
         if adapter.fills_at_once:
             self._pool.fill(adapter)
-            self._arrive(adapter)
+            self._add_resident(adapter)
         else:
             filled = self._filler.submit(self._pool.fill, adapter)
             self._filling[adapter.digest] = (filled, adapter, time.monotonic())
         return True
 
-    def _arrive(self, adapter: HostAdapter) -> None:
+    def _add_resident(self, adapter: HostAdapter) -> None:
         self._device[adapter.digest] = adapter.rank
         self._changed.add(adapter.digest)
 
@@ -339,4 +343,4 @@ class AdapterCache:
         self._forgotten.discard(digest)
         if digest in self._device:
             self._evict(digest)
-        self._let_go(digest)  # the path stays: a sequence may still be waiting for it
+        self._evict_from_host(digest)  # the path stays: a sequence may still be waiting for it

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import kernels
-from adapters.device.lora import Routed, StepSlot
+from adapters.device.lora import RoutedTokens, StepSlot
 from adapters.kernels import ExpertWeights, reference
 from adapters.peft_format.sizes import ExpertsSize
 
@@ -42,7 +42,7 @@ class ExpertLinear(nn.Module):
 
     def fill(self, weights: ExpertWeights, dtype: torch.dtype) -> None:
         """Set the weights, once; `dtype` is the model's."""
-        self.weights, self.dtype = weights.placed(), dtype
+        self.weights, self.dtype = weights.to_huge_pages(), dtype
         for name, tensor in self.weights.tensors().items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -51,7 +51,7 @@ class ExpertLinear(nn.Module):
         dense = self.weights[int(expert)].dequantize(self.dtype)
         return dense.T if self.transposed else dense
 
-    def forward(self, rows: Tensor, routed: Routed) -> Tensor:
+    def forward(self, rows: Tensor, routed: RoutedTokens) -> Tensor:
         """Multiply rows sorted by expert: `[rows, in] -> [rows, out]`."""
         y = kernels.grouped_linear(rows, self.weights, routed.counts)
         deltas = self.slot.experts
@@ -72,7 +72,7 @@ def forward(module: Any, hidden: Tensor, index: Tensor, scores: Tensor) -> Tenso
     experts, order = index.flatten().sort(stable=True)
     tokens = order // top_k
     counts = experts.new_zeros(module.num_experts).scatter_add_(0, experts, torch.ones_like(experts))
-    routed = Routed(experts, tokens, counts, len(hidden))
+    routed = RoutedTokens(experts, tokens, counts, len(hidden))
     rows = hidden[tokens]
     if module.has_gate:
         rows = module.gate_up_proj(rows, routed)
@@ -108,16 +108,16 @@ def pad_router(router: nn.Module, weight: Tensor) -> None:
         found = inner(router, hidden, *args, **kwargs)
         whole = hidden.shape[-2]
         if isinstance(found, Tensor):
-            return _cut(found, whole, count)
-        return tuple(_cut(part, whole, count) for part in found)
+            return _drop_padding(found, whole, count)
+        return tuple(_drop_padding(part, whole, count) for part in found)
 
     router.forward = padded
 
 
-def _cut(part: Any, whole: int, count: int) -> Any:
-    """Return the first `count` of a tensor's `whole` rows, along its first or second dimension."""
-    if not isinstance(part, Tensor) or whole == count:
+def _drop_padding(part: Any, num_padded: int, count: int) -> Any:
+    """Return the first `count` of a tensor's `num_padded` rows, along its first or second dimension."""
+    if not isinstance(part, Tensor) or num_padded == count:
         return part
-    if part.shape[0] == whole:
+    if part.shape[0] == num_padded:
         return part[:count]
-    return part[:, :count] if part.dim() > 1 and part.shape[1] == whole else part
+    return part[:, :count] if part.dim() > 1 and part.shape[1] == num_padded else part

@@ -81,12 +81,12 @@ def host_adapter(
         total += units_a.nbytes + units_b.nbytes
     if pin:
         # In one piece, since every allocation of pinned memory disturbs the device, however small.
-        linears = moved(linears, torch.empty(total // 2, dtype=torch.int16, pin_memory=True))
+        linears = pack_rows(linears, torch.empty(total // 2, dtype=torch.int16, pin_memory=True))
     rank = max((rows.rank for rows in linears.values()), default=0)
     return HostAdapter(digest, DTYPE_CODES[dtype], linears, total, rank)
 
 
-def filed_adapter(digest: str, file: RowFile, dtype: torch.dtype, device: torch.device) -> HostAdapter:
+def adapter_from_row_file(digest: str, file: RowFile, dtype: torch.dtype, device: torch.device) -> HostAdapter:
     """Return an adapter with rows from a row file, already in the pool's layout.
 
     A large adapter for a CPU is read only when it is filled into its rows, which saves a copy.
@@ -112,7 +112,7 @@ def filed_adapter(digest: str, file: RowFile, dtype: torch.dtype, device: torch.
     )
 
 
-def moved(linears: Mapping[str, HostRows], memory: Tensor) -> dict[str, HostRows]:
+def pack_rows(linears: Mapping[str, HostRows], memory: Tensor) -> dict[str, HostRows]:
     """Copy rows one after the other into `memory`, int16 [all numbers], and return them there."""
     found = {}
     for name, rows in linears.items():

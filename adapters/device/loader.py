@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adapters.device.host import HostAdapter, filed_adapter, host_adapter
+from adapters.device.host import HostAdapter, adapter_from_row_file, host_adapter
 from adapters.device.lora import LoraLinear
 from adapters.device.variant_builder import build
 from adapters.peft_format import packed_rows, record
@@ -39,7 +39,7 @@ class AdapterLoader:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         rows = packed_rows.find(directory, spec, self._sizes)
         if rows is not None:
-            return filed_adapter(digest, rows, dtype, self._device)
+            return adapter_from_row_file(digest, rows, dtype, self._device)
         record.check(directory, [WEIGHTS_NAME])
         modules = {name: (a, b, spec.modules[name].scaling) for name, (a, b) in load(directory, spec).items()}
         adapter = host_adapter(digest, modules, dtype, pin=self._device.type == "cuda")

@@ -20,7 +20,7 @@ class Deltas(Protocol):
         """Return `y + delta(x)`; may write into `y`. x [tokens, in], y [tokens, out]."""
 
 
-class Routed:
+class RoutedTokens:
     """A step's tokens sorted by expert: the rows of experts' products.
 
     Args:
@@ -50,7 +50,7 @@ class Routed:
 class ExpertDeltas(Protocol):
     """The adapters' deltas of one step in experts' linears."""
 
-    def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: Routed) -> Tensor:
+    def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: RoutedTokens) -> Tensor:
         """Return `y + delta(x)` of the parameter `name`; may write into `y`. x [rows, in], y [rows, out]."""
 
 
@@ -114,7 +114,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         y = kernels.base_linear(x.reshape(-1, self.in_features), self.weight, self.bias)
-        return reference.rows_apart(y).view(*x.shape[:-1], self.out_features)
+        return reference.with_row_gaps(y).view(*x.shape[:-1], self.out_features)
 
 
 class LoraLinear(FrozenLinear):
@@ -137,7 +137,7 @@ class LoraLinear(FrozenLinear):
         y = kernels.base_linear(rows, self.weight, self.bias)
         if self.slot.deltas is not None:
             y = self.slot.deltas.add(self, rows, y)
-        return reference.rows_apart(y).view(*x.shape[:-1], self.out_features)
+        return reference.with_row_gaps(y).view(*x.shape[:-1], self.out_features)
 
 
 def wrap_linears(decoder: nn.Module, prefix: str, slot: StepSlot) -> list[LoraLinear]:

@@ -21,11 +21,11 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a host tensor on the device, without waiting for the device's earlier work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def places_of(rows: Sequence[int], like: Tensor) -> slice | Tensor:
+def row_index(rows: Sequence[int], like: Tensor) -> slice | Tensor:
     """Return an index for these rows of a tensor; for all rows a slice, which copies nothing."""
-    return slice(None) if len(rows) == len(like) else sent(torch.tensor(rows), like.device)
+    return slice(None) if len(rows) == len(like) else to_device(torch.tensor(rows), like.device)

@@ -18,8 +18,8 @@ from torch import Tensor
 from adapters import kernels
 from adapters.device.host import HostAdapter, from_units
 from adapters.device.lora import LoraLinear
-from adapters.device.memory import sent, zeros
-from adapters.device.rows import RowAllocator, rounded
+from adapters.device.memory import to_device, zeros
+from adapters.device.rows import RowAllocator, round_up
 from adapters.device.variants import Extras
 from adapters.peft_format.sizes import LinearSize
 
@@ -98,7 +98,9 @@ class RowPool:
         # On a GPU rows are filled on a separate stream, concurrently with steps.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._adapters: dict[str, ResidentAdapter] = {}
-        self._last: tuple[list[Use], SegmentDeltas] | None = None  # the last result of `deltas`, while it is valid
+        self._last_deltas: tuple[list[Use], SegmentDeltas] | None = (
+            None  # the last result of `deltas`, while it is valid
+        )
 
         # Zeros, not empty: kernels that work in whole tiles may read unused rows (and multiply them by zero).
         def storage(linear: LinearSize, width: int) -> Tensor:
@@ -124,7 +126,7 @@ class RowPool:
 
     @property
     def resident(self) -> dict[str, int]:
-        return {kind: rows.taken for kind, rows in self.rows.items()}
+        return {kind: rows.used for kind, rows in self.rows.items()}
 
     def units_of(self, digest: str) -> dict[str, int]:
         """Return the units per kind of a resident adapter."""
@@ -146,7 +148,7 @@ class RowPool:
                 Only between steps, and while no rows are being filled.
         """
         need = adapter.units(self.kinds)
-        if any(rounded(units) > self.rows[kind].free for kind, units in need.items()):
+        if any(round_up(units) > self.rows[kind].free for kind, units in need.items()):
             return False
         windows: dict[str, int] = {}
         with ExitStack() as undo:
@@ -159,12 +161,12 @@ class RowPool:
                     return False
                 windows[kind] = first
                 undo.callback(self.rows[kind].release, first)
-            self._adapters[adapter.digest] = self._placed(adapter, windows)
+            self._adapters[adapter.digest] = self._make_resident(adapter, windows)
             undo.pop_all()
-        self._last = None
+        self._last_deltas = None
         return True
 
-    def _placed(self, adapter: HostAdapter, windows: dict[str, int]) -> ResidentAdapter:
+    def _make_resident(self, adapter: HostAdapter, windows: dict[str, int]) -> ResidentAdapter:
         count = len(self.names)
         placed = ResidentAdapter(
             windows,
@@ -214,7 +216,7 @@ class RowPool:
 
     def remove(self, digest: str) -> None:
         """Free an adapter's rows. Raises KeyError if it is not resident."""
-        self._last = None
+        self._last_deltas = None
         for kind, first in self._adapters.pop(digest).windows.items():
             self.rows[kind].release(first)
 
@@ -231,8 +233,8 @@ class RowPool:
         """Return the segment tables of one step; None if no token uses an adapter."""
         if not uses:
             return None
-        if self._last is not None and self._last[0] == uses:  # common while the same requests decode
-            return self._last[1]
+        if self._last_deltas is not None and self._last_deltas[0] == uses:  # common while the same requests decode
+            return self._last_deltas[1]
         count = len(self.names)
         table = np.empty((count, len(uses), 5), np.int32)
         scale = np.empty((count, len(uses)), np.float32)
@@ -246,13 +248,16 @@ class RowPool:
             scale[:, column] = adapter.scaling * np.float32(use.weight)
         touched = np.asarray(table[:, :, 3].any(axis=1)).tolist()
         deltas = SegmentDeltas(
-            self, sent(torch.from_numpy(table), self.device), sent(torch.from_numpy(scale), self.device), touched
+            self,
+            to_device(torch.from_numpy(table), self.device),
+            to_device(torch.from_numpy(scale), self.device),
+            touched,
         )
-        self._last = [*uses], deltas
+        self._last_deltas = [*uses], deltas
         return deltas
 
     def _compact(self, kind: str) -> None:
-        self._last = None
+        self._last_deltas = None
         moves = self.rows[kind].compact()
         moved = {move.source: move.target for move in moves}
         for name, index in self._index.items():

@@ -16,7 +16,7 @@ class Move(NamedTuple):
     units: int
 
 
-def rounded(units: int) -> int:
+def round_up(units: int) -> int:
     """Return the units that a window of this size occupies."""
     return -(-units // GRANULE) * GRANULE
 
@@ -32,12 +32,12 @@ class RowAllocator:
         self._windows: dict[int, int] = {}  # first unit -> units
 
     @property
-    def taken(self) -> int:
+    def used(self) -> int:
         return sum(self._windows.values())
 
     @property
     def free(self) -> int:
-        return self.capacity - self.taken
+        return self.capacity - self.used
 
     def size_of(self, first: int) -> int:
         """Return the units of the window that starts at `first`."""
@@ -47,7 +47,7 @@ class RowAllocator:
         """Return the first unit of a new window; None if no gap is large enough (after `compact`, `free` units fit)."""
         if units <= 0:
             raise ValueError(f"a window needs at least one unit, not {units}")
-        units = rounded(units)
+        units = round_up(units)
         start = 0
         for first in sorted(self._windows):
             if first - start >= units:

@@ -19,7 +19,7 @@ from adapters.device.variants import (
     LowRank,
     TrainedRows,
 )
-from adapters.device.whole_modules import like_module
+from adapters.device.whole_modules import copy_module
 from adapters.peft_format.modules import LoraModule, Variants
 
 
@@ -116,25 +116,25 @@ class _Builder:
             a, b = (self._tensors[name].float().to(self._device) for name in pair.tensors)
             weight = getattr(self._model.get_submodule(module), kind).float()
             changed.setdefault(module, {})[kind] = weight.addmm(b, a, alpha=pair.scaling)
-        return {name: like_module(self._model.get_submodule(name), parameters) for name, parameters in changed.items()}
+        return {name: copy_module(self._model.get_submodule(name), parameters) for name, parameters in changed.items()}
 
-    def _new(self, name: str) -> Tensor | None:
+    def _new_rows(self, name: str) -> Tensor | None:
         """Return the rows of embedding or head beyond the base's vocabulary, if any."""
         grown = self._variants.grown.get(name)
         return None if grown is None else self._matrix(grown)[-self._variants.new_tokens :].contiguous()
 
-    def _whole(self, name: str, base: Tensor) -> Tensor:
+    def _full_table(self, name: str, base: Tensor) -> Tensor:
         """Return a table of the base, or its bias, in the adapter's vocabulary; fp32."""
         if self._variants.new_tokens < 0:
             return base[: self._variants.new_tokens].float()
-        new = self._new(name)
+        new = self._new_rows(name)
         if new is None:  # the adapter replaces these rows, so zeros are enough
             new = base.new_zeros(self._variants.new_tokens, *base.shape[1:])
         return torch.cat([base.float(), new.float()])
 
     def embedding(self) -> EmbeddingExtras | None:
         name, variants = self._embedding_name, self._variants
-        new = self._new(name)
+        new = self._new_rows(name)
         whole, rows = variants.parameters.get(f"{name}.weight"), variants.tokens.get(name)
         module = variants.tables.get(name)
         if module is None:
@@ -146,7 +146,7 @@ class _Builder:
             return EmbeddingExtras(new=new, trained=TrainedRows(ids, self._matrix(rows)[order]))
         a, b = self._tensors[module.a], self._tensors[module.b]  # [rank, vocabulary], [width, rank]
         # DoRA's norm is over the vocabulary, one per column of the table.
-        weight = partial(self._whole, name, self._embedding.weight)
+        weight = partial(self._full_table, name, self._embedding.weight)
         affine = self._affine(name, None, (a, b, module.scaling), lambda: weight().T)
         identity = torch.eye(module.rank, dtype=b.dtype)
         lora = self._low_rank(LoraModule(module.rank, module.scaling, "", ""), identity, b)
@@ -154,14 +154,14 @@ class _Builder:
 
     def head(self) -> HeadExtras | None:
         name, variants, bias = self._head_name, self._variants, self._head.bias
-        bias = None if bias is None else self._whole(f"{name}.bias", bias)
+        bias = None if bias is None else self._full_table(f"{name}.bias", bias)
         whole, rows = variants.parameters.get(f"{name}.weight"), variants.tokens.get(name)
         module = variants.tables.get(name)
         pair = None if module is None else (self._tensors[module.a], self._tensors[module.b], module.scaling)
-        affine = self._affine(name, bias, pair, lambda: self._whole(name, self._head.weight.dequantize()))
+        affine = self._affine(name, bias, pair, lambda: self._full_table(name, self._head.weight.dequantize()))
         if rows is not None and bias is not None:
             affine = Affine(None, -bias)  # PEFT omits the bias if single tokens are trained
-        new = self._new(name)
+        new = self._new_rows(name)
         lora = None if module is None or pair is None else self._low_rank(module, pair[0], pair[1])
         if variants.new_tokens == 0 and all(part is None for part in (whole, rows, lora, affine)):
             return None

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from adapters import kernels
-from adapters.device.lora import Deltas, ExpertDeltas, FrozenLinear, LoraLinear, Routed
-from adapters.device.memory import sent
-from adapters.device.whole_modules import like_module, replacing_hook
+from adapters.device.lora import Deltas, ExpertDeltas, FrozenLinear, LoraLinear, RoutedTokens
+from adapters.device.memory import to_device
+from adapters.device.whole_modules import copy_module, replacing_hook
 
 
 class Affine(NamedTuple):
@@ -55,7 +55,7 @@ class LowRank(NamedTuple):
         """The same for runs of rows (expert, first row, end), each with the expert's A and B."""
         units = self.rank * (2 if self.dtype == kernels.FP32 else 1)
         rows = [[start, end, expert * units, self.rank, self.dtype] for expert, start, end in runs]
-        table = sent(torch.tensor(rows, dtype=torch.int32), y.device)
+        table = to_device(torch.tensor(rows, dtype=torch.int32), y.device)
         scale = torch.full([len(rows)], weight * self.scaling, device=y.device)
         kernels.lora_add_(y, x, self.a, self.b, table, scale, self.rank)
 
@@ -169,31 +169,31 @@ class Extras:
 
     def to(self, device: torch.device) -> "Extras":
         """Return the extras on a device."""
-        moved: Extras = _moved(self, device)
+        moved: Extras = _to_device(self, device)
         return moved
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, nn.Module):
-        return like_module(
+        return copy_module(
             value, {name: tensor.data.to(device) for name, tensor in value.named_parameters(recurse=False)}
         )
     if isinstance(value, dict):
-        return {name: _moved(part, device) for name, part in value.items()}
+        return {name: _to_device(part, device) for name, part in value.items()}
     if isinstance(value, list):
-        return [_moved(part, device) for part in value]
+        return [_to_device(part, device) for part in value]
     if isinstance(value, LowRank | Affine):
-        return type(value)(*(_moved(part, device) for part in value))
+        return type(value)(*(_to_device(part, device) for part in value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {part.name: _moved(getattr(value, part.name), device) for part in dataclasses.fields(value)}
+        parts = {part.name: _to_device(getattr(value, part.name), device) for part in dataclasses.fields(value)}
         return type(value)(**parts)
     return value
 
 
 class ExtraUse(NamedTuple):
-    """A run of a step's rows with one adapter's extras, among all tokens or among the kept rows."""
+    """A run of a step's rows with one adapter's extras, among all tokens or among the rows of the head."""
 
     start: int
     end: int
@@ -224,7 +224,7 @@ class _StepExperts:
     def __init__(self, uses: Sequence[ExtraUse]) -> None:
         self._uses = uses
 
-    def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: Routed) -> Tensor:
+    def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: RoutedTokens) -> Tensor:
         for start, end, extras, weight in self._uses:
             runs = routed.runs(start, end)
             for rows in extras.experts.get(name, ()) if runs else ():
@@ -237,19 +237,19 @@ class StepExtras:
 
     Args:
         tokens: runs of the step's tokens, in order of application.
-        kept: the same adapters' runs among the rows of the head.
+        head_rows: the same adapters' runs among the rows of the head.
     """
 
-    def __init__(self, tokens: Sequence[ExtraUse], kept: Sequence[ExtraUse]) -> None:
+    def __init__(self, tokens: Sequence[ExtraUse], head_rows: Sequence[ExtraUse]) -> None:
         self.tokens = tokens
-        self.kept = kept
+        self.head_rows = head_rows
 
     @property
     def in_decoder(self) -> bool:
         """Whether anything between embedding and head is changed."""
         return any(use.extras.in_decoder for use in self.tokens)
 
-    def over(self, inner: Deltas | None) -> Deltas | None:
+    def wrap_deltas(self, inner: Deltas | None) -> Deltas | None:
         """Return the deltas of linears: `inner` and these."""
         uses = [use for use in self.tokens if use.extras.linears]
         return _AffineDeltas(inner, uses) if uses else inner
@@ -271,11 +271,11 @@ class StepExtras:
             embedded = [use for use in self.tokens if use.extras.embedding]
             if embedded:
                 embedding = model.get_input_embeddings()
-                asked = _Asked(len(embedding.weight))
+                clamped = _ClampedIds(len(embedding.weight))
                 if any(use.extras.new_tokens for use in embedded):
-                    stack.callback(embedding.register_forward_pre_hook(asked).remove)
-                hook(embedding, _embedding_hook(embedded, asked))
-            headed = [use for use in self.kept if use.extras.head]
+                    stack.callback(embedding.register_forward_pre_hook(clamped).remove)
+                hook(embedding, _embedding_hook(embedded, clamped))
+            headed = [use for use in self.head_rows if use.extras.head]
             if headed:
                 hook(model.get_output_embeddings(), _head_hook(headed))
             for name in {name for use in self.tokens for name in use.extras.modules}:
@@ -284,7 +284,7 @@ class StepExtras:
             yield
 
 
-class _Asked:
+class _ClampedIds:
     """A hook before an embedding: it clamps ids to the vocabulary, and keeps the original ids."""
 
     def __init__(self, vocabulary: int) -> None:
@@ -296,14 +296,14 @@ class _Asked:
         return (args[0].clamp(max=self.vocabulary - 1), *args[1:])
 
 
-def _embedding_hook(uses: Sequence[ExtraUse], asked: _Asked) -> Any:
+def _embedding_hook(uses: Sequence[ExtraUse], clamped: _ClampedIds) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        ids = (args[0] if asked.ids is None else asked.ids).view(-1)
+        ids = (args[0] if clamped.ids is None else clamped.ids).view(-1)
         rows = output.view(-1, output.shape[-1])
         scale = float(getattr(module, "embed_scale", 1.0))
         for start, end, extras, weight in uses:
             assert extras.embedding is not None
-            extras.embedding.apply_(rows[start:end], ids[start:end], weight, scale, asked.vocabulary)
+            extras.embedding.apply_(rows[start:end], ids[start:end], weight, scale, clamped.vocabulary)
 
     return hook
 

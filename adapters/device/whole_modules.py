@@ -16,17 +16,17 @@ ROWS = "token_rows"  # attribute of a replaceable module: its `ModuleRows`
 
 
 class TokenRows(NamedTuple):
-    """The places of a step's tokens in a tensor: along `axis`, with `each` consecutive rows per token.
+    """The places of a step's tokens in a tensor: along `axis`, with `per_token` consecutive rows per token.
 
     Norms over heads take `[1, heads, tokens, size]`, or `[tokens * heads, size]`.
     """
 
     axis: int
-    each: int
+    per_token: int
 
     def of(self, tensor: Tensor, start: int, end: int) -> Tensor:
         """Return a view of these tokens' rows."""
-        return tensor.narrow(self.axis, start * self.each, (end - start) * self.each)
+        return tensor.narrow(self.axis, start * self.per_token, (end - start) * self.per_token)
 
 
 class ModuleRows(NamedTuple):
@@ -36,7 +36,7 @@ class ModuleRows(NamedTuple):
     results: tuple[TokenRows, ...]
 
 
-def like_module(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
+def copy_module(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy of a module with some parameters replaced, and without the hooks of a step."""
     other = copy.copy(module)
     replaced = {
@@ -56,12 +56,12 @@ def replacing_hook(runs: Sequence[tuple[int, int, nn.Module]]) -> Any:
         rows: ModuleRows = getattr(module, ROWS)
         for start, end, other in runs:
             found = other(*(rows.arguments.of(part, start, end) for part in args))
-            for place, old, new in zip(rows.results, tensors_of(output), tensors_of(found), strict=True):
+            for place, old, new in zip(rows.results, as_tuple(output), as_tuple(found), strict=True):
                 place.of(old, start, end).copy_(new)
 
     return hook
 
 
-def tensors_of(output: Any) -> tuple[Any, ...]:
+def as_tuple(output: Any) -> tuple[Any, ...]:
     """Return a module's results as a tuple."""
     return output if isinstance(output, tuple) else (output,)

@@ -17,7 +17,7 @@ from adapters.kernels import build, native, reference, triton
 from adapters.kernels.experts import ExpertWeights
 from adapters.kernels.native import Truncation
 from adapters.kernels.plan import DecoderPlan
-from adapters.kernels.recurrence import Recurrence, convolve, convolved, recur
+from adapters.kernels.recurrence import Recurrence, convolve, convolve_sequence, recur
 from adapters.kernels.reference import BF16, FP16, FP32, SCALE_BYTES, GroupedFunction, LinearFunction, row_multiple
 from adapters.kernels.weight import QuantizedWeight
 
@@ -32,20 +32,20 @@ __all__ = [
     "QuantizedWeight",
     "Recurrence",
     "Truncation",
+    "argmax",
     "base_linear",
     "convolve",
-    "convolved",
+    "convolve_sequence",
     "cpu_kernels",
     "grouped_linear",
     "implementation",
     "is_deterministic",
-    "likeliest",
-    "likeliest_output",
     "lora_add_",
     "one_torch_thread",
+    "output_argmax",
     "paged_attention",
+    "plan_argmax",
     "plan_decoder",
-    "plan_likeliest",
     "prepare",
     "recur",
     "rms_norm",
@@ -82,15 +82,15 @@ def set_deterministic(fixed: bool) -> None:
 
 def is_deterministic() -> bool:
     """Return the setting of `set_deterministic`."""
-    return triton.deterministic()
+    return triton.is_deterministic()
 
 
 def runs_natively(
     device: torch.device, dtype: torch.dtype, weights: Iterable[QuantizedWeight | ExpertWeights] = ()
 ) -> bool:
     """Whether native kernels are available for this device and dtype, and support these weights."""
-    there = device.type == "cpu" and dtype == torch.float32 and native.load() is not None
-    return there and all(map(native.takes_weight, weights))
+    available = device.type == "cpu" and dtype == torch.float32 and native.load() is not None
+    return available and all(map(native.supports_weight, weights))
 
 
 def implementation(device: torch.device, dtype: torch.dtype) -> str:
@@ -104,28 +104,30 @@ def prepare(weights: Iterable[QuantizedWeight], dtype: torch.dtype) -> None:
     """Probe, once per base, the row multiples for CPU weights that torch's products multiply."""
     ours = runs_natively(torch.device("cpu"), dtype)
     rest = {
-        weight.shape for weight in weights if weight.device.type == "cpu" and not (ours and native.takes_weight(weight))
+        weight.shape
+        for weight in weights
+        if weight.device.type == "cpu" and not (ours and native.supports_weight(weight))
     }
     for out_features, in_features in sorted(rest):
         row_multiple(out_features, in_features, dtype, torch.get_num_threads())
 
 
-def _compiled(*tensors: Tensor) -> Any:
+def _compiled_kernels(*tensors: Tensor) -> Any:
     """Return the compiled kernels for these tensors' device and dtype; None without any, or if a gradient is needed."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return None
-    if triton.takes(*tensors) and (kernels := triton.load()):
+    if triton.supports(*tensors) and (kernels := triton.load()):
         return kernels
     return native.load() if all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors) else None
 
 
-def _in_place(*tensors: Tensor) -> bool:
+def _all_contiguous(*tensors: Tensor) -> bool:
     return all(tensor.is_contiguous() for tensor in tensors)
 
 
 def _linear(x: Tensor, weight: QuantizedWeight | ExpertWeights) -> Any:
-    kernels = _compiled(x.detach())
-    return kernels if not isinstance(kernels, native.Kernels) or native.takes_weight(weight) else None
+    kernels = _compiled_kernels(x.detach())
+    return kernels if not isinstance(kernels, native.Kernels) or native.supports_weight(weight) else None
 
 
 def linear_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -155,12 +157,12 @@ def grouped_linear(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
 
 
 def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor, ranks: int = 0) -> None:
-    kernels = _compiled(y, x) if _in_place(y, a, b) else None
+    kernels = _compiled_kernels(y, x) if _all_contiguous(y, a, b) else None
     (kernels or reference).lora_add_(y, x, a, b, table, scale, ranks)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    kernels = _compiled(k, v) if _in_place(k_cache, v_cache) else None
+    kernels = _compiled_kernels(k, v) if _all_contiguous(k_cache, v_cache) else None
     (kernels or reference).write_kv(k, v, k_cache, v_cache, slots)
 
 
@@ -175,42 +177,42 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    kernels = _compiled(q) if _in_place(k_cache, v_cache) else None
+    kernels = _compiled_kernels(q) if _all_contiguous(k_cache, v_cache) else None
     return (kernels or reference).paged_attention(
         q, k_cache, v_cache, seqs, block_tables, scaling, window, softcap, sinks
     )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return (_compiled(x, weight) or reference).rms_norm(x, weight, eps)
+    return (_compiled_kernels(x, weight) or reference).rms_norm(x, weight, eps)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    return (_compiled(gate, up) or reference).silu_mul(gate, up)
+    return (_compiled_kernels(gate, up) or reference).silu_mul(gate, up)
 
 
 def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    kernels = _compiled(q, k, cos, sin) if _in_place(q, k) else None
+    kernels = _compiled_kernels(q, k, cos, sin) if _all_contiguous(q, k) else None
     (kernels or reference).rope_(q, k, cos, sin)
 
 
-def likeliest(scores: Tensor, *, masked: bool = False) -> Tensor:
-    return (cpu_kernels(scores) or reference).likeliest(scores, masked=masked)
+def argmax(scores: Tensor, *, masked: bool = False) -> Tensor:
+    return (cpu_kernels(scores) or reference).argmax(scores, masked=masked)
 
 
-def likeliest_output(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+def output_argmax(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     kernels = _linear(x, weight)
     if isinstance(kernels, native.Kernels):
-        return kernels.likeliest_output(x, weight, bias)
-    return likeliest(linear_forward(x, weight, bias))
+        return kernels.output_argmax(x, weight, bias)
+    return argmax(linear_forward(x, weight, bias))
 
 
-def plan_likeliest(weight: QuantizedWeight, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """Return `likeliest_output` as a function of contiguous fp32 rows; None without a usable sketch."""
+def plan_argmax(weight: QuantizedWeight, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    """Return `output_argmax` as a function of contiguous fp32 rows; None without a usable sketch."""
     kernels = native.load()
-    if kernels is None or weight.sketch is None or bias is not None or not native.takes_weight(weight):
+    if kernels is None or weight.sketch is None or bias is not None or not native.supports_weight(weight):
         return None
-    return kernels.sketched(weight)
+    return kernels.plan_output_argmax(weight)
 
 
 def cpu_kernels(scores: Tensor) -> native.Kernels | None:
@@ -244,7 +246,7 @@ def plan_decoder(
 ) -> Decoder | None:
     """Return a planned decoder, which runs without Python modules, or None. Arguments: see `plan.DecoderPlan.build`."""
     numbers = [tensor for tensor in decoder.parameters() if tensor.is_floating_point()][:1]  # its dtype is the model's
-    if triton.takes(*numbers) and triton.load():
+    if triton.supports(*numbers) and triton.load():
         from adapters.kernels.triton.decoder import TritonDecoder
 
         return TritonDecoder.build(decoder, pool_a, pool_b, k_caches, v_caches, windows)
@@ -260,7 +262,7 @@ for _function in (
     rms_norm,
     silu_mul,
     rope_,
-    likeliest,
-    likeliest_output,
+    argmax,
+    output_argmax,
 ):
     _function.__doc__ = getattr(reference, _function.__name__).__doc__

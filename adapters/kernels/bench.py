@@ -30,7 +30,7 @@ SHAPES = [(576, 576), (1536, 576), (576, 1536)]  # q and o, gate and up, down of
 VOCAB, HIDDEN = 49152, 576
 
 
-def timed(function: Callable[[], Any], budget: float = BUDGET) -> float:
+def time_call(function: Callable[[], Any], budget: float = BUDGET) -> float:
     """Return the median seconds of a call."""
     function()
     seconds: list[float] = []
@@ -49,9 +49,9 @@ class Roofline:
         self._kernels = kernels
         self._data = torch.ones(64 << 20)  # 256 MiB
         self.read_gb_s = self.fp32_gflop_s = 0.0
-        self.look()
+        self.measure_once()
 
-    def look(self) -> None:
+    def measure_once(self) -> None:
         for _ in range(5):
             start = time.perf_counter()
             self._kernels.read(self._data)
@@ -114,19 +114,19 @@ def _linear_lines(kernels: native.Kernels, out_features: int, in_features: int) 
 
     def forward(rows: int) -> dict[str, Any]:
         x = torch.randn(rows, in_features)
-        seconds = timed(lambda: kernels.linear_run(x, next(next_run))) / RUN
+        seconds = time_call(lambda: kernels.linear_run(x, next(next_run))) / RUN
         library = "bitsandbytes dequantize + F.linear"
-        return line("nf4 linear", rows, seconds, library, timed(lambda: reference.linear_forward(x, next(weights))))
+        return line("nf4 linear", rows, seconds, library, time_call(lambda: reference.linear_forward(x, next(weights))))
 
     def rounded(exact: dict[str, Any]) -> dict[str, Any]:
         x = torch.randn(exact["rows"], in_features)
-        seconds = timed(lambda: kernels.linear_run(x, next(next_int8_run))) / RUN
+        seconds = time_call(lambda: kernels.linear_run(x, next(next_int8_run))) / RUN
         return line("nf4 linear, int8 inputs", len(x), seconds, "the same, exact", exact["seconds"])
 
     dy = torch.randn(128, out_features)
-    seconds = timed(lambda: kernels.linear_backward(dy, next(weights)))
+    seconds = time_call(lambda: kernels.linear_backward(dy, next(weights)))
     library = "bitsandbytes dequantize + matmul"
-    library_seconds = timed(lambda: reference.linear_backward(dy, next(weights)))
+    library_seconds = time_call(lambda: reference.linear_backward(dy, next(weights)))
     backward = line("nf4 linear backward", 128, seconds, library, library_seconds)
     exact = [forward(rows) for rows in (1, 4, 8, 16, 128, 512)]
     return [*exact, backward, *map(rounded, exact)]
@@ -142,7 +142,7 @@ def head_lines(kernels: native.Kernels) -> list[dict[str, Any]]:
             *("F.linear on an fp32 copy", lambda x: F.linear(x, wide), heads[0].data.nbytes),
         ),
         (
-            *("bf16 head, greedy tokens by its sketch", lambda x: kernels.likeliest_output(x, next(next_head))),
+            *("bf16 head, greedy tokens by its sketch", lambda x: kernels.output_argmax(x, next(next_head))),
             *("F.linear on an fp32 copy, argmax", lambda x: F.linear(x, wide).argmax(-1), sketch.data.nbytes),
         ),
     ]
@@ -161,9 +161,9 @@ def _head_line(
         "kernel": name,
         "shape": f"{VOCAB}x{HIDDEN}",
         "rows": rows,
-        "seconds": timed(lambda: ours(x)),
+        "seconds": time_call(lambda: ours(x)),
         "library": library,
-        "library_seconds": timed(lambda: theirs(x)),
+        "library_seconds": time_call(lambda: theirs(x)),
         "bytes": size,
         "flops": 2 * rows * VOCAB * HIDDEN,
     }
@@ -187,9 +187,9 @@ def _lora_line(kernels: native.Kernels, adapters: int, tokens: int, dtype: int, 
         "kernel": f"grouped LoRA, {adapters} {name} adapters of rank {rank}",
         "shape": f"{out_features}x{in_features}",
         "rows": adapters * tokens,
-        "seconds": timed(lambda: kernels.lora_add_(y, x, *next(pools), table, scale)),
+        "seconds": time_call(lambda: kernels.lora_add_(y, x, *next(pools), table, scale)),
         "library": "F.linear twice for each",
-        "library_seconds": timed(lambda: reference.lora_add_(y, x, *next(pools), table, scale)),
+        "library_seconds": time_call(lambda: reference.lora_add_(y, x, *next(pools), table, scale)),
         "bytes": size,
         "flops": 2 * adapters * tokens * rank * (out_features + in_features),
     }
@@ -229,9 +229,9 @@ def _attention_line(kernels: native.Kernels, requests: int, queries: int, length
         "kernel": "paged attention",
         "shape": f"{requests} x {queries} queries, {length} keys",
         "rows": requests * queries,
-        "seconds": timed(ours),
+        "seconds": time_call(ours),
         "library": "gather + scaled_dot_product_attention",
-        "library_seconds": timed(library),
+        "library_seconds": time_call(library),
         "bytes": 2 * requests * length * kv_heads * dim * 4,
         "flops": 4 * requests * queries * length * heads * dim,
     }
@@ -256,7 +256,7 @@ def measure(parts: Sequence[Callable[[native.Kernels], list[dict[str, Any]]]]) -
     kernels.set_threads(threads)
     roof = Roofline(kernels)
     lines = [line for part in parts for line in part(kernels)]
-    roof.look()
+    roof.measure_once()
     for line in lines:
         line["bandwidth_share"] = line.pop("bytes") / line["seconds"] / roof.read_gb_s / 1e9
         line["flops_share"] = line.pop("flops") / line["seconds"] / roof.fp32_gflop_s / 1e9

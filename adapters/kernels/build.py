@@ -48,7 +48,7 @@ def best_instruction_set() -> str:
     return capability if capability in instruction_sets() else "portable"
 
 
-def built(instruction_set: str) -> Path:
+def library_path(instruction_set: str) -> Path:
     """Return the library for an instruction set: prebuilt, cached, or compiled now.
 
     Raises:
@@ -97,7 +97,7 @@ def cache_dir() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakeet" / "kernels"
     except RuntimeError as fault:  # a user without a name, as in containers, and no HOME
-        raise BuildError(f"there is no directory to keep the compiled kernels in: {fault}") from None
+        raise BuildError(f"there is no directory for the compiled kernels: {fault}") from None
 
 
 def _compiler() -> list[str]:

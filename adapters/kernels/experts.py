@@ -58,7 +58,7 @@ class ExpertWeights:
         found = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in found if isinstance(value, Tensor)}
 
-    def placed(self) -> "ExpertWeights":
+    def to_huge_pages(self) -> "ExpertWeights":
         """Return the same weights in memory that kernels read fastest."""
         moved: dict[str, Any] = {name: on_huge_pages(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **moved)

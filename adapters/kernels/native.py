@@ -25,7 +25,7 @@ from adapters.kernels.weight import Int8Copy, QuantizedWeight, Sketch
 
 log = logging.getLogger(__name__)
 
-_off = False
+_disabled = False
 
 _BLOCK = 64  # the kernels' blocks of inputs, as in linear.cpp
 KV_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}
@@ -140,11 +140,11 @@ _SIGNATURES: dict[str, list[type]] = {
     "lk_rms_norm": [c_void_p, c_void_p, c_float, c_int, c_int, c_void_p],
     "lk_silu_mul": [c_void_p, c_void_p, c_int64, c_void_p],
     "lk_rope": [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_int],
-    "lk_likeliest": [c_void_p, c_int, c_int64, c_int, c_void_p],
+    "lk_argmax": [c_void_p, c_int, c_int64, c_int, c_void_p],
     "lk_mask": [c_void_p, c_int64, c_void_p, c_int64],
     "lk_draw": [c_void_p, c_int, c_int64, *[c_void_p] * 6],
     "lk_logprobs": [c_void_p, c_int, c_int64, c_void_p, c_int, *[c_void_p] * 4],
-    "lk_likeliest_output": [POINTER(WeightStruct), POINTER(SketchStruct), c_void_p, c_int, c_void_p],
+    "lk_output_argmax": [POINTER(WeightStruct), POINTER(SketchStruct), c_void_p, c_int, c_void_p],
     "lk_decode": [c_void_p, c_void_p],
     "lk_convolve": [c_void_p],
     "lk_recur": [c_void_p],
@@ -158,7 +158,7 @@ def load(instruction_set: str | None = None) -> "Kernels | None":
 
     None if `LORAKEET_NATIVE=0`, within `switched_off`, or if they cannot be compiled, which is logged as a warning.
     """
-    if _off or os.environ.get("LORAKEET_NATIVE") == "0":
+    if _disabled or os.environ.get("LORAKEET_NATIVE") == "0":
         return None
     return _load(instruction_set or build.best_instruction_set())
 
@@ -166,18 +166,18 @@ def load(instruction_set: str | None = None) -> "Kernels | None":
 @contextmanager
 def switched_off() -> Iterator[None]:
     """Make `load` return None within the context, in any thread, so that plain torch runs, for comparison."""
-    global _off
-    _off = True
+    global _disabled
+    _disabled = True
     try:
         yield
     finally:
-        _off = False
+        _disabled = False
 
 
 @cache
 def _load(instruction_set: str) -> "Kernels | None":
     try:
-        return Kernels(ctypes.CDLL(str(build.built(instruction_set))), instruction_set)
+        return Kernels(ctypes.CDLL(str(build.library_path(instruction_set))), instruction_set)
     except (build.BuildError, OSError) as fault:
         log.warning("running without the C++ kernels, several times slower on a CPU: %s", fault)
         return None
@@ -188,7 +188,7 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _plain(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def _contiguous(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return tensor.detach().to(dtype).contiguous()
 
 
@@ -220,7 +220,7 @@ class Kernels:
         return held[0]
 
     def linear_forward(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-        x, bias = _plain(x), None if bias is None else _plain(bias)
+        x, bias = _contiguous(x), None if bias is None else _contiguous(bias)
         y = x.new_empty(len(x), weight.shape[0])
         self._lib.lk_linear(byref(self.weight(weight)), address(bias), x.data_ptr(), len(x), y.data_ptr())
         return y
@@ -233,13 +233,13 @@ class Kernels:
         return y
 
     def grouped_forward(self, x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
-        x, counts, y = _plain(x), counts.contiguous(), x.new_empty(len(x), weights.shape[0])
+        x, counts, y = _contiguous(x), counts.contiguous(), x.new_empty(len(x), weights.shape[0])
         struct = byref(experts_struct(weights))
         self._lib.lk_grouped_linear(struct, x.data_ptr(), counts.data_ptr(), len(counts), len(x), y.data_ptr())
         return y
 
     def linear_backward(self, dy: Tensor, weight: QuantizedWeight) -> Tensor:
-        dy = _plain(dy)
+        dy = _contiguous(dy)
         dx = dy.new_empty(len(dy), weight.shape[1])
         self._lib.lk_linear_backward(byref(self.weight(weight)), dy.data_ptr(), len(dy), dx.data_ptr())
         return dx
@@ -253,7 +253,7 @@ class Kernels:
             data = on_huge_pages(torch.empty(layout, dtype=torch.uint8))
             self._lib.lk_int8_copy(byref(self.weight(weight)), unit, data.data_ptr())
         elif weight.blocksize != _BLOCK:
-            raise ValueError(f"experts in blocks of {weight.blocksize}")
+            raise ValueError(f"no int8 inputs for experts in blocks of {weight.blocksize}")
         else:
             data = on_huge_pages(torch.empty(len(weight), *layout, dtype=torch.uint8))
             self._lib.lk_int8_experts(byref(experts_struct(weight)), len(weight), unit, data.data_ptr())
@@ -267,7 +267,7 @@ class Kernels:
     def lora_add_(
         self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor, ranks: int = 0
     ) -> None:
-        x, table, scale = _plain(x), table.contiguous(), scale.contiguous()
+        x, table, scale = _contiguous(x), table.contiguous(), scale.contiguous()
         adapters = AdaptersStruct(
             a.data_ptr(), b.data_ptr(), table.data_ptr(), scale.data_ptr(), len(table), a.shape[1], b.shape[1]
         )
@@ -275,7 +275,7 @@ class Kernels:
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
         """See `reference.write_kv`, but with the layout of `KvCache` in attention.h: a block's keys lie by columns."""
-        k, v, slots = _plain(k), _plain(v), slots.contiguous()
+        k, v, slots = _contiguous(k), _contiguous(v), slots.contiguous()
         cache = _kv_struct(k_cache, v_cache)
         self._lib.lk_write_kv(k.data_ptr(), v.data_ptr(), slots.data_ptr(), *k.shape, byref(cache))
 
@@ -291,8 +291,8 @@ class Kernels:
         softcap: float = 0.0,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        sinks = None if sinks is None else _plain(sinks)
-        q, seqs, block_tables = _plain(q), seqs.contiguous(), block_tables.contiguous()
+        sinks = None if sinks is None else _contiguous(sinks)
+        q, seqs, block_tables = _contiguous(q), seqs.contiguous(), block_tables.contiguous()
         out = torch.empty_like(q)
         tokens, heads, head_dim = q.shape
         attention = AttentionStruct(
@@ -316,20 +316,20 @@ class Kernels:
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x, weight = _plain(x), _plain(weight)
+        x, weight = _contiguous(x), _contiguous(weight)
         y = torch.empty_like(x)
         width = x.shape[-1]
         self._lib.lk_rms_norm(x.data_ptr(), weight.data_ptr(), eps, x.numel() // width, width, y.data_ptr())
         return y
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = _plain(gate), _plain(up)
+        gate, up = _contiguous(gate), _contiguous(up)
         y = torch.empty_like(gate)
         self._lib.lk_silu_mul(gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr())
         return y
 
     def rope_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-        cos, sin = _plain(cos), _plain(sin)
+        cos, sin = _contiguous(cos), _contiguous(sin)
         tokens, heads, head_dim = q.shape
         self._lib.lk_rope(
             q.data_ptr(),
@@ -343,10 +343,10 @@ class Kernels:
             cos.shape[1],
         )
 
-    def likeliest(self, scores: Tensor, *, masked: bool = False) -> Tensor:
+    def argmax(self, scores: Tensor, *, masked: bool = False) -> Tensor:
         scores = scores.contiguous()
         found = torch.empty(len(scores), dtype=torch.int64)
-        self._lib.lk_likeliest(scores.data_ptr(), *scores.shape, masked, found.data_ptr())
+        self._lib.lk_argmax(scores.data_ptr(), *scores.shape, masked, found.data_ptr())
         return found
 
     def mask_(self, scores: Tensor, allowed: Tensor) -> None:
@@ -368,7 +368,7 @@ class Kernels:
         logits, tokens = logits.contiguous(), tokens.contiguous()
         rows, most = len(logits), min(most, logits.shape[1])
         if rows and int(tokens.max()) >= logits.shape[1]:
-            raise IndexError(f"token {int(tokens.max())} of {logits.shape[1]}")
+            raise IndexError(f"token {int(tokens.max())} is outside the vocabulary of {logits.shape[1]}")
         found = (
             torch.empty(rows, dtype=torch.float64),
             torch.empty(rows, dtype=torch.int64),
@@ -378,24 +378,24 @@ class Kernels:
         self._lib.lk_logprobs(logits.data_ptr(), *logits.shape, tokens.data_ptr(), most, *map(address, found))
         return found
 
-    def likeliest_output(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    def output_argmax(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
         if weight.sketch is None or bias is not None:
-            return self.likeliest(self.linear_forward(x, weight, bias))
-        return self.sketched(weight)(_plain(x))
+            return self.argmax(self.linear_forward(x, weight, bias))
+        return self.plan_output_argmax(weight)(_contiguous(x))
 
-    def sketched(self, weight: QuantizedWeight) -> Callable[[Tensor], Tensor]:
-        """Return `likeliest_output` of a weight with a sketch, for contiguous fp32 inputs."""
+    def plan_output_argmax(self, weight: QuantizedWeight) -> Callable[[Tensor], Tensor]:
+        """Return `output_argmax` of a weight with a sketch, for contiguous fp32 inputs."""
         assert weight.sketch is not None
         structs = byref(self.weight(weight)), byref(_sketch_struct(weight.sketch))
 
-        def likeliest(x: Tensor) -> Tensor:
-            if len(x) > self._lib.lk_sketched_rows():
-                return self.likeliest(self.linear_forward(x, weight))
+        def argmax(x: Tensor) -> Tensor:
+            if len(x) > self._lib.lk_sketch_max_rows():
+                return self.argmax(self.linear_forward(x, weight))
             found = torch.empty(len(x), dtype=torch.int64)
-            self._lib.lk_likeliest_output(*structs, x.data_ptr(), len(x), found.data_ptr())
+            self._lib.lk_output_argmax(*structs, x.data_ptr(), len(x), found.data_ptr())
             return found
 
-        return likeliest
+        return argmax
 
     def decode(self, decoder: Structure, step: Structure) -> None:
         """Run one step through the decoder layers; the structures are those of plan.py."""
@@ -455,7 +455,7 @@ def _sketch_struct(sketch: Sketch) -> SketchStruct:
     return SketchStruct(*map(address, (sketch.data, sketch.scale, sketch.norm, sketch.error)), sketch.greatest_norm)
 
 
-def takes_weight(weight: QuantizedWeight | ExpertWeights) -> bool:
+def supports_weight(weight: QuantizedWeight | ExpertWeights) -> bool:
     """Whether the library can read this weight in place, and decodes it as the weight's own library does.
 
     bitsandbytes 0.50 decodes 4-bit rows that are not whole blocks differently on the CPU than it encoded them. PEFT's

@@ -137,7 +137,7 @@ class DecoderPlan:
             kernels cannot read a tensor (on the CPU; fp32 except for weights and pools).
         """
         kernels = native.load()
-        if kernels is None or not known(decoder, ARCHITECTURES | MIXTURES):
+        if kernels is None or not is_supported(decoder, ARCHITECTURES | MIXTURES):
             return None
         builder = _Builder(kernels, pool_a, pool_b)
         modules: Any = decoder
@@ -221,7 +221,7 @@ class DecoderPlan:
         return self._angles
 
 
-def known(decoder: nn.Module, architectures: Collection[str] = frozenset(ARCHITECTURES)) -> bool:
+def is_supported(decoder: nn.Module, architectures: Collection[str] = frozenset(ARCHITECTURES)) -> bool:
     """Whether a decoder is of one of these architectures, with SwiGLU."""
     kind, config = type(decoder), getattr(decoder, "config", None)
     ours = kind.__module__.startswith("transformers.models.") and kind.__name__ in architectures
@@ -276,14 +276,14 @@ class _Builder:
 
     def _router(self, router: Any) -> WeightStruct:
         weight = QuantizedWeight("dense", router.weight.detach(), tuple(router.weight.shape))
-        if not native.takes_weight(weight):
+        if not native.supports_weight(weight):
             raise _Unplannable
         self.alive.append(weight)
         return self._kernels.weight(weight)
 
     def _mixture(self, experts: Any, router: Any) -> MixtureStruct:
         weights = [experts.gate_up_proj.weights, experts.down_proj.weights]
-        if not all(map(native.takes_weight, weights)):
+        if not all(map(native.supports_weight, weights)):
             raise _Unplannable
         normalised = getattr(router, "norm_topk_prob", True)
         struct = MixtureStruct(*map(native.experts_struct, weights), router.num_experts, router.top_k, normalised)
@@ -291,7 +291,7 @@ class _Builder:
         return struct
 
     def _weight(self, linear: PlannedLinear) -> WeightStruct:
-        if not native.takes_weight(linear.weight):
+        if not native.supports_weight(linear.weight):
             raise _Unplannable
         self.alive.append(linear.weight)
         struct = WeightStruct.from_buffer_copy(self._kernels.weight(linear.weight))

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.kernels import native, triton
-from adapters.kernels.reference import rows_apart
+from adapters.kernels.reference import with_row_gaps
 
-_MOST_KEYS = 1024  # most numbers of a key, as in recurrence.cpp
+_MAX_KEYS = 1024  # most numbers of a key, as in recurrence.cpp
 NORM_EPS = 1e-6
 
 
@@ -53,35 +53,35 @@ def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: T
         silu: whether to apply the activation.
         states: fp32 [slots, kernel - 1, channels], the last inputs of sequences; written.
     """
-    if triton.takes(x) and (compiled := triton.load()):
+    if triton.supports(x) and (compiled := triton.load()):
         found: Tensor = compiled.convolve(x, taps, bias, silu, states, runs)
         return found
     kernels = _native(x, taps)
     if kernels is None:
-        return plainly_convolve(x, taps, bias, silu, states, runs)
+        return convolve_torch(x, taps, bias, silu, states, runs)
     x, out = x.contiguous(), torch.empty(x.shape)
     addresses = map(native.address, (x, taps, bias, out, states, runs))
     kernels.call("lk_convolve", ConvolutionStruct(*addresses, len(runs), x.shape[1], len(taps), silu))
     return out
 
 
-def plainly_convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: Tensor, runs: Tensor) -> Tensor:
+def convolve_torch(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: Tensor, runs: Tensor) -> Tensor:
     """See `convolve`; in plain torch."""
     out, kept = torch.empty_like(x), len(taps) - 1
     for begin, end, read, write in runs.tolist():
         inputs = torch.cat([states[read].to(x.dtype), x[begin:end]])
         states[write] = inputs[len(inputs) - kept :]
-        out[begin:end] = convolved(inputs, taps, bias, silu)
+        out[begin:end] = convolve_sequence(inputs, taps, bias, silu)
     return out
 
 
-def convolved(inputs: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+def convolve_sequence(inputs: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """Return the convolution of one sequence's inputs, from the first one with all inputs before it; differentiable."""
     count = len(inputs) - len(taps) + 1
     y = inputs.new_zeros(()) if bias is None else bias
     for place, tap in enumerate(taps):
         y = y + tap * inputs[place : place + count]
-    return F.silu(rows_apart(y)) if silu else y
+    return F.silu(with_row_gaps(y)) if silu else y
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,12 @@ def recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
     Args:
         states: fp32 [slots, heads, keys, values]; written.
     """
-    if triton.takes(r.v) and (compiled := triton.load()):
+    if triton.supports(r.v) and (compiled := triton.load()):
         found: Tensor = compiled.recur(r, states, runs)
         return found
-    kernels = _native(r.q, r.k, r.v, r.a, r.a_log, r.dt_bias) if r.q.shape[2] <= _MOST_KEYS else None
+    kernels = _native(r.q, r.k, r.v, r.a, r.a_log, r.dt_bias) if r.q.shape[2] <= _MAX_KEYS else None
     if kernels is None:
-        return plainly_recur(r, states, runs)
+        return recur_torch(r, states, runs)
     # A list, since copies must live until the kernel has read them.
     inputs = [part if part is None else part.contiguous() for part in (r.q, r.k, r.v, r.a, r.b)]
     out = torch.empty(r.v.shape)
@@ -131,7 +131,7 @@ def recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
     return out
 
 
-def plainly_recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
+def recur_torch(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
     """See `recur`; in plain torch."""
     out, shared, rate = torch.empty_like(r.v), r.v.shape[1] // r.q.shape[1], -r.a_log.float().exp()
     for begin, end, read, write in runs.tolist():
@@ -144,7 +144,7 @@ def plainly_recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
             if r.b is None:
                 update = value * step[:, None]
             else:
-                query, key = normalised(query) * query.shape[-1] ** -0.5, normalised(key)
+                query, key = normalise(query) * query.shape[-1] ** -0.5, normalise(key)
                 update = value - (state * key[:, :, None]).sum(1)
                 update = update * (r.b[token].float().sigmoid() * r.gain)[:, None]
             state = state + key[:, :, None] * update[:, None]
@@ -153,6 +153,6 @@ def plainly_recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
     return out
 
 
-def normalised(x: Tensor) -> Tensor:
+def normalise(x: Tensor) -> Tensor:
     """Return vectors divided by their length."""
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS)

@@ -20,7 +20,7 @@ KEY_GROUP = 64  # attention reduces over keys in groups of this many, aligned to
 PROBED_OUTPUTS = 8192  # most outputs of a weight used to find its row multiple
 
 SCALE_BYTES = 4  # of an int8 row of the KV cache
-FP8_MOST = 448.0  # the greatest number of fp8 (e4m3)
+FP8_MAX = 448.0  # the greatest number of fp8 (e4m3)
 
 FP32, BF16, FP16 = 0, 1, 2  # the dtype column of a segment table
 _UNIT_DTYPES = {FP32: torch.float32, BF16: torch.bfloat16, FP16: torch.float16}
@@ -42,23 +42,23 @@ def row_multiple(out_features: int, in_features: int, dtype: torch.dtype, thread
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(192, in_features, generator=generator).to(dtype)
     weight = torch.randn(min(out_features, PROBED_OUTPUTS), in_features, generator=generator).to(dtype)
-    whole = F.linear(x, weight)
+    expected = F.linear(x, weight)
     for multiple in (1, 2, 4, 8, 16, 32, 64):
-        if _rows_agree(x, weight, whole, multiple):
+        if _rows_agree(x, weight, expected, multiple):
             return multiple
     raise RuntimeError(f"no row multiple makes {dtype} products of {(out_features, in_features)} invariant")
 
 
-def _rows_agree(x: Tensor, weight: Tensor, whole: Tensor, multiple: int) -> bool:
+def _rows_agree(x: Tensor, weight: Tensor, expected: Tensor, multiple: int) -> bool:
     counts = {multiple * n for n in (1, 2, 3, 4, 5, 7, 8, 12, 16)} | {64, 128}
-    return all(torch.equal(F.linear(x[:rows], weight), whole[:rows]) for rows in sorted(counts) if rows <= len(x))
+    return all(torch.equal(F.linear(x[:rows], weight), expected[:rows]) for rows in sorted(counts) if rows <= len(x))
 
 
 # On a CPU, torch computes this many numbers at a time, or half as many, and the rest one by one, perhaps differently.
 LANES = 32
 
 
-def rows_apart(y: Tensor) -> Tensor:
+def with_row_gaps(y: Tensor) -> Tensor:
     """Return the same rows; on a CPU with a gap between them, unless they are whole `LANES`.
 
     torch processes contiguous numbers `LANES` at a time and the rest one by one, with other functions for some
@@ -157,7 +157,7 @@ def linear_backward(dy: Tensor, weight: QuantizedWeight) -> Tensor:
     return padded_linear(dy, weight.dequantize(dy.dtype).T)
 
 
-def each_expert(
+def map_experts(
     rows: Tensor, weights: ExpertWeights, counts: Tensor, product: Callable[[Tensor, QuantizedWeight], Tensor]
 ) -> Tensor:
     """Return `product` of each expert's rows (`counts`, in order) and its weight, concatenated."""
@@ -181,7 +181,7 @@ def grouped_linear(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
 
 def grouped_forward(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
     """See `grouped_linear`; without autograd."""
-    return each_expert(x, weights, counts, linear_forward)
+    return map_experts(x, weights, counts, linear_forward)
 
 
 class GroupedFunction(torch.autograd.Function):
@@ -201,7 +201,7 @@ class GroupedFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return each_expert(grads[0], ctx.weights, ctx.counts, ctx.backward_of_x), None, None, None, None
+        return map_experts(grads[0], ctx.weights, ctx.counts, ctx.backward_of_x), None, None, None, None
 
 
 # --- adapters -----------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def cache_rows(states: Tensor, dtype: torch.dtype) -> Tensor:
         codes = (states.float() / torch.where(scale > 0, scale, 1.0)).round().nan_to_num().to(torch.int8)
         return torch.cat([codes, scale.view(torch.int8)], dim=-1)
     if dtype == torch.float8_e4m3fn:
-        states = states.clamp(-FP8_MOST, FP8_MOST)
+        states = states.clamp(-FP8_MAX, FP8_MAX)
     return states.to(dtype)
 
 
@@ -385,7 +385,7 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 # --- greedy tokens ----------------------------------------------------------------------------------
 
 
-def likeliest(scores: Tensor, *, masked: bool = False) -> Tensor:
+def argmax(scores: Tensor, *, masked: bool = False) -> Tensor:
     """Return the argmax of each row of scores `[rows, n]`, the first of ties, int64 `[rows]`; -1 for invalid rows.
 
     An invalid row holds NaN or infinity, or only -inf. With `masked`, some scores of a valid row may be -inf.
@@ -396,9 +396,9 @@ def likeliest(scores: Tensor, *, masked: bool = False) -> Tensor:
     return torch.where(valid, scores.argmax(-1), -1)
 
 
-def likeliest_output(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """Return `likeliest(base_linear(x, weight, bias))`, int64 `[rows]`: greedy tokens, if the weight is the head's.
+def output_argmax(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """Return `argmax(base_linear(x, weight, bias))`, int64 `[rows]`: greedy tokens, if the weight is the head's.
 
     A weight with a sketch is read only in part, with the same result.
     """
-    return likeliest(linear_forward(x, weight, bias))
+    return argmax(linear_forward(x, weight, bias))

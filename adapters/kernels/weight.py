@@ -29,8 +29,8 @@ WeightKind = Literal["nf4", "fp4", "int8", "dense"]
 # the codes.
 _LEVEL_STEPS = {"nf4": 111.75, "fp4": 119.5}
 
-_SKETCHED = 1024  # outputs at a time, so that temporaries stay small
-_ABOUT = 1.0001  # factor on norms, which makes up for their own rounding
+_SKETCH_ROWS = 1024  # outputs at a time, so that temporaries stay small
+_NORM_MARGIN = 1.0001  # factor on norms, which makes up for their own rounding
 _TINY = 1e-35  # small, but with a finite inverse and full precision
 
 
@@ -176,26 +176,28 @@ class QuantizedWeight:
             ValueError: not 4-bit, or not in whole blocks of a multiple of 64 inputs.
         """
         if self.kind not in ("nf4", "fp4") or self.blocksize % 64 or self.shape[1] % self.blocksize:
-            raise ValueError(f"a {self.kind} weight of shape {self.shape} in blocks of {self.blocksize}")
+            raise ValueError(
+                f"no int8 inputs for a {self.kind} weight of shape {self.shape} in blocks of {self.blocksize}"
+            )
         assert self.code is not None
         levels = (self.code * _LEVEL_STEPS[self.kind]).round()
         unit = float(levels @ self.code / (levels @ levels))  # the least-squares fit
         return levels.to(torch.int8), unit
 
     def with_sketch(self) -> "QuantizedWeight":
-        """Return the same weight with a sketch, with which `kernels.likeliest_output` reads half as many bytes.
+        """Return the same weight with a sketch, with which `kernels.output_argmax` reads half as many bytes.
 
         Raises:
             ValueError: not dense, not finite, or not of whole blocks of 64 inputs, at most 65536.
         """
         out_features, in_features = self.shape
         if self.kind != "dense" or in_features % 64 or in_features > 2**16:
-            raise ValueError(f"a {self.kind} weight of shape {self.shape}")
+            raise ValueError(f"cannot make a screening copy of a {self.kind} weight of shape {self.shape}")
         groups = -(-out_features // 16)
         data = torch.zeros(groups * 16, in_features, dtype=torch.int8)
         scale, norm, error = torch.zeros(3, groups * 16)
-        for first in range(0, out_features, _SKETCHED):
-            part = slice(first, min(first + _SKETCHED, out_features))
+        for first in range(0, out_features, _SKETCH_ROWS):
+            part = slice(first, min(first + _SKETCH_ROWS, out_features))
             rows = self.data[part].float()
             scale[part] = (rows.abs().amax(1) / 127).clamp(min=_TINY)  # a smaller row's loss counts in its error
             codes = (rows / scale[part, None]).round()
@@ -205,9 +207,9 @@ class QuantizedWeight:
             error[part] = (rows - rounded).double().norm(dim=1)
         # fp32 sums of this many products, on both sides: each addition rounds by at most 2**-24 of the total.
         error += norm * (in_features + 32) * 2.0**-24
-        norm, error = norm * _ABOUT, (error * _ABOUT).clamp(min=_TINY)
+        norm, error = norm * _NORM_MARGIN, (error * _NORM_MARGIN).clamp(min=_TINY)
         if not error.isfinite().all():
-            raise ValueError("a weight that is not finite")
+            raise ValueError("the weight is not finite")
         data = data.view(groups, 16, in_features // 4, 4).transpose(1, 2).contiguous()
         return replace(self, sketch=Sketch(data, scale, norm, error, float((norm + error).max())))
 

@@ -74,14 +74,14 @@ def round_to_int8(engine: Engine, directory: Path) -> None:
     weights |= {linear.name: linear.weights for linear in base.experts}
     rounded: dict[str, QuantizedWeight | ExpertWeights] = {}
     for name, weight in weights.items():
-        if native.takes_weight(weight):
+        if native.supports_weight(weight):
             with suppress(ValueError):
                 rounded[name] = library.with_int8_inputs(weight)
     if not rounded:
         raise UnservableModel(
             "--activations int8 is for linears in nf4 or fp4 (--quantization), and this base has none"
         )
-    engine.runner.rebase(with_weights(base, rounded))
+    engine.runner.replace_base(with_weights(base, rounded))
     engine.int8_drift = found = _measure(engine, directory)
     log.info(
         "activations are rounded to int8 in %d of %d linears: mean KL %.4f nats from exact, the same most likely token "
@@ -107,8 +107,8 @@ def measure_kv(engine: Engine, directory: Path) -> None:
     slots = StateSlots(2, cache.block_size, False) if base.states else None
     blocks = [BlockPool(count, cache.block_size, False) for _ in cache.windows]
     pools = BlockGroups(blocks, cache.windows, _CHUNK, 1, slots)
-    sides: tuple[AdapterKey, AdapterKey] = (), ()
-    engine.kv_drift = found = _drift((runner, engine.runner), (pools, engine.blocks), sides, prompt, "--kv-cache-dtype")
+    keys: tuple[AdapterKey, AdapterKey] = (), ()
+    engine.kv_drift = found = _drift((runner, engine.runner), (pools, engine.blocks), keys, prompt, "--kv-cache-dtype")
     log.info(
         "the KV cache is kept in %s: mean KL %.4f nats from %s, the same most likely token at %.1f%% of %d positions",
         *(str(cache.dtype).removeprefix("torch."), found.mean_kl, str(cache.compute).removeprefix("torch.")),
@@ -120,9 +120,9 @@ def _measure(engine: Engine, directory: Path) -> Drift:
     """Return the drift of the rounded base from the exact one. Raises UnservableModel when logits are not finite."""
     engine.runner.install(_EXACT, engine.base)
     try:
-        prompt, sides = _prompt(engine, directory), (((_EXACT, 1.0),), ())
+        prompt, keys = _prompt(engine, directory), (((_EXACT, 1.0),), ())
         return _drift(
-            (engine.runner, engine.runner), (engine.blocks, engine.blocks), sides, prompt, "--activations int8"
+            (engine.runner, engine.runner), (engine.blocks, engine.blocks), keys, prompt, "--activations int8"
         )
     finally:
         engine.runner.remove(_EXACT)
@@ -137,14 +137,16 @@ def _prompt(engine: Engine, directory: Path) -> list[int]:
 def _drift(
     runners: tuple[Runner, Runner],
     pools: tuple[BlockGroups, BlockGroups],
-    sides: tuple[AdapterKey, AdapterKey],
+    keys: tuple[AdapterKey, AdapterKey],
     prompt: list[int],
     setting: str,
 ) -> Drift:
     """Return the drift of the second side from the first. Raises UnservableModel when logits are not finite."""
-    found = Comparison()
-    for _ in drift(runners, pools, sides, prompt, found, _CHUNK):
+    comparison = Comparison()
+    for _ in drift(runners, pools, keys, prompt, comparison, _CHUNK):
         pass
-    if not math.isfinite(found.divergence):
-        raise UnservableModel(f"{setting} makes logits of this base that are not finite: leave it out")
-    return Drift(found.positions, found.divergence / found.positions, found.agreeing / found.positions)
+    if not math.isfinite(comparison.divergence):
+        raise UnservableModel(f"with {setting}, this base's logits are not finite: leave it out")
+    return Drift(
+        comparison.positions, comparison.divergence / comparison.positions, comparison.agreeing / comparison.positions
+    )

@@ -16,11 +16,11 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from adapters.device.memory import sent
+from adapters.device.memory import to_device
 from adapters.device.pool import RowPool, SegmentDeltas, Use
 from adapters.device.variants import Classifier, ExtraUse, StepExtras
 from server.engine.graphs import DecodeStep
-from server.engine.sampling import Draw, Drawn, Logprobs, Readback, Row, sample
+from server.engine.sampling import Draw, DrawnTokens, Logprobs, Readback, Row, sample
 from server.engine.sequence import Sequence, Step, Work
 from server.messages.protocol import TokenLogprob
 from server.model.attention import KVCache, PagedAttention
@@ -36,25 +36,25 @@ class Batch:
     positions: Tensor  # int64 [T]
     attention: PagedAttention
     deltas: SegmentDeltas | None
-    keep: Tensor  # int64 [K], the logits indices: rows with logits
-    kept: list[int]  # per work, its number of consecutive entries in `keep`
+    logits_indices: Tensor  # int64 [K], the logits indices: rows with logits
+    logits_counts: list[int]  # per work, its number of consecutive entries in `logits_indices`
     extras: StepExtras | None  # adapters' variants, beyond rank rows
     states: StateStep | None  # of the layers that keep a state
     heads: dict[int, tuple[int, Classifier]]  # of classifying works, by index: row of the last token, head
 
     @property
-    def decodes(self) -> bool:
+    def is_decode(self) -> bool:
         """Whether each request computes one token, and all logits are wanted."""
-        return len(self.ids) == len(self.attention.seqs) == len(self.keep)
+        return len(self.ids) == len(self.attention.seqs) == len(self.logits_indices)
 
-    def classified(self, hidden: Tensor) -> dict[int, Readback]:
+    def classify(self, hidden: Tensor) -> dict[int, Readback]:
         """Return the scores of classifying works, by index. hidden: the decoder's output for all rows, [T, hidden].
 
         Each head sees its row alone, so that no score depends on other requests in the batch.
         """
         return {index: Readback(head.scores(hidden[row])) for index, (row, head) in self.heads.items()}
 
-    def planned(self) -> DecodeStep:
+    def decode_step(self) -> DecodeStep:
         """Return the batch as the input of a planned decoder."""
         attention, deltas = self.attention, self.deltas
         return DecodeStep(
@@ -79,25 +79,25 @@ class Packer:
     def pack(
         self,
         works: Seq[Work],
-        tokens_after: Callable[[Seq[Sequence]], Tensor] | None,
+        pending_tokens: Callable[[Seq[Sequence]], Tensor] | None,
         *,
         adapters: bool,
-        drafts_apart: bool,
+        drafts_as_requests: bool,
     ) -> Batch:
         """Pack the works of one forward pass.
 
         Args:
-            tokens_after: returns the pending tokens of sequences, on the device; see `InFlightStep`.
+            pending_tokens: returns the pending tokens of sequences, on the device; see `InFlightStep`.
             adapters: whether adapters are applied; false over merged weights.
-            drafts_apart: let each draft attend as a request of its own, which fits the recorded decode graphs.
+            drafts_as_requests: let each draft attend as a request of its own, which fits the recorded decode graphs.
         """
         size = self._cache.block_size
         ids: list[int] = []
         positions: list[int] = []
         slots: list[list[int]] = [[] for _ in self._cache.windows]  # per group of KV layers
-        keep: list[int] = []
+        logits_indices: list[int] = []
         uses: list[Use] = []
-        kept: list[int] = []
+        logits_counts: list[int] = []
         seqs: list[tuple[int, int, int]] = []
         runs: list[tuple[int, ...]] = []
         pending: list[tuple[int, Sequence]] = []  # (index among the ids, sequence) of each pending token
@@ -105,7 +105,7 @@ class Packer:
         extra_kept: list[ExtraUse] = []
         heads: dict[int, tuple[int, Classifier]] = {}
         width = max(-(-(work.start + work.count) // size) for work in works)
-        height = len(works) + drafts_apart * sum(len(work.drafts) for work in works)
+        height = len(works) + drafts_as_requests * sum(len(work.drafts) for work in works)
         tables = np.zeros((len(slots), height, width), np.int32)
         for index, work in enumerate(works):
             sequence, first, last = work.sequence, work.start, work.start + work.count
@@ -118,11 +118,11 @@ class Packer:
             runs += [
                 (offset + begin - first, offset + end - first, read, write) for begin, end, read, write in work.runs
             ]
-            places = range(first, last)
-            positions += places
+            own_positions = range(first, last)
+            positions += own_positions
             for table, group in zip(sequence.tables, slots, strict=True):
-                group += [table[position // size] * size + position % size for position in places]
-            begins = [first, *range(last - len(work.drafts), last)] if drafts_apart and work.drafts else [first]
+                group += [table[position // size] * size + position % size for position in own_positions]
+            begins = [first, *range(last - len(work.drafts), last)] if drafts_as_requests and work.drafts else [first]
             for begin, end in pairwise([*begins, last]):
                 for table, rows in zip(sequence.tables, tables, strict=True):
                     blocks = table[: -(-last // size)]
@@ -131,10 +131,10 @@ class Packer:
             own = [offset + p - first for p in work.prompt_rows]
             if work.samples:
                 own += range(len(ids) - 1 - len(work.drafts) + work.skipped, len(ids))
-            keep += own
-            kept.append(len(own))
+            logits_indices += own
+            logits_counts.append(len(own))
             for digest, weight in sequence.adapter if adapters else ():
-                begin = max(offset, offset + sequence.starts.get(digest, 0) - first)
+                begin = max(offset, offset + sequence.adapter_starts.get(digest, 0) - first)
                 if begin >= len(ids):  # an activated adapter not in force yet
                     continue
                 uses.append(Use(begin, len(ids), digest, weight))
@@ -146,22 +146,26 @@ class Packer:
                 if extras.in_model:
                     skipped = sum(token < begin for token in own)
                     extra_uses.append(ExtraUse(begin, len(ids), extras, weight))
-                    extra_kept.append(ExtraUse(len(keep) - len(own) + skipped, len(keep), extras, weight))
+                    extra_kept.append(
+                        ExtraUse(len(logits_indices) - len(own) + skipped, len(logits_indices), extras, weight)
+                    )
         device = self._pool.device
 
         def tensor(numbers: list[Any], dtype: type[np.generic] = np.int64) -> Tensor:
-            return sent(torch.from_numpy(np.array(numbers, dtype)), device)  # twice as fast as a tensor from a list
+            return to_device(
+                torch.from_numpy(np.array(numbers, dtype)), device
+            )  # twice as fast as a tensor from a list
 
         attention = PagedAttention(
             self._cache,
             [tensor(group) for group in slots],
             tensor(seqs, np.int32),
-            [sent(torch.from_numpy(group), device) for group in tables],
+            [to_device(torch.from_numpy(group), device) for group in tables],
         )
         packed = tensor(ids)
         if pending:
-            assert tokens_after is not None
-            tokens = tokens_after([sequence for _, sequence in pending])
+            assert pending_tokens is not None
+            tokens = pending_tokens([sequence for _, sequence in pending])
             if len(pending) == len(ids):
                 packed = tokens
             else:
@@ -171,16 +175,16 @@ class Packer:
             ids=packed,
             positions=tensor(positions),
             attention=attention,
-            deltas=self._pool.deltas(_joined(uses)),
-            keep=tensor(keep),
-            kept=kept,
+            deltas=self._pool.deltas(_join_adjacent(uses)),
+            logits_indices=tensor(logits_indices),
+            logits_counts=logits_counts,
             extras=StepExtras(extra_uses, extra_kept) if extra_uses else None,
             states=None if self._states is None else StateStep(self._states, tensor(runs, np.int32)),
             heads=heads,
         )
 
 
-def _joined(uses: list[Use]) -> list[Use]:
+def _join_adjacent(uses: list[Use]) -> list[Use]:
     """Join adjacent uses of one adapter, unless several adapters apply to the same tokens."""
     joined: list[Use] = []
     for use in uses:
@@ -214,7 +218,7 @@ class Outcome:
     """
 
     works: Seq[Work]
-    drawn: Drawn | None
+    drawn: DrawnTokens | None
     scored: dict[int, tuple[Tensor, Logprobs]] = field(default_factory=dict)
     classified: dict[int, Readback] = field(default_factory=dict)
 
@@ -233,7 +237,7 @@ class Outcome:
             draws = iter(self.drawn.draws())
             for work, result in zip(self.works, results, strict=True):
                 if work.samples:
-                    accept(work, list(islice(draws, _draws_of(work))), result)
+                    accept(work, list(islice(draws, _num_draws(work))), result)
         return results
 
 
@@ -244,7 +248,7 @@ class InFlightStep:
     step: Step
     outcomes: list[tuple[Seq[int], Outcome]]  # per forward pass: the indices of its works in the step, its outcome
 
-    def tokens_after(self, sequences: Seq[Sequence]) -> Tensor:
+    def pending_tokens(self, sequences: Seq[Sequence]) -> Tensor:
         """Return the token that this step draws for each sequence: int64, on the device, perhaps not computed yet."""
         rows: dict[Sequence, int] = {}
         drawn: list[Tensor] = []
@@ -255,46 +259,46 @@ class InFlightStep:
                 for work in outcome.works:
                     if work.samples:
                         rows[work.sequence] = count
-                        count += _draws_of(work)
+                        count += _num_draws(work)
         tokens = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
-        places = [rows[sequence] for sequence in sequences]
-        if places != list(range(len(tokens))):
-            tokens = tokens[sent(torch.tensor(places), tokens.device)]
+        indices = [rows[sequence] for sequence in sequences]
+        if indices != list(range(len(tokens))):
+            tokens = tokens[to_device(torch.tensor(indices), tokens.device)]
         return tokens.clamp(min=0)  # an arbitrary token where the logits were not finite
 
     def results(self) -> list[WorkResult]:
         """Wait for the device, and return one result per work, in order. To be called once."""
         results: dict[int, WorkResult] = {}
-        for places, outcome in self.outcomes:
-            results |= zip(places, outcome.results(), strict=True)
-        return [results[place] for place in range(len(self.step.works))]
+        for indices, outcome in self.outcomes:
+            results |= zip(indices, outcome.results(), strict=True)
+        return [results[index] for index in range(len(self.step.works))]
 
 
 def draw(batch: Batch, logits: Tensor, classified: dict[int, Readback], eos_token_ids: Seq[int]) -> Outcome:
-    """Score prompts and draw tokens. logits: fp32 [K, V], of the batch's kept rows. classified: as in `Outcome`."""
+    """Score prompts and draw tokens. logits: fp32 [K, V], at the logits indices. classified: as in `Outcome`."""
     scored: dict[int, tuple[Tensor, Logprobs]] = {}
     drawn: list[int] = []  # logit rows
     rows: list[Row] = []
     end = 0
-    for index, (work, count) in enumerate(zip(batch.works, batch.kept, strict=True)):
+    for index, (work, count) in enumerate(zip(batch.works, batch.logits_counts, strict=True)):
         begin, end = end, end + count
         if work.prompt_rows:
             scored[index] = _score_prompt(work, logits[begin : begin + len(work.prompt_rows)])
         if work.samples:
-            drawn += range(end - _draws_of(work), end)
-            rows += _rows(work)
+            drawn += range(end - _num_draws(work), end)
+            rows += _sampling_rows(work)
     if not rows:
         return Outcome(batch.works, None, scored, classified)
     # Usually all rows are drawn from: no copy.
-    chosen = logits if len(drawn) == len(logits) else logits[sent(torch.tensor(drawn), logits.device)]
+    chosen = logits if len(drawn) == len(logits) else logits[to_device(torch.tensor(drawn), logits.device)]
     return Outcome(batch.works, sample(chosen, rows, eos_token_ids), scored, classified)
 
 
-def takes_argmax(work: Work) -> bool:
+def needs_only_argmax(work: Work) -> bool:
     """Whether a work's tokens are the argmax of its logits, and the logits are needed for nothing else."""
     if work.sequence.constraint is not None:
         return False
-    row = next(_rows(work))  # the rows after drafts have the same sampling
+    row = next(_sampling_rows(work))  # the rows after drafts have the same sampling
     return not work.prompt_rows and row.greedy and row.plain and row.sampling.logprobs is None
 
 
@@ -317,15 +321,17 @@ def _score_prompt(work: Work, logits: Tensor) -> tuple[Tensor, Logprobs]:
     sequence = work.sequence
     following = torch.tensor([sequence.tokens[position + 1] for position in work.prompt_rows])
     alternatives = sequence.sampling.prompt_logprobs or 0
-    return logits.isfinite().all(), Logprobs(logits, sent(following, logits.device), [alternatives] * len(following))
+    return logits.isfinite().all(), Logprobs(
+        logits, to_device(following, logits.device), [alternatives] * len(following)
+    )
 
 
-def _draws_of(work: Work) -> int:
+def _num_draws(work: Work) -> int:
     """Return the number of a work's rows that are drawn from."""
     return 1 + len(work.drafts) - work.skipped
 
 
-def _rows(work: Work) -> Iterator[Row]:
+def _sampling_rows(work: Work) -> Iterator[Row]:
     """Yield the rows to draw from: after the last known token, and after each draft as if it were right."""
     sequence, drafts = work.sequence, work.drafts
     if sequence.constraint is not None:

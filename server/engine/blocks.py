@@ -70,7 +70,7 @@ class BlockGroups:
         """Return the number of blocks of each group that hold this many tokens."""
         return self.pools[0].blocks_for(tokens)
 
-    def first_seen(self, group: int, position: int) -> int:
+    def first_visible_block(self, group: int, position: int) -> int:
         """Return the index, in a group's table, of the first block read by the token at a position or later ones."""
         window = self._windows[group]
         oldest = max(0, position - window + 1) if window else 0
@@ -99,23 +99,23 @@ class BlockGroups:
                 table += pool.allocate(count) or ()
         return True
 
-    def chunk(self, sequence: Sequence, budget: int) -> int:
+    def allocate_chunk(self, sequence: Sequence, budget: int) -> int:
         """Allocate blocks for a prompt's next chunk, and return how many of its tokens, up to `budget`, have slots.
 
         Groups of sliding-window layers get their blocks chunk by chunk.
         """
-        wanted = sequence.num_computed + min(budget, sequence.remaining)
+        wanted = sequence.num_computed + min(budget, sequence.num_uncomputed)
         if self.grow(sequence, wanted):
             return wanted - sequence.num_computed
-        return min(wanted, self.room(sequence)) - sequence.num_computed
+        return min(wanted, self.token_capacity(sequence)) - sequence.num_computed
 
-    def room_for_drafts(self, sequence: Sequence, wanted: int, spare: int) -> int:
+    def allocate_drafts(self, sequence: Sequence, count: int, spare: int) -> int:
         """Return how many drafts have slots. New blocks are allocated only while `spare` of each group remain."""
-        known = len(sequence.tokens)
-        self.grow(sequence, known + wanted, spare)
-        return min(wanted, self.room(sequence) - known)
+        num_tokens = len(sequence.tokens)
+        self.grow(sequence, num_tokens + count, spare)
+        return min(count, self.token_capacity(sequence) - num_tokens)
 
-    def room(self, sequence: Sequence) -> int:
+    def token_capacity(self, sequence: Sequence) -> int:
         """Return the number of tokens for which a sequence has slots."""
         return min(map(len, sequence.tables)) * self.block_size
 
@@ -125,17 +125,17 @@ class BlockGroups:
         Args:
             spare: blocks of each group that must remain available.
         """
-        cached = self._cached(keys)
-        if self.states is not None and not self.states.enter(sequence, keys[cached - 1] if cached else None):
+        cached = self._cached_prefix_length(keys)
+        if self.states is not None and not self.states.acquire(sequence, keys[cached - 1] if cached else None):
             return False
         sequence.tables = []
         for group, pool in enumerate(self.pools):
-            first = self.first_seen(group, cached * self.block_size)
+            first = self.first_visible_block(group, cached * self.block_size)
             sequence.tables.append([0] * first + pool.match(keys[first:cached]))
         sequence.num_computed = cached * self.block_size
         tokens = len(sequence.tokens)
-        soon = min(tokens, sequence.num_computed + self._chunk)
-        wanted = [self.blocks_for(soon if window else tokens) for window in self._windows]
+        first_chunk_end = min(tokens, sequence.num_computed + self._chunk)
+        wanted = [self.blocks_for(first_chunk_end if window else tokens) for window in self._windows]
         missing = [count - len(table) for count, table in zip(wanted, sequence.tables, strict=True)]
         if any(pool.available < count + spare for count, pool in zip(missing, self.pools, strict=True)):
             self.release(sequence)
@@ -145,7 +145,7 @@ class BlockGroups:
             table += pool.allocate(count) or ()
         return True
 
-    def _cached(self, keys: Seq[bytes]) -> int:
+    def _cached_prefix_length(self, keys: Seq[bytes]) -> int:
         """Return how many leading blocks of a prompt can be reused: every group of layers has all keys and values that
         later tokens attend to."""
         found = len(keys)
@@ -159,7 +159,7 @@ class BlockGroups:
             else:
                 found = next((place for place, key in enumerate(keys[:found]) if not pool.has(key)), found)
         while found and not (
-            all(run[found] >= found - self.first_seen(g, found * self.block_size) for g, run in runs.items())
+            all(run[found] >= found - self.first_visible_block(g, found * self.block_size) for g, run in runs.items())
             and (self.states is None or self.states.has(keys[found - 1]))
         ):
             found -= 1
@@ -169,33 +169,33 @@ class BlockGroups:
         """Return the works of the step being submitted, with the states that they read and write."""
         return works if self.states is None else [self.states.assign(work) for work in works]
 
-    def collected(self, work: Work, known: int | None) -> None:
+    def finish_work(self, work: Work, num_computed: int | None) -> None:
         """After a work's step: cache the blocks that became full, and release those that no later token sees.
 
         Args:
-            known: number of the sequence's valid computed tokens; None if the sequence has ended in the meantime.
+            num_computed: the sequence's valid computed tokens; None if the sequence has ended in the meantime.
         """
-        if known is not None:
-            self._cache_full(work.sequence, work.start, known)
+        if num_computed is not None:
+            self._cache_full(work.sequence, work.start, num_computed)
         if self.states is not None:
-            self.states.collected(work, computed=known is not None)
-        if known is not None:
-            self._give_back_unseen(work.sequence, known)
+            self.states.finish_work(work, computed=num_computed is not None)
+        if num_computed is not None:
+            self._release_out_of_window(work.sequence, num_computed)
 
     def _cache_full(self, sequence: Sequence, start: int, end: int) -> None:
         """Cache the blocks that became full by positions [start, end), all with known tokens."""
-        name_blocks(self, sequence, end)
+        extend_block_keys(self, sequence, end)
         for place in range(start // self.block_size, min(end // self.block_size, len(sequence.block_keys))):
             for pool, table in zip(self.pools, sequence.tables, strict=True):
                 if table[place]:
                     pool.cache(table[place], sequence.block_keys[place])
 
-    def _give_back_unseen(self, sequence: Sequence, position: int) -> None:
+    def _release_out_of_window(self, sequence: Sequence, position: int) -> None:
         """Release the blocks that the token at a position and later ones do not see."""
         for group, (pool, table) in enumerate(zip(self.pools, sequence.tables, strict=True)):
             if not self._windows[group]:
                 continue
-            end = begin = min(self.first_seen(group, position), len(table))
+            end = begin = min(self.first_visible_block(group, position), len(table))
             while begin and table[begin - 1]:
                 begin -= 1
             pool.release(table[begin:end][::-1])  # so that the blocks nearest to the end are evicted last
@@ -208,7 +208,7 @@ class BlockGroups:
             pool.release(held[::-1] if window else held)
         sequence.tables = []
         if self.states is not None:
-            self.states.leave(sequence)
+            self.states.release(sequence)
 
     def allocate(self, count: int) -> list[list[int]] | None:
         """Allocate `count` blocks of each group for other uses; None while fewer than `count` would remain."""
@@ -263,25 +263,25 @@ def adapter_spec(adapters: Iterable[tuple[str, float]]) -> bytes:
     return repr([(digest, float(weight)) for digest, weight in adapters]).encode()
 
 
-def name_blocks(blocks: BlockGroups, sequence: Sequence, tokens: int) -> None:
+def extend_block_keys(blocks: BlockGroups, sequence: Sequence, tokens: int) -> None:
     """Extend the chain of keys over the full blocks among the first `tokens` tokens."""
     size, keys = blocks.block_size, sequence.block_keys
     if not blocks.caching or len(keys) >= tokens // size:
         return
     parent = keys[-1] if keys else root_key(sequence.tenant, sequence.cache_salt)
     for index in range(len(keys), tokens // size):
-        spec = adapter_spec(_in_force(sequence, index * size, (index + 1) * size))
+        spec = adapter_spec(_adapters_in_force(sequence, index * size, (index + 1) * size))
         parent = chain_key(parent, spec, sequence.tokens[index * size : (index + 1) * size])
         keys.append(parent)
 
 
-def _in_force(sequence: Sequence, begin: int, end: int) -> AdapterKey:
+def _adapters_in_force(sequence: Sequence, begin: int, end: int) -> AdapterKey:
     """Return the adapters in force for tokens [begin, end), as part of a block's key.
 
     An adapter activated within the block is written with its offset. The blocks before an activated adapter's
     invocation have the base's keys, so that other requests can share them.
     """
-    starts = sequence.starts
+    starts = sequence.adapter_starts
     if not starts:
         return sequence.adapter
     found = []

@@ -24,7 +24,7 @@ BATCHES = (1, 8)  # requests at once
 Pieces = Generator[str, None, None]  # yields the kind of the next piece: pieces of one kind cost about the same
 
 
-class NoRoom(ValueError):
+class CacheTooSmall(ValueError):
     """The KV cache is too small for a comparison."""
 
 
@@ -41,71 +41,71 @@ class Comparison:
 def compare(
     runner: Runner,
     blocks: BlockGroups,
-    sides: tuple[AdapterKey, AdapterKey],
+    keys: tuple[AdapterKey, AdapterKey],
     prompts: Seq[Seq[int]],
     max_requests: int,
 ) -> Generator[str, None, Comparison]:
     """Run both sides over `prompts`, and decode a few tokens with each.
 
     Raises:
-        NoRoom: the KV cache has too few blocks.
+        CacheTooSmall: the KV cache has too few blocks.
     """
-    found = Comparison()
+    comparison = Comparison()
     longest = longest_text(blocks)
     if longest < blocks.block_size * (CONTEXT_BLOCKS + 1):
-        raise NoRoom(f"a KV cache of {blocks.capacity} blocks leaves no room to compare (--kv-cache-bytes)")
+        raise CacheTooSmall(f"a KV cache of {blocks.capacity} blocks leaves no room to compare (--kv-cache-bytes)")
     for prompt in prompts:
-        yield from drift((runner, runner), (blocks, blocks), sides, prompt[:longest], found, CHUNK)
+        yield from drift((runner, runner), (blocks, blocks), keys, prompt[:longest], comparison, CHUNK)
     context = [token for prompt in prompts for token in prompt]
     needed = CONTEXT_BLOCKS * blocks.block_size
     context = (context * needed)[:needed]
     for requests in BATCHES:
         most = longest // blocks.block_size if blocks.states is None else blocks.states.num_slots // 2
         if requests <= max_requests and 2 * requests <= min(most, longest // blocks.block_size):
-            yield from _speed(runner, blocks, sides, context, requests, found)
-    return found
+            yield from _speed(runner, blocks, keys, context, requests, comparison)
+    return comparison
 
 
 def drift(
     runners: tuple[Runner, Runner],
     pools: tuple[BlockGroups, BlockGroups],
-    sides: tuple[AdapterKey, AdapterKey],
+    keys: tuple[AdapterKey, AdapterKey],
     prompt: Seq[int],
-    found: Comparison,
+    comparison: Comparison,
     chunk: int,
 ) -> Pieces:
-    """Run both sides over a prompt, `chunk` tokens at a time, and add their differences to `found`."""
+    """Run both sides over a prompt, `chunk` tokens at a time, and add their differences to `comparison`."""
     count = pools[0].blocks_for(len(prompt))
     taken: list[list[list[int]]] = []
     sequences: list[Sequence] = []
     try:
-        for key, pool in zip(sides, pools, strict=True):
+        for key, pool in zip(keys, pools, strict=True):
             taken += [(yield from _allocate(pool, count))]
             sequences += [(yield from _sequence(pool, prompt, key, taken[-1]))]
         first, second = sequences
         for start in range(0, len(prompt), chunk):
             length = min(chunk, len(prompt) - start)
             yield "drift"
-            one = runners[0].logits([_work(first, start, length)]).log_softmax(-1)
+            first_logprobs = runners[0].logits([_work(first, start, length)]).log_softmax(-1)
             yield "drift"
-            other = runners[1].logits([_work(second, start, length)]).log_softmax(-1)
-            found.positions += length
-            found.divergence += float((one.exp() * (one - other)).sum())
-            found.agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
+            second_logprobs = runners[1].logits([_work(second, start, length)]).log_softmax(-1)
+            comparison.positions += length
+            comparison.divergence += float((first_logprobs.exp() * (first_logprobs - second_logprobs)).sum())
+            comparison.agreeing += int((first_logprobs.argmax(-1) == second_logprobs.argmax(-1)).sum())
     finally:
         for pool, tables in zip(pools, taken, strict=False):
             pool.free(tables)
         for pool, sequence in zip(pools, sequences, strict=False):
-            _leave(pool, sequence)
+            _release_state(pool, sequence)
 
 
 def _speed(
     runner: Runner,
     pool: BlockGroups,
-    sides: tuple[AdapterKey, AdapterKey],
+    keys: tuple[AdapterKey, AdapterKey],
     context: Seq[int],
     requests: int,
-    found: Comparison,
+    comparison: Comparison,
 ) -> Pieces:
     """Time decoding on both sides, for `requests` sequences at once.
 
@@ -115,12 +115,12 @@ def _speed(
     taken = yield from _allocate(pool, 2 * (CONTEXT_BLOCKS + requests))
     both: list[list[Sequence]] = []
     try:
-        left = list(zip(*taken, strict=True))  # each entry has one block of every group
-        for key in sides:
-            shared = [left.pop() for _ in range(CONTEXT_BLOCKS)]
+        unused = list(zip(*taken, strict=True))  # each entry has one block of every group
+        for key in keys:
+            shared = [unused.pop() for _ in range(CONTEXT_BLOCKS)]
             both.append([])
             for _ in range(requests):
-                tables = list(map(list, zip(*shared, left.pop(), strict=True)))
+                tables = list(map(list, zip(*shared, unused.pop(), strict=True)))
                 both[-1].append((yield from _sequence(pool, [*context, context[0]], key, tables)))
             alone, *others = both[-1]
             for start in range(0, len(context), CHUNK):
@@ -128,7 +128,7 @@ def _speed(
                 work, end = _work(alone, start, CHUNK), start + CHUNK
                 runner.logits([replace(work, runs=[*work.runs, *((end, end, alone.slot, o.slot) for o in others)])])
             for other in others:
-                other.origin = other.slot
+                other.source_slot = other.slot
         seconds: tuple[list[float], list[float]] = [], []
         for _ in range(STEPS):
             for sequences, times in zip(both, seconds, strict=True):
@@ -139,11 +139,11 @@ def _speed(
                     sequence.tokens.append(token)
                 times.append(time.perf_counter() - began)
         first, second = (requests / median(times[WARM_UP:]) for times in seconds)
-        found.speeds.append(MergeSpeed(requests, first, second))
+        comparison.speeds.append(MergeSpeed(requests, first, second))
     finally:
         pool.free(taken)
         for sequence in chain(*both):
-            _leave(pool, sequence)
+            _release_state(pool, sequence)
 
 
 def longest_text(blocks: BlockGroups) -> int:
@@ -163,19 +163,19 @@ def _sequence(
 ) -> Generator[str, None, Sequence]:
     """Return a sequence with these blocks, once there is a state slot for it."""
     sequence = Sequence(id="", prompt=tokens, sampling=Sampling(), adapter=key)
-    while pool.states is not None and not pool.states.enter(sequence, None):
+    while pool.states is not None and not pool.states.acquire(sequence, None):
         yield "waiting"
     sequence.tables = tables
     return sequence
 
 
-def _leave(pool: BlockGroups, sequence: Sequence) -> None:
+def _release_state(pool: BlockGroups, sequence: Sequence) -> None:
     if pool.states is not None:
-        pool.states.leave(sequence)
+        pool.states.release(sequence)
 
 
 def _work(sequence: Sequence, start: int, count: int) -> Work:
     """Return a work that keeps all of its logits."""
-    runs = [(start, start + count, sequence.origin, sequence.slot)]
-    sequence.origin = sequence.slot
+    runs = [(start, start + count, sequence.source_slot, sequence.slot)]
+    sequence.source_slot = sequence.slot
     return Work(sequence, start, count, samples=False, prompt_rows=range(start, start + count), runs=runs)

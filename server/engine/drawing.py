@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters.device.memory import places_of, sent
+from adapters.device.memory import row_index, to_device
 from adapters.kernels import Truncation
 
 _LN2 = math.log(2.0)
@@ -39,9 +39,9 @@ def draw(scores: Tensor, truncations: Sequence[Truncation], uniforms: Sequence[f
         floor = _column([row.min_p for row in truncations], scores)
         if limited:
             limits = [truncations[index].top_k for index in limited]
-            places = places_of(limited, scores)
+            places = row_index(limited, scores)
             top = weights[places].topk(max(limits)).values
-            kth = top.gather(1, sent(torch.tensor(limits), scores.device)[:, None] - 1)
+            kth = top.gather(1, to_device(torch.tensor(limits), scores.device)[:, None] - 1)
             floor[places] = torch.maximum(floor[places], kth)
         weights *= weights >= floor
 
@@ -49,16 +49,16 @@ def draw(scores: Tensor, truncations: Sequence[Truncation], uniforms: Sequence[f
     if nuclei:
         shares = torch.tensor([[truncations[index].top_p] for index in nuclei], dtype=torch.float64)
         floor = weights.new_zeros(len(truncations), 1)
-        places = places_of(nuclei, scores)
-        floor[places] = _nucleus_floor(weights[places], sent(shares, scores.device))
+        places = row_index(nuclei, scores)
+        floor[places] = _nucleus_floor(weights[places], to_device(shares, scores.device))
         weights *= weights >= floor
 
-    return _invert(weights, sent(torch.tensor(uniforms, dtype=torch.float64)[:, None], scores.device))
+    return _invert(weights, to_device(torch.tensor(uniforms, dtype=torch.float64)[:, None], scores.device))
 
 
 def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
     """Return one number per row as a column, float32 [rows, 1]."""
-    return sent(torch.tensor(numbers, dtype=torch.float32)[:, None], like.device)
+    return to_device(torch.tensor(numbers, dtype=torch.float32)[:, None], like.device)
 
 
 def _nucleus_floor(weights: Tensor, p: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def _nucleus_floor(weights: Tensor, p: Tensor) -> Tensor:
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Return the token at which each row's running sum of weights passes its share `uniforms` [rows, 1] of the sum."""
-    blocks = _blocked(weights)
+    blocks = _as_blocks(weights)
     edges = block_sums(weights).cumsum(-1)  # float64 [rows, blocks]
     goal = uniforms * edges[:, -1:]
     block = _first_beyond(edges, goal)
@@ -107,7 +107,7 @@ def _first_beyond(sums: Tensor, goal: Tensor) -> Tensor:
     return torch.minimum((sums <= goal).sum(-1, keepdim=True), (sums < sums[:, -1:]).sum(-1, keepdim=True))
 
 
-def _blocked(weights: Tensor) -> Tensor:
+def _as_blocks(weights: Tensor) -> Tensor:
     """Return weights [rows, vocabulary] as [rows, blocks, block], padded with zeros."""
     missing = -weights.shape[1] % _BLOCK
     return (F.pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, _BLOCK))
@@ -115,4 +115,4 @@ def _blocked(weights: Tensor) -> Tensor:
 
 def block_sums(weights: Tensor) -> Tensor:
     """Return the sums over blocks of the vocabulary, float64 [rows, blocks]."""
-    return _blocked(weights).sum(-1).double()  # float32 is accurate enough within a block, and needs no wider copy
+    return _as_blocks(weights).sum(-1).double()  # float32 is accurate enough within a block, and needs no wider copy

@@ -95,7 +95,7 @@ class Engine:
             max_batch_requests=config.max_batch_requests,
             max_model_len=plan.max_model_len,
             eos_token_ids=base.eos_token_ids,
-            starts=self._starts,
+            find_adapter_starts=self._adapter_starts,
             doubling_tokens=DOUBLING_TOKENS.get(base.device.type, 3),
             background_seconds=config.batch_wait_seconds,
         )
@@ -103,15 +103,15 @@ class Engine:
             Path(config.model), base.vocab_size, base.eos_token_ids, config.grammar_bytes, config.background_priority
         )
         self._compiling: dict[str, tuple[Sequence, Future[Compiled]]] = {}  # by id; only these wait for their grammars
-        self._constrained = 0  # sequences with a grammar
+        self._num_constrained = 0  # sequences with a grammar
         self.base_digest = base.digest()
         self.int8_drift: protocol.Drift | None = None  # see `activations`, also for `kv_drift`
         self.kv_drift: protocol.Drift | None = None
         # On a CPU the step is finished when `submit` returns.
         self._depth = int(base.device.type == "cuda") if depth is None else depth
         self._in_flight: InFlightStep | None = None
-        self._waited = 0.0  # seconds spent in `wait`
-        self._unshared = 0.0  # seconds of a turn that collected nothing, not yet attributed to sequences
+        self._waited_seconds = 0.0  # seconds spent in `wait`
+        self._unattributed_seconds = 0.0  # seconds of a turn that collected nothing, not yet attributed to sequences
         self._live: dict[str, _Live] = {}
         self._warming: list[tuple[protocol.Warm, float]] = []
         self._done: list[protocol.Done] = []
@@ -172,8 +172,8 @@ class Engine:
     def busy(self) -> bool:
         """Whether the next step probably has work."""
         scheduler = self.scheduler
-        there = scheduler.running or self._in_flight is not None
-        return bool(there) or (bool(scheduler.waiting) and not self.adapter_cache.loading)
+        has_work = scheduler.running or self._in_flight is not None
+        return bool(has_work) or (bool(scheduler.waiting) and not self.adapter_cache.loading)
 
     @property
     def loading(self) -> bool:
@@ -182,7 +182,7 @@ class Engine:
 
     def add(self, request: Generate) -> None:
         """Queue a request's sequence."""
-        key = self.merges.enter(tuple((adapter.digest, adapter.weight) for adapter in request.adapters))
+        key = self.merges.acquire_key(tuple((adapter.digest, adapter.weight) for adapter in request.adapters))
         if not self.merges.has(key):
             for adapter in request.adapters:
                 self.adapter_cache.register(adapter.digest, adapter.path, adapter.owner)
@@ -200,11 +200,11 @@ class Engine:
             background=request.background,
         )
         self._live[request.id] = _Live(key, request.sampling.grammar is not None)
-        self._reporter.entered(key)
+        self._reporter.add_sequence(key)
         if request.sampling.grammar is None:
             self.scheduler.add(sequence)
         else:
-            self._constrained += 1
+            self._num_constrained += 1
             self._compiling[request.id] = sequence, self.grammars.compile(request.sampling.grammar, request.adapters)
 
     def abort(self, id: str) -> None:  # noqa: A002
@@ -216,9 +216,9 @@ class Engine:
     def _end(self, id: str) -> None:  # noqa: A002
         live = self._live.pop(id, None)
         if live is not None:
-            self._constrained -= live.constrained
-            self.merges.leave(live.adapter)
-            self._reporter.left(live.adapter)
+            self._num_constrained -= live.constrained
+            self.merges.release_key(live.adapter)
+            self._reporter.remove_sequence(live.adapter)
 
     def warm(self, request: protocol.Warm) -> None:
         """Start making an adapter resident; `take_done` returns the answer once it is."""
@@ -261,21 +261,21 @@ class Engine:
         """
         started = time.monotonic()
         self.adapter_cache.poll()
-        self._answer_warming()
-        outputs = self._take_compiled() if self._compiling else []
+        self._poll_warming()
+        outputs = self._queue_compiled() if self._compiling else []
         step = self.scheduler.schedule(started)
-        if self._constrained and step is not None:
+        if self._num_constrained and step is not None:
             self._prepare_masks(step)
         submitted = None if step is None else self.runner.submit(step, self._in_flight)
         collected, self._in_flight = (self._in_flight, submitted) if self._depth else (submitted, None)
         if collected is not None:
             outputs += self._collect(collected, started)
         elif submitted is not None:
-            self._unshared = time.monotonic() - started
+            self._unattributed_seconds = time.monotonic() - started
         for sequence in self.scheduler.take_failed():
             self._end(sequence.id)
             outputs.append(Output(id=sequence.id, error=sequence.error, code=sequence.code))
-        waited, self._waited = self._waited, 0.0
+        waited, self._waited_seconds = self._waited_seconds, 0.0
         stats = self._reporter.stats(
             requests=0 if collected is None else len(collected.step.works),
             adapters=0 if collected is None else collected.step.num_adapters,
@@ -288,14 +288,14 @@ class Engine:
         if self._in_flight is not None and self.base.device.type == "cuda":
             started = time.monotonic()
             torch.cuda.current_stream(self.base.device).synchronize()
-            self._waited += time.monotonic() - started
+            self._waited_seconds += time.monotonic() - started
 
     def take_done(self) -> list[protocol.Done]:
         """Return the answers to `warm` and `forget` since the last call."""
         done, self._done = self._done, []
         return done
 
-    def _take_compiled(self) -> list[Output]:
+    def _queue_compiled(self) -> list[Output]:
         """Queue the sequences with compiled grammars; return the outputs of those that failed."""
         failed = []
         for id_, (sequence, compiled) in list(self._compiling.items()):
@@ -306,8 +306,8 @@ class Engine:
                 sequence.constraint = compiled.result().constraint(sequence.sampling)
             except (InvalidGrammar, AdapterError, OSError) as fault:
                 self._end(id_)
-                known = isinstance(fault, InvalidGrammar)
-                code = protocol.INVALID_GRAMMAR if known else protocol.LOAD_FAILED
+                invalid = isinstance(fault, InvalidGrammar)
+                code = protocol.INVALID_GRAMMAR if invalid else protocol.LOAD_FAILED
                 failed.append(Output(id=id_, error=str(fault), code=code))
             else:
                 self.scheduler.add(sequence)
@@ -325,14 +325,17 @@ class Engine:
     def _collect(self, in_flight: InFlightStep, started: float) -> list[Output]:
         """Read a step's results, and divide the time of the turn begun at `started` among sequences by their tokens."""
         works, results = in_flight.step.works, in_flight.results()
-        seconds, self._unshared = self._unshared + self._waited + time.monotonic() - started, 0.0
+        seconds, self._unattributed_seconds = (
+            self._unattributed_seconds + self._waited_seconds + time.monotonic() - started,
+            0.0,
+        )
         each = seconds / sum(work.count for work in works)
         for work in works:
             work.sequence.device_seconds += each * work.count
-        outputs = (self._take_in(*pair) for pair in zip(works, results, strict=True))
+        outputs = (self._process_result(*pair) for pair in zip(works, results, strict=True))
         return [output for output in outputs if output is not None]
 
-    def _take_in(self, work: Work, result: WorkResult) -> Output | None:
+    def _process_result(self, work: Work, result: WorkResult) -> Output | None:
         sequence = work.sequence
         if result.failed and not sequence.ended:
             if sequence.constraint is not None and sequence.constraint.error is not None:
@@ -369,7 +372,7 @@ class Engine:
             device_seconds=seconds,
         )
 
-    def _answer_warming(self) -> None:
+    def _poll_warming(self) -> None:
         waiting = []
         for request, started in self._warming:
             key = ((request.adapter.digest, 1.0),)
@@ -384,7 +387,7 @@ class Engine:
                     waiting.append((request, started))
         self._warming = waiting
 
-    def _starts(self, key: AdapterKey, prompt: Seq[int]) -> dict[str, int]:
+    def _adapter_starts(self, key: AdapterKey, prompt: Seq[int]) -> dict[str, int]:
         """Return the positions in a prompt where activated adapters come into force; beyond its end if they do not."""
         adapters = ((digest, self.pool.adapter(digest)) for digest, _ in key)
         return {digest: adapter.start_in(prompt) for digest, adapter in adapters if adapter and adapter.invocation}

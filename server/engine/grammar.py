@@ -36,16 +36,16 @@ class _Thought:
     """A sequence's thought, with a budget of tokens."""
 
     def __init__(self, budget: ThoughtBudget, tokenizer: LLTokenizer) -> None:
-        self.taken: list[int] = []
-        self.close = budget.close
-        self.room = max(0, budget.most - len(budget.close))
+        self.tokens: list[int] = []
+        self.closing_tokens = budget.close
+        self.max_tokens = max(0, budget.most - len(budget.close))
         self._budget = budget
         self._tokenizer = tokenizer
 
-    def due(self, more: Seq[int] = ()) -> bool | None:
-        """Whether the thought must end after `more` tokens; None: it has ended, or the text began without one."""
-        tokens = [*self.taken, *more]
-        if len(tokens) < self.room:
+    def must_end(self, drafts: Seq[int] = ()) -> bool | None:
+        """Whether the thought must end after these drafts; None: it has ended, or the text began without one."""
+        tokens = [*self.tokens, *drafts]
+        if len(tokens) < self.max_tokens:
             return False
         text = self._tokenizer.decode_str(tokens).lstrip()
         if text.startswith(self._budget.begin) and self._budget.end not in text:
@@ -70,13 +70,13 @@ class Constraint:
         self.error: str | None = None
         self._matcher = matcher
         self._stops = frozenset(stops)
-        self._words = -(-tokenizer.vocab_size // 32)
-        self._ends = self._bits([*tokenizer.eos_tokens, *stops])
+        self._mask_words = -(-tokenizer.vocab_size // 32)
+        self._end_mask = self._bit_mask([*tokenizer.eos_tokens, *stops])
         self._prepared: Future[None] | None = None
         self._rows: list[tuple[Mask, bool]] = []
         self._thought = None if thought is None else _Thought(thought, tokenizer)
-        self._force()
-        self._end_thought()
+        self._take_forced()
+        self._end_thought_if_due()
 
     def consume(self, token: int) -> bool:
         """Advance by a token. Returns whether the text ends with it."""
@@ -84,39 +84,39 @@ class Constraint:
             assert token == self.forced[0], "a forced token was drawn otherwise"
             del self.forced[0]
         elif self._matcher.consume_token(token):
-            self._force()
+            self._take_forced()
         elif token in self._stops:
             self.stopped = True
         else:
             self.error = self._matcher.get_error()
         if self._thought is not None:
-            self._thought.taken.append(token)
-            self._end_thought()
+            self._thought.tokens.append(token)
+            self._end_thought_if_due()
         return self.stopped and not self.forced
 
-    def last_words(self, sampling: Sampling) -> list[int]:
+    def final_forced_tokens(self, sampling: Sampling) -> list[int]:
         """Return the forced tokens if they end the text and need no forward pass (no logprobs); else none."""
         return list(self.forced) if self.stopped and sampling.logprobs is None else []
 
-    def valid(self, drafts: list[int]) -> list[int]:
+    def valid_prefix(self, drafts: list[int]) -> list[int]:
         """Return the longest prefix of the drafts that the grammar and the thought's budget allow."""
         if self._thought is not None:
-            drafts = drafts[: max(0, self._thought.room - len(self._thought.taken) - 1)]
+            drafts = drafts[: max(0, self._thought.max_tokens - len(self._thought.tokens) - 1)]
         return drafts[: self._matcher.validate_tokens(drafts)] if drafts else drafts
 
-    def _end_thought(self) -> None:
+    def _end_thought_if_due(self) -> None:
         """Force the end of a thought with an exhausted budget."""
         if self._thought is None or self.forced:
             return
-        due = self._thought.due()
+        due = self._thought.must_end()
         if due:
-            self._matcher.consume_tokens(self._thought.close)
-            self.forced += self._thought.close
-            self._force()
+            self._matcher.consume_tokens(self._thought.closing_tokens)
+            self.forced += self._thought.closing_tokens
+            self._take_forced()
         if due is not False:
             self._thought = None
 
-    def _force(self) -> None:
+    def _take_forced(self) -> None:
         while forced := self._matcher.compute_ff_tokens():
             self._matcher.consume_tokens(forced)
             self.forced += forced
@@ -130,21 +130,21 @@ class Constraint:
         self._prepared.result()
         return self._rows
 
-    def _make(self, drafts: Seq[int], skipped: int) -> None:
+    def _make_masks(self, drafts: Seq[int], skipped: int) -> None:
         """Make the masks of the next draw and of the draw after each draft, except the first `skipped` ones."""
         rows: list[tuple[Mask, bool]] = []
         forced, walked = list(self.forced), 0
         for index in range(len(drafts) + 1):
             if walked and not forced:
                 forced = self._matcher.compute_ff_tokens()
-            if self._thought is not None and not forced and index == len(drafts) and self._thought.due(drafts):
-                forced = self._thought.close
+            if self._thought is not None and not forced and index == len(drafts) and self._thought.must_end(drafts):
+                forced = self._thought.closing_tokens
             if index >= skipped:
-                rows.append((self._bits(forced[:1]), False) if forced else self._allowed())
+                rows.append((self._bit_mask(forced[:1]), False) if forced else self._allowed_mask())
             if index == len(drafts):
                 break
             if forced and forced.pop(0) != drafts[index]:  # this draft will be rejected: the later rows are not used
-                rows += [(self._ends, False)] * (len(drafts) - index)
+                rows += [(self._end_mask, False)] * (len(drafts) - index)
                 break
             if not self.forced:
                 self._matcher.consume_token(drafts[index])
@@ -155,20 +155,20 @@ class Constraint:
             self.error = self._matcher.get_error()
         self._rows = rows
 
-    def _allowed(self) -> tuple[Mask, bool]:
-        mask = np.zeros(self._words, np.int32)
+    def _allowed_mask(self) -> tuple[Mask, bool]:
+        mask = np.zeros(self._mask_words, np.int32)
         if not self._matcher.is_error():
             self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._matcher.is_error():
             return np.zeros_like(mask), False
-        if (mask & self._ends).any():
-            mask |= self._ends
-        return mask, not (mask & ~self._ends).any()
+        if (mask & self._end_mask).any():
+            mask |= self._end_mask
+        return mask, not (mask & ~self._end_mask).any()
 
-    def _bits(self, tokens: Iterable[int]) -> Mask:
-        mask = np.zeros(self._words, np.uint32)
+    def _bit_mask(self, tokens: Iterable[int]) -> Mask:
+        mask = np.zeros(self._mask_words, np.uint32)
         for token in tokens:
-            if token < 32 * self._words:
+            if token < 32 * self._mask_words:
                 mask[token // 32] |= np.uint32(1 << token % 32)
         return mask.view(np.int32)
 
@@ -204,17 +204,17 @@ class Grammars:
         self._masks = ThreadPoolExecutor(1, "masks")
         self._compiled: OrderedDict[tuple[str, str, str], tuple[Future[Compiled], int]] = OrderedDict()
         self._size = 0
-        self._adapted: OrderedDict[str, LLTokenizer] = OrderedDict()  # by adapter's digest
+        self._adapter_tokenizers: OrderedDict[str, LLTokenizer] = OrderedDict()  # by adapter's digest
         self._source = ""
-        self._base: LLTokenizer | None = None
-        self._fault = "the model has no tokenizer.json"
+        self._base_tokenizer: LLTokenizer | None = None
+        self._base_error = "the model has no tokenizer.json"
         try:  # at start, since it holds the GIL for about a second
             self._source = (model / "tokenizer.json").read_text(encoding="utf-8")
-            self._base = self._tokenizer(NO_TEXT)
+            self._base_tokenizer = self._tokenizer(NO_TEXT)
         except OSError:
             pass
         except ValueError as fault:
-            self._fault = str(fault)
+            self._base_error = str(fault)
 
     def compile(self, grammar: Grammar, adapters: Seq[AdapterRef]) -> Future[Compiled]:
         """Return the future of a compiled grammar, from the cache if it is there; it fails with `InvalidGrammar`."""
@@ -233,14 +233,14 @@ class Grammars:
     def prepare(self, works: Iterable[tuple[Constraint, Seq[int], int]]) -> None:
         """Start making masks in the background, for each (constraint, drafts, number of leading drafts to skip)."""
         works = list(works)
-        prepared = self._masks.submit(_make_all, works)
+        prepared = self._masks.submit(_make_all_masks, works)
         for constraint, _, _ in works:
             constraint._prepared = prepared
 
-    def _compile(self, grammar: Grammar, own: AdapterRef | None) -> Compiled:
-        tokenizer = self._base if own is None else self._own_tokenizer(own)
+    def _compile(self, grammar: Grammar, adapter: AdapterRef | None) -> Compiled:
+        tokenizer = self._base_tokenizer if adapter is None else self._own_tokenizer(adapter)
         if tokenizer is None:
-            raise InvalidGrammar(f"This model's answers cannot follow a grammar: {self._fault}.")
+            raise InvalidGrammar(f"This model's answers cannot follow a grammar: {self._base_error}.")
         try:
             matcher = LLMatcher(tokenizer, definition(grammar), log_level=0, limits=LIMITS)
         except (ValueError, TypeError, KeyError, AssertionError) as fault:
@@ -250,14 +250,14 @@ class Grammars:
         return Compiled(tokenizer, matcher)
 
     def _own_tokenizer(self, adapter: AdapterRef) -> LLTokenizer | None:
-        if self._base is None:
+        if self._base_tokenizer is None:
             return None
-        if adapter.digest not in self._adapted:
-            self._adapted[adapter.digest] = self._tokenizer(AdapterSpec.read(Path(adapter.path)).text)
-            if len(self._adapted) > _TOKENIZERS:
-                self._adapted.popitem(last=False)
-        self._adapted.move_to_end(adapter.digest)
-        return self._adapted[adapter.digest]
+        if adapter.digest not in self._adapter_tokenizers:
+            self._adapter_tokenizers[adapter.digest] = self._tokenizer(AdapterSpec.read(Path(adapter.path)).text)
+            if len(self._adapter_tokenizers) > _TOKENIZERS:
+                self._adapter_tokenizers.popitem(last=False)
+        self._adapter_tokenizers.move_to_end(adapter.digest)
+        return self._adapter_tokenizers[adapter.digest]
 
     def _tokenizer(self, text: AdapterText) -> LLTokenizer:
         source = self._source
@@ -273,6 +273,6 @@ class Grammars:
             return LLTokenizer(source, eos_token=self._eos)  # some tokenizers have more tokens than there are logits
 
 
-def _make_all(works: Iterable[tuple[Constraint, Seq[int], int]]) -> None:
+def _make_all_masks(works: Iterable[tuple[Constraint, Seq[int], int]]) -> None:
     for constraint, drafts, skipped in works:
-        constraint._make(drafts, skipped)
+        constraint._make_masks(drafts, skipped)

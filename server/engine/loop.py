@@ -122,8 +122,8 @@ class Loop:
         self._gaps = gaps
         self._socket = socket
         self._draining = False
-        self._last_word = 0.0
-        self._told = (0, 0)  # sequences running and waiting, as last reported
+        self._last_sent = 0.0
+        self._reported = (0, 0)  # sequences running and waiting, as last reported
 
     def run(self) -> None:
         """Serve until a `Drain` is received and all requests have finished."""
@@ -133,17 +133,17 @@ class Loop:
             outputs, stats = self._engine.step()
             for done in self._engine.take_done():
                 self._send(done)
-            if outputs or self._is_news(stats) or time.monotonic() - self._last_word > HEARTBEAT_SECONDS:
+            if outputs or self._is_reportable(stats) or time.monotonic() - self._last_sent > HEARTBEAT_SECONDS:
                 self._send(protocol.Step(outputs=outputs, stats=stats))
-                self._told = (stats.running, stats.waiting)
+                self._reported = (stats.running, stats.waiting)
             for reply in self._gaps.fill(stats.step_seconds, self._engine.wait, busy=self._engine.busy):
                 self._send(reply)
 
-    def _is_news(self, stats: protocol.Stats) -> bool:
+    def _is_reportable(self, stats: protocol.Stats) -> bool:
         """Whether these statistics must be sent: their increments and changes are reported only once."""
         counted = stats.step_requests or stats.loads or stats.evictions
         changed = stats.adapters or stats.merges is not None
-        return bool(counted or changed) or (stats.running, stats.waiting) != self._told
+        return bool(counted or changed) or (stats.running, stats.waiting) != self._reported
 
     def _take_messages(self) -> None:
         """Process received messages, waiting for more only if there is nothing to compute."""
@@ -176,5 +176,5 @@ class Loop:
                 self._draining = True
 
     def _send(self, message: protocol.Reply) -> None:
-        self._last_word = time.monotonic()
+        self._last_sent = time.monotonic()
         self._socket.send(protocol.encode(message))

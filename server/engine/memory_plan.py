@@ -41,17 +41,17 @@ def plan(base: Base, config: EngineConfig) -> DevicePlan:
     max_model_len = base.context_length(config.max_model_len)
     kv_dtype = _kv_dtype(base, config.kv_cache_dtype)
     blocks = _blocks(base, kv_dtype, config.kv_cache_bytes, max_batch_tokens, config.max_batch_requests)
-    held = min(blocks[0] * BLOCK_SIZE, max_model_len)
+    cache_tokens = min(blocks[0] * BLOCK_SIZE, max_model_len)
     window = windows(base.layers)[0]
     if window and blocks[0] >= blocks_of_window(window, 2 * max_batch_tokens, KEY_GROUP, BLOCK_SIZE):
-        held = max_model_len  # every layer sees a window, and the windows fit
-    if held < max_model_len:
+        cache_tokens = max_model_len  # every layer sees a window, and the windows fit
+    if cache_tokens < max_model_len:
         if config.max_model_len is not None:
             raise UnservableModel(
                 f"--max-model-len {max_model_len} needs more KV cache than there is "
-                f"({held} tokens): raise --kv-cache-bytes or lower --max-model-len"
+                f"({cache_tokens} tokens): raise --kv-cache-bytes or lower --max-model-len"
             )
-        max_model_len = held
+        max_model_len = cache_tokens
     adapter_bytes = _share(base, 8, 1 << 30, 0.1) if config.adapter_bytes is None else config.adapter_bytes
     merged_bytes = _share(base, 8, 1 << 30, 0.1) if config.merged_bytes is None else config.merged_bytes
     return DevicePlan(
@@ -71,12 +71,14 @@ def exact_kv_dtype(base: Base) -> torch.dtype:
     return torch.float32 if base.device.type == "cpu" else base.dtype
 
 
-def _kv_dtype(base: Base, asked: str) -> torch.dtype:
-    if asked == "auto":
+def _kv_dtype(base: Base, requested: str) -> torch.dtype:
+    if requested == "auto":
         return exact_kv_dtype(base)
-    if asked == "int8" and (odd := [layer.head_dim for layer in base.layers if layer.head_dim % 4]):
-        raise UnservableModel(f"--kv-cache-dtype int8 is for heads of a multiple of 4 numbers; here they have {odd[0]}")
-    return KV_DTYPES[asked]
+    if requested == "int8" and (unsupported := [layer.head_dim for layer in base.layers if layer.head_dim % 4]):
+        raise UnservableModel(
+            f"--kv-cache-dtype int8 is for heads of a multiple of 4 numbers; here they have {unsupported[0]}"
+        )
+    return KV_DTYPES[requested]
 
 
 def _blocks(base: Base, dtype: torch.dtype, kv_cache_bytes: int | None, chunk: int, requests: int) -> list[int]:
@@ -111,12 +113,12 @@ def _state_slots(base: Base, state_cache_bytes: int | None, requests: int) -> in
     return min(size // slot, requests + MAX_SNAPSHOTS)
 
 
-def _share(base: Base, divisor: int, most: int, of_gpu: float) -> int:
-    """Return the default for a size in bytes: a share of the GPU's free memory, or of the host's, at most `most`."""
+def _share(base: Base, divisor: int, max_bytes: int, of_gpu: float) -> int:
+    """Return the default for a size in bytes: a share of the GPU's free memory or the host's, at most `max_bytes`."""
     if base.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(base.device)
         return int(free * of_gpu)
-    return min(most, psutil.virtual_memory().available // divisor)
+    return min(max_bytes, psutil.virtual_memory().available // divisor)
 
 
 def _pool_units(base: Base, adapter_bytes: int) -> int:

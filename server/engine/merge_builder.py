@@ -15,7 +15,7 @@ from adapters.kernels import QuantizedWeight
 from adapters.offline.recipe import MergedDtype
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.outline import Outline
-from server.engine.comparison import NoRoom, compare
+from server.engine.comparison import CacheTooSmall, compare
 from server.engine.engine import Engine
 from server.engine.merged_registry import Merged
 from server.engine.sequence import AdapterKey
@@ -52,10 +52,10 @@ class MergeBuilder:
             case Merge():
                 self._start(message)
             case Unmerge():
-                found = self._give_up(message.digest) or self._registry.forget(message.digest)
+                found = self._abandon(message.digest) or self._registry.forget(message.digest)
                 self._replies.append(Done(id=message.id, code=None if found else "merge_not_found"))
             case Forget():
-                self._give_up(message.digest)
+                self._abandon(message.digest)
 
     def take_replies(self) -> list[MergeReport | Done]:
         """Return the answers to orders since the last call."""
@@ -63,26 +63,26 @@ class MergeBuilder:
         return replies
 
     def _start(self, order: Merge) -> None:
-        there = self._registry.in_force(order.adapter.digest)
+        current = self._registry.in_force(order.adapter.digest)
         if self._order is not None:
             self._refuse(order.id, "another merge is being built", "merge_busy")
-        elif there is not None and there.report.dtype != order.dtype:
-            self._refuse(order.id, f"it is merged as {there.report.dtype} already: undo that first", "merge_exists")
-        elif (existing := there or self._registry.find(_key(order))) is not None:
+        elif current is not None and current.report.dtype != order.dtype:
+            self._refuse(order.id, f"it is merged as {current.report.dtype} already: undo that first", "merge_exists")
+        elif (existing := current or self._registry.find(_key(order))) is not None:
             self._registry.add(existing)
             self._answer(order, existing.report)
         else:
             self._engine.adapter_cache.register(order.adapter.digest, order.adapter.path)
             self._order, self._pieces, self._kind = order, self._build(order), "waiting"
 
-    def _give_up(self, digest: str) -> bool:
+    def _abandon(self, digest: str) -> bool:
         """Abandon the order in progress if it is for this digest. Returns whether it was."""
         order, pieces = self._order, self._pieces
         if order is None or pieces is None or order.adapter.digest != digest:
             return False
         self._order = self._pieces = None
         pieces.close()
-        self._refuse(order.id, "the merge was given up: it was undone, or its version replaced", "merge_given_up")
+        self._refuse(order.id, "the merge was abandoned: it was undone, or its version was replaced", "merge_given_up")
         return True
 
     def _answer(self, order: Merge, report: MergeReport) -> None:
@@ -123,7 +123,7 @@ class MergeBuilder:
             self._answer(order, merged.report)
         except Exception as fault:
             self._order = self._pieces = None
-            if isinstance(fault, AdapterError | NoRoom):
+            if isinstance(fault, AdapterError | CacheTooSmall):
                 self._refuse(order.id, str(fault), getattr(fault, "code", None) or "merge_refused")
             else:
                 log.exception("a merge failed")
@@ -146,12 +146,12 @@ class MergeBuilder:
             assert resident is not None  # it was acquired
             if not resident.plain:
                 raise AdapterError("only plain LoRA can be merged", "to", "unsupported_adapter_feature")
-            taken, rank = self._check(digest, order.dtype)
-            weights = yield from self._weights(digest, order.dtype)
+            taken, rank = self._check_mergeable(digest, order.dtype)
+            weights = yield from self._merge_weights(digest, order.dtype)
             runner.install(key, with_weights(runner.base, weights))
             installed = True
-            sides = unmerged, ((key, 1.0),)
-            found = yield from compare(runner, engine.blocks, sides, order.prompts, engine.max_batch_requests)
+            keys = unmerged, ((key, 1.0),)
+            found = yield from compare(runner, engine.blocks, keys, order.prompts, engine.max_batch_requests)
             if not abs(found.divergence) < float("inf"):
                 raise AdapterError("the merged weights give logits that are not finite", "dtype")
         except BaseException:
@@ -173,7 +173,7 @@ class MergeBuilder:
         )
         return Merged(key, report, rank)
 
-    def _check(self, digest: str, dtype: MergedDtype) -> tuple[int, int]:
+    def _check_mergeable(self, digest: str, dtype: MergedDtype) -> tuple[int, int]:
         """Return the bytes of a merge and the adapter's rank. Raises AdapterError if the merge is impossible."""
         base, budget = self._engine.base, self._registry.budget
         if base.transposed:
@@ -194,9 +194,9 @@ class MergeBuilder:
             )
         return need, rank
 
-    def _weights(self, digest: str, dtype: MergedDtype) -> Generator[str, None, dict[str, QuantizedWeight]]:
+    def _merge_weights(self, digest: str, dtype: MergedDtype) -> Generator[str, None, dict[str, QuantizedWeight]]:
         base = self._engine.base
-        made: dict[str, QuantizedWeight] = {}
+        merged: dict[str, QuantizedWeight] = {}
         for linear in base.linears:
             factors = self._engine.pool.factors(digest, linear.name)
             if factors is None:
@@ -208,9 +208,9 @@ class MergeBuilder:
                 try:
                     next(pieces)
                 except StopIteration as end:
-                    made[linear.name] = end.value
+                    merged[linear.name] = end.value
                     break
-        return made
+        return merged
 
 
 def _key(order: Merge) -> str:

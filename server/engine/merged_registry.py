@@ -1,8 +1,8 @@
 """The registry of merged weights beside the base, and of the sequences that run on them.
 
-A merge is an adapter under another key. `enter` gives a new sequence that key; its KV blocks are named by it, and the
-runner holds the weights under it. To the scheduler it is an adapter that is always ready. So merging or undoing does
-not affect running sequences, and merged and unmerged KV are never mixed.
+A merge is an adapter under another key. `acquire_key` gives a new sequence that key; its KV blocks are named by it, and
+the runner holds the weights under it. To the scheduler it is an adapter that is always ready. So merging or undoing
+does not affect running sequences, and merged and unmerged KV are never mixed.
 
 A merge belongs to a digest and lasts until it is undone, its digest is forgotten, or the engine ends.
 """
@@ -40,7 +40,7 @@ class MergedRegistry:
         self._cache = cache
         self._merged: dict[str, Merged] = {}  # by key, undone ones with sequences included
         self._in_force: dict[str, Merged] = {}  # by digest
-        self._told: list[MergeReport] = []
+        self._reported: list[MergeReport] = []
         self._changed: set[str] = set()
 
     # --- AdapterResidency ------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ class MergedRegistry:
 
     def release(self, key: AdapterKey) -> None:
         if self.has(key):
-            self.leave(key)
+            self.release_key(key)
         else:
             self._cache.release(key)
 
@@ -66,16 +66,16 @@ class MergedRegistry:
         """Whether this is a merge's key."""
         return bool(self._merged) and len(key) == 1 and key[0][0] in self._merged
 
-    def enter(self, key: AdapterKey) -> AdapterKey:
-        """Return a merge's key for a new sequence's adapters if there is one, else `key`. To be followed by `leave`."""
+    def acquire_key(self, key: AdapterKey) -> AdapterKey:
+        """Return the merge's key for a new sequence's adapters if there is one, else `key`. Pair with `release_key`."""
         merged = self._in_force.get(key[0][0]) if len(key) == 1 and key[0][1] == 1 else None
         if merged is None:
             return key
         merged.references += 1
         return ((merged.key, 1.0),)
 
-    def leave(self, key: AdapterKey) -> None:
-        """Release the reference of an ended sequence that entered under this key."""
+    def release_key(self, key: AdapterKey) -> None:
+        """Release the reference of an ended sequence that acquired this key."""
         if self.has(key):
             merged = self._merged[key[0][0]]
             merged.references -= 1
@@ -119,12 +119,12 @@ class MergedRegistry:
 
     # --- reports -------------------------------------------------------------------------------------------
 
-    def news(self) -> list[MergeReport] | None:
+    def take_reports(self) -> list[MergeReport] | None:
         """Return the merges in force if they have changed since the last call, else None."""
         reports = [merged.report for merged in self._in_force.values()]
-        if reports == self._told:
+        if reports == self._reported:
             return None
-        self._told = reports
+        self._reported = reports
         return reports
 
     def take_changed(self) -> set[str]:

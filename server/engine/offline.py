@@ -31,7 +31,7 @@ from server.messages.training import JobEnded, TrainingStep
 from server.training import bench
 
 
-class Script:
+class ScriptedSocket:
     """A stand-in for the loop's socket: requests arrive at given times, and replies are kept with their times.
 
     Args:
@@ -40,7 +40,7 @@ class Script:
 
     def __init__(self, due: Sequence[tuple[float, protocol.Request]], until: float = 0.0) -> None:
         self._due = deque([*due, (max([until, *(at for at, _ in due)]), protocol.Drain())])
-        self._said: list[tuple[float, bytes]] = []
+        self._replies: list[tuple[float, bytes]] = []
 
     def poll(self, timeout: int) -> int:
         """Wait at most `timeout` milliseconds for a request to be due. Returns 1 if one is."""
@@ -55,11 +55,11 @@ class Script:
 
     def send(self, data: bytes) -> None:
         """Keep a message until the end of the run."""
-        self._said.append((time.perf_counter(), data))
+        self._replies.append((time.perf_counter(), data))
 
-    def said(self) -> list[tuple[float, protocol.Reply]]:
+    def replies(self) -> list[tuple[float, protocol.Reply]]:
         """Return all of the loop's replies with their times."""
-        return [(at, protocol.decode_reply(data)) for at, data in self._said]
+        return [(at, protocol.decode_reply(data)) for at, data in self._replies]
 
 
 class Bench:
@@ -68,7 +68,7 @@ class Bench:
     def __init__(self, engine: Engine, config: EngineConfig) -> None:
         self.engine = engine
         self._gaps = boot.gap_work(engine, config)
-        self._trained = self._told = 0  # trained tokens in total, and at the last watch
+        self._trained = self._reported = 0  # trained tokens in total, and at the last watch
         self._watched = time.perf_counter()
 
     def accept(self, directory: Path) -> AdapterRef:
@@ -109,23 +109,23 @@ class Bench:
         for _ in self._loop([], time.perf_counter() + seconds):
             pass
         now = time.perf_counter()
-        answer = {"tokens": self._trained - self._told, "seconds": now - self._watched}
-        self._told, self._watched = self._trained, now
+        answer = {"tokens": self._trained - self._reported, "seconds": now - self._watched}
+        self._reported, self._watched = self._trained, now
         return answer
 
     def _loop(
         self, due: list[tuple[float, protocol.Request]], until: float = 0.0
     ) -> list[tuple[float, protocol.Reply]]:
         """Run the process's loop once, to its end. Raises RuntimeError when the job ends."""
-        script = Script(due, until)
+        script = ScriptedSocket(due, until)
         Loop(self.engine, self._gaps, script).run()
-        said = script.said()
-        for _, reply in said:
+        replies = script.replies()
+        for _, reply in replies:
             if isinstance(reply, JobEnded):
                 raise RuntimeError(f"the job ended: {reply.message}")
             if isinstance(reply, TrainingStep):
                 self._trained = reply.trained_tokens
-        return said
+        return replies
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def main() -> int:
         socket.send(protocol.encode(protocol.Fatal(message=str(fault), retry=False)))
         status = 2
     except Exception as fault:
-        log.exception("the engine cannot go on")
+        log.exception("the engine failed and exits")
         socket.send(protocol.encode(protocol.Fatal(message=f"{type(fault).__name__} in the engine")))
         status = 1
     else:

@@ -20,35 +20,35 @@ class Drafter:
         most: most tokens proposed at once; at least 1.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_drafts: int) -> None:
+        self._max_drafts = max_drafts
         self._following: dict[tuple[int, ...], int] = {}  # context -> where its latest continuation starts
         self._indexed = 0  # leading tokens that are indexed as continuations
-        self._shares = dict.fromkeys(SIZES, _PRIOR)  # acceptance rate, by the length of the context
+        self._acceptance = dict.fromkeys(SIZES, _PRIOR)  # acceptance rate, by the length of the context
         self._proposal: list[int] = []
         self._size = 0  # length of the proposal's context
 
-    def draft(self, tokens: Sequence[int], most: int, price: float) -> list[int]:
+    def draft(self, tokens: Sequence[int], max_drafts: int, min_probability: float) -> list[int]:
         """Return the proposed continuation of `tokens`, as far as it is worth computing.
 
         Args:
             tokens: the sequence so far; it extends the tokens of earlier calls.
-            most: limit for this call, besides the constructor's.
-            price: the least probability of acceptance, 0 to 1, for a draft to be worth computing.
+            max_drafts: limit for this call, besides the constructor's.
+            min_probability: the least probability of acceptance, 0 to 1, for a draft to be worth computing.
         """
         self._index(tokens)
         self._propose(tokens)
-        share = chance = self._shares.get(self._size, 0.0)
-        worth = 0
-        while worth < min(most, len(self._proposal)) and chance > price:
-            worth += 1
-            chance *= share
-        return self._proposal[:worth]
+        rate = probability = self._acceptance.get(self._size, 0.0)
+        count = 0
+        while count < min(max_drafts, len(self._proposal)) and probability > min_probability:
+            count += 1
+            probability *= rate
+        return self._proposal[:count]
 
     def learn(self, drawn: Sequence[int]) -> None:
         """Update the acceptance rate from the latest proposal and the drawn tokens; each proposal counts once."""
         for proposed, token in zip(self._proposal, drawn, strict=False):
-            self._shares[self._size] += _GAIN * ((proposed == token) - self._shares[self._size])
+            self._acceptance[self._size] += _GAIN * ((proposed == token) - self._acceptance[self._size])
             if proposed != token:
                 break
         self._proposal = []
@@ -66,5 +66,5 @@ class Drafter:
             start = self._following.get(tuple(tokens[end - self._size :])) if self._size <= end else None
             if start is not None:
                 # A continuation that reaches the end of the text is repeated periodically.
-                self._proposal = [tokens[start + i % (end - start)] for i in range(self._most)]
+                self._proposal = [tokens[start + i % (end - start)] for i in range(self._max_drafts)]
                 break

@@ -24,15 +24,15 @@ class Reporter:
         self._sequences: Counter[str] = Counter()  # running and waiting, by adapter or merge
         self._running: Counter[str] = Counter()  # running only, as last reported
         self._touched: set[str] = set()  # adapters with sequences queued or ended since the last report
-        self._told: dict[str, AdapterUse] = {}
+        self._reported: dict[str, AdapterUse] = {}
 
-    def entered(self, key: AdapterKey) -> None:
+    def add_sequence(self, key: AdapterKey) -> None:
         """Count a queued sequence."""
         for name, _ in key:
             self._sequences[name] += 1
             self._touched.add(name)
 
-    def left(self, key: AdapterKey) -> None:
+    def remove_sequence(self, key: AdapterKey) -> None:
         """Remove an ended sequence from the counts."""
         for name, _ in key:
             self._sequences[name] -= 1
@@ -63,7 +63,7 @@ class Reporter:
             evictions=evictions,
             loads=loads,
             adapters=self._changes(),
-            merges=self._merges.news(),
+            merges=self._merges.take_reports(),
         )
 
     def _changes(self) -> list[AdapterUse]:
@@ -72,13 +72,13 @@ class Reporter:
         if running != self._running:
             names |= {name for name in running | self._running if running[name] != self._running[name]}
         self._running, self._touched = running, set()
-        return [change for name in sorted(names) for change in self._told_anew(name)]
+        return [change for name in sorted(names) for change in self._changes_of(name)]
 
-    def _told_anew(self, name: str) -> list[AdapterUse]:
+    def _changes_of(self, name: str) -> list[AdapterUse]:
         """Return the changes of one adapter or merge: removal from its previous tier, and its present use."""
-        before, now = self._told.pop(name, None), self._use(name)
+        before, now = self._reported.pop(name, None), self._use(name)
         if now is not None:
-            self._told[name] = now
+            self._reported[name] = now
         if now == before:
             return []
         gone = before is not None and (now is None or now.tier != before.tier)

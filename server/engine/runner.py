@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from adapters import kernels
 from adapters.device.lora import FrozenLinear
 from adapters.device.pool import RowPool
-from server.engine.batch import Batch, InFlightStep, Outcome, Packer, draw, takes_argmax
+from server.engine.batch import Batch, InFlightStep, Outcome, Packer, draw, needs_only_argmax
 from server.engine.graphs import DecodeGraphs, DecodeStep
-from server.engine.sampling import Drawn, Readback
+from server.engine.sampling import DrawnTokens, Readback
 from server.engine.sequence import Sequence, Step, Work
 from server.model.attention import KVCache
 from server.model.base import Base
@@ -48,7 +48,7 @@ class Weights:
         self._embedding: nn.Module = base.model.get_input_embeddings()
         self._head: FrozenLinear = base.model.get_output_embeddings()
         # Hidden states to the argmax of each row's logits without computing all logits; None if not available.
-        self.argmax = kernels.plan_likeliest(self._head.weight, self._head.bias)
+        self.argmax = kernels.plan_argmax(self._head.weight, self._head.bias)
         # The planned decoder, if there is one for the model's shape; None: modules run.
         # It takes a single block table, so all layers must be of one group.
         self.plan = (
@@ -71,7 +71,7 @@ class Weights:
         weights = [linear.weight for linear in base.linears], [linear.weights for linear in base.experts]
         # Torch then does only small work, and its threads would compete with those of the native kernels for cores.
         self._one_thread = self.plan is not None or kernels.runs_natively(base.device, base.dtype, chain(*weights))
-        self.keeps = "logits_to_keep" in inspect.signature(base.model.forward).parameters
+        self.has_logits_to_keep = "logits_to_keep" in inspect.signature(base.model.forward).parameters
         self._paths: dict[tuple[bool, int], ForwardPath] = {}
 
     def path(self, *, modules: bool = False, new_tokens: int = 0) -> "ForwardPath":
@@ -112,7 +112,7 @@ class ForwardPath(ABC):
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, dict[int, Readback]]:
-        """Return the logits of the kept rows, fp32 [K, V], and the scores of classifying works, by index."""
+        """Return the logits at the logits indices, fp32 [K, V], and the scores of classifying works, by index."""
 
     def run(self, batch: Batch) -> Outcome:
         """Submit a forward pass, and the draw from its logits, to the device."""
@@ -128,25 +128,27 @@ class PlannedPath(ForwardPath):
 
     def run(self, batch: Batch) -> Outcome:
         argmax = self.weights.argmax
-        if argmax is not None and batch.extras is None and all(map(takes_argmax, batch.works)):
-            hidden = self.weights.hidden(batch.planned())
-            return Outcome(batch.works, Drawn(argmax(_kept(hidden, batch))), classified=batch.classified(hidden))
+        if argmax is not None and batch.extras is None and all(map(needs_only_argmax, batch.works)):
+            hidden = self.weights.hidden(batch.decode_step())
+            return Outcome(
+                batch.works, DrawnTokens(argmax(_logits_rows(hidden, batch))), classified=batch.classify(hidden)
+            )
         return super().run(batch)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[int, Readback]]:
         weights = self.weights
-        if weights.graphs is not None and batch.extras is None and batch.decodes:
-            logits = weights.graphs.run(batch.planned())
+        if weights.graphs is not None and batch.extras is None and batch.is_decode:
+            logits = weights.graphs.run(batch.decode_step())
             if logits is not None:
                 return logits, {}
         with self.installed(batch):
-            hidden = weights.hidden(batch.planned())
-            return weights.head(_kept(hidden, batch)), batch.classified(hidden)
+            hidden = weights.hidden(batch.decode_step())
+            return weights.head(_logits_rows(hidden, batch)), batch.classify(hidden)
 
 
-def _kept(hidden: Tensor, batch: Batch) -> Tensor:
-    """Return the kept rows of a planned decoder's output, fp32 [K, hidden]."""
-    return hidden if len(batch.keep) == len(hidden) else hidden[batch.keep]
+def _logits_rows(hidden: Tensor, batch: Batch) -> Tensor:
+    """Return the rows with logits of a planned decoder's output, fp32 [K, hidden]."""
+    return hidden if len(batch.logits_indices) == len(hidden) else hidden[batch.logits_indices]
 
 
 class ModulesPath(ForwardPath):
@@ -155,46 +157,46 @@ class ModulesPath(ForwardPath):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[int, Readback]]:
         base = self.weights.base
         slot, model = base.slot, base.model
-        slot.deltas = batch.extras.over(batch.deltas) if batch.extras else batch.deltas
+        slot.deltas = batch.extras.wrap_deltas(batch.deltas) if batch.extras else batch.deltas
         slot.experts = batch.extras.experts if batch.extras else None
         slot.attention, slot.states = batch.attention, batch.states
         hidden: list[Tensor] = []  # the decoder's output for all rows, if any work classifies
         try:
-            classified = _kept_output(base.decoder, hidden if batch.heads else None)
-            with self.installed(batch), classified, self._narrowed(batch.keep):
+            classified = _capture_output(base.decoder, hidden if batch.heads else None)
+            with self.installed(batch), classified, self._narrow_head_input(batch.logits_indices):
                 inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
-                if not len(batch.keep):  # in the middle of prompts the head is not run
+                if not len(batch.logits_indices):  # in the middle of prompts the head is not run
                     base.decoder(**inputs)
                     logits = torch.empty(0, base.vocab_size)
                 else:
-                    logits = model(**inputs, logits_to_keep=batch.keep).logits[0].float()
-                return logits, batch.classified(hidden[0]) if hidden else {}
+                    logits = model(**inputs, logits_to_keep=batch.logits_indices).logits[0].float()
+                return logits, batch.classify(hidden[0]) if hidden else {}
         finally:
             slot.deltas = slot.experts = slot.attention = slot.states = None
 
-    def _narrowed(self, keep: Tensor) -> AbstractContextManager[Any]:
+    def _narrow_head_input(self, indices: Tensor) -> AbstractContextManager[Any]:
         """Return a context that limits the head to these rows in models without a `logits_to_keep` argument."""
-        if self.weights.keeps or not len(keep):
+        if self.weights.has_logits_to_keep or not len(indices):
             return nullcontext()
 
         def narrow(module: nn.Module, args: Any, output: Any) -> Any:
-            output.last_hidden_state = output.last_hidden_state[:, keep]
+            output.last_hidden_state = output.last_hidden_state[:, indices]
             return output
 
         return self.weights.base.decoder.register_forward_hook(narrow)
 
 
 @contextmanager
-def _kept_output(decoder: nn.Module, found: list[Tensor] | None) -> Iterator[None]:
-    """Append the decoder's output, [T, hidden], to `found` within the context; do nothing if it is None."""
-    if found is None:
+def _capture_output(decoder: nn.Module, outputs: list[Tensor] | None) -> Iterator[None]:
+    """Append the decoder's output, [T, hidden], to `outputs` within the context; do nothing if it is None."""
+    if outputs is None:
         yield
         return
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        found.append(output[0][0])
+    def capture(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0][0])
 
-    with decoder.register_forward_hook(keep):
+    with decoder.register_forward_hook(capture):
         yield
 
 
@@ -220,7 +222,7 @@ class Runner:
         self._packer = Packer(cache, pool, states)
         self._settings = (cache, pool, max_model_len)
         self._planned = planned
-        self.weights = self._made(base, merged=False)
+        self.weights = self._make_weights(base, merged=False)
         self.merged: dict[str, Weights] = {}
 
     @property
@@ -228,16 +230,16 @@ class Runner:
         """The base on which unmerged requests run: with inputs rounded to int8, if that is switched on."""
         return self.weights.base
 
-    def _made(self, base: Base, *, merged: bool) -> Weights:
+    def _make_weights(self, base: Base, *, merged: bool) -> Weights:
         return Weights(base, *self._settings, merged=merged, planned=self._planned)
 
-    def rebase(self, base: Base) -> None:
+    def replace_base(self, base: Base) -> None:
         """Run unmerged sequences on this view of the base from now on. Nothing may be in flight."""
-        self.weights = self._made(base, merged=False)
+        self.weights = self._make_weights(base, merged=False)
 
     def install(self, key: str, merged: Base) -> None:
         """Run sequences with adapter `key` on this base from now on, without rank rows."""
-        self.merged[key] = self._made(merged, merged=True)
+        self.merged[key] = self._make_weights(merged, merged=True)
 
     def remove(self, key: str) -> None:
         """Undo `install`; no sequence may use the key any more."""
@@ -256,12 +258,12 @@ class Runner:
                     new_tokens += adapter.extras.new_tokens  # such an adapter is never combined with others
         return self.weights.path(modules=modules, new_tokens=new_tokens)
 
-    def _passes(self, works: Seq[Work]) -> list[tuple[ForwardPath, Seq[int]]]:
+    def _group_by_path(self, works: Seq[Work]) -> list[tuple[ForwardPath, Seq[int]]]:
         """Group works into forward passes: each path with the indices of its works."""
-        places: dict[ForwardPath, list[int]] = {}
-        for place, work in enumerate(works):
-            places.setdefault(self.route(work.sequence), []).append(place)
-        return list(places.items())
+        indices: dict[ForwardPath, list[int]] = {}
+        for index, work in enumerate(works):
+            indices.setdefault(self.route(work.sequence), []).append(index)
+        return list(indices.items())
 
     @torch.no_grad()
     def warm_up(self, requests: int) -> None:
@@ -270,17 +272,17 @@ class Runner:
             self.weights.graphs.warm_up(requests)
 
     @torch.no_grad()
-    def submit(self, step: Step, before: InFlightStep | None = None) -> InFlightStep:
+    def submit(self, step: Step, previous: InFlightStep | None = None) -> InFlightStep:
         """Submit a step to the device without waiting for it.
 
         Args:
-            before: the previous step, if it is in flight: pending tokens are taken from it.
+            previous: the previous step, if it is in flight: pending tokens are taken from it.
         """
         outcomes: list[tuple[Seq[int], Outcome]] = []
-        for path, places in self._passes(step.works):
-            works = step.works if len(places) == len(step.works) else [step.works[place] for place in places]
+        for path, indices in self._group_by_path(step.works):
+            works = step.works if len(indices) == len(step.works) else [step.works[index] for index in indices]
             with path.weights.threads():
-                outcomes.append((places, path.run(self._packed(path, works, before))))
+                outcomes.append((indices, path.run(self._pack(path, works, previous))))
         return InFlightStep(step, outcomes)
 
     @torch.no_grad()
@@ -288,12 +290,12 @@ class Runner:
         """Return the logits of works of one forward pass, fp32 [K, V]: one row per prompt row, work by work."""
         path = self.route(works[0].sequence)
         with path.weights.threads():
-            return path.forward(self._packed(path, works))[0]
+            return path.forward(self._pack(path, works))[0]
 
-    def _packed(self, path: ForwardPath, works: Seq[Work], before: InFlightStep | None = None) -> Batch:
+    def _pack(self, path: ForwardPath, works: Seq[Work], previous: InFlightStep | None = None) -> Batch:
         return self._packer.pack(
             works,
-            None if before is None else before.tokens_after,
+            None if previous is None else previous.pending_tokens,
             adapters=not path.weights.merged,
-            drafts_apart=path.weights.graphs is not None,
+            drafts_as_requests=path.weights.graphs is not None,
         )

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters import kernels
-from adapters.device.memory import places_of, sent
+from adapters.device.memory import row_index, to_device
 from adapters.kernels import Truncation
 from server.engine import drawing
 from server.messages.protocol import Sampling, TokenLogprob
 
-NOTHING = -1  # in place of a token, as in `kernels.likeliest`
+NO_TOKEN = -1  # in place of a token, as in `kernels.argmax`
 GREEDY_BELOW = 1e-5  # temperatures below this count as 0, as in vLLM
 _BYTES = torch.where((torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 1, 0.0, -torch.inf)  # by a mask's byte
 _CPU_SLICE = 2**18  # logits worked on at once on a CPU: temporaries of 1 MiB stay in its cache
@@ -123,10 +123,10 @@ class Logprobs:
         return lines
 
 
-class Drawn:
+class DrawnTokens:
     """One drawn token per row, perhaps not computed yet.
 
-    tokens: int64 [rows], on the logits' device; `NOTHING` for a row with logits that were not all finite, or with all
+    tokens: int64 [rows], on the logits' device; `NO_TOKEN` for a row with logits that were not all finite, or with all
         tokens forbidden.
     logprobs: of the rows `scored`, in order.
     """
@@ -142,11 +142,11 @@ class Drawn:
         [tokens] = self._host.lists()
         logprobs = dict(zip(self._scored, self._logprobs.read(), strict=True)) if self._logprobs else {}
         return [
-            Draw(None) if token == NOTHING else Draw(token, logprobs.get(index)) for index, token in enumerate(tokens)
+            Draw(None) if token == NO_TOKEN else Draw(token, logprobs.get(index)) for index, token in enumerate(tokens)
         ]
 
 
-def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] = ()) -> Drawn:
+def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] = ()) -> DrawnTokens:
     """Draw one token per row.
 
     Args:
@@ -158,35 +158,35 @@ def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] =
     tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
     scored = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
     if not scored:
-        return Drawn(tokens)
-    places = places_of(scored, logits)
+        return DrawnTokens(tokens)
+    places = row_index(scored, logits)
     counts = [rows[index].sampling.logprobs or 0 for index in scored]
-    return Drawn(tokens, Logprobs(logits[places], tokens[places].clamp(min=0), counts), scored)
+    return DrawnTokens(tokens, Logprobs(logits[places], tokens[places].clamp(min=0), counts), scored)
 
 
 def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int]) -> Tensor:
-    tokens = kernels.likeliest(logits)
+    tokens = kernels.argmax(logits)
     scores = logits
     if not all(row.plain for row in rows):
         scores = _adjust(logits, rows, eos_token_ids)
         # A bias may overflow, and a mask may leave nothing.
-        tokens = torch.where(tokens == NOTHING, NOTHING, kernels.likeliest(scores, masked=True))
+        tokens = torch.where(tokens == NO_TOKEN, NO_TOKEN, kernels.argmax(scores, masked=True))
     drawn = [index for index, row in enumerate(rows) if not row.greedy]
     if drawn:
-        places = places_of(drawn, scores)
+        places = row_index(drawn, scores)
         samplings = [(rows[index].sampling, rows[index].position) for index in drawn]
         truncations = [Truncation(each.temperature, each.min_p, each.top_k, each.top_p) for each, _ in samplings]
         uniforms = [uniform(each.seed, position) for each, position in samplings]
         draw = compiled.draw if (compiled := kernels.cpu_kernels(scores)) else drawing.draw
         found = draw(scores[places], truncations, uniforms)
-        tokens[places] = torch.where(tokens[places] == NOTHING, NOTHING, found)
+        tokens[places] = torch.where(tokens[places] == NO_TOKEN, NO_TOKEN, found)
     return tokens
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _logprobs(logits: Tensor, tokens: Tensor, max_alternatives: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return each token's log-probability and rank, and ids and log-probabilities [rows, most] of the likeliest."""
     if compiled := kernels.cpu_kernels(logits):
-        return compiled.logprobs(logits, tokens, most)
+        return compiled.logprobs(logits, tokens, max_alternatives)
     vocabulary = logits.shape[1]
     peak = logits.amax(-1, keepdim=True)
     total = drawing.block_sums((logits - peak).exp_()).sum(-1)  # float64 [rows]
@@ -194,7 +194,7 @@ def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor
     own = logits.gather(1, tokens[:, None])  # [rows, 1]
     values = (own.double() - log_total).squeeze(1)
     ranks = (logits > own).sum(-1) + 1
-    if not most:
+    if not max_alternatives:
         nothing = tokens.new_empty(len(tokens), 0)
         return values, ranks, nothing, nothing.double()
     # topk orders ties arbitrarily; so it ranks unique keys: the logit's bits, mapped so that integers order as the
@@ -202,7 +202,7 @@ def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor
     bits = (logits + 0.0).view(torch.int32)  # -0 becomes 0
     ids = torch.arange(vocabulary - 1, -1, -1, device=logits.device)
     keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | ids
-    best = vocabulary - 1 - (keys.topk(min(most, vocabulary)).values & 0xFFFFFFFF)
+    best = vocabulary - 1 - (keys.topk(min(max_alternatives, vocabulary)).values & 0xFFFFFFFF)
     return values, ranks, best, logits.gather(1, best).double() - log_total
 
 
@@ -227,7 +227,7 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
         if row.allowed is not None and compiled:
             compiled.mask_(scores[index], row.allowed)
         elif row.allowed is not None:
-            scores[index] += _bias(row.allowed, logits)
+            scores[index] += _mask_bias(row.allowed, logits)
 
     early = [index for index, row in enumerate(rows) if row.position < row.sampling.min_tokens]
     if early:
@@ -236,18 +236,18 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
             [token for token in row.sampling.stops[1] + ends[row.sampling.ignore_eos] if token < logits.shape[1]]
             for row in (rows[index] for index in early)
         ]
-        where, ids = _histories(early, stops, logits)
+        where, ids = _token_indices(early, stops, logits)
         scores[where, ids] = scores.new_full((len(ids),), -torch.inf)  # a Python number would synchronise with the GPU
 
     for index, row in enumerate(rows):
         if row.sampling.logit_bias:
             tokens, biases = row.sampling.biases
-            columns = sent(torch.frombuffer(tokens, dtype=torch.int64), logits.device)
-            scores[index, columns] += sent(torch.frombuffer(biases, dtype=torch.float32), logits.device)
+            columns = to_device(torch.frombuffer(tokens, dtype=torch.int64), logits.device)
+            scores[index, columns] += to_device(torch.frombuffer(biases, dtype=torch.float32), logits.device)
 
     repeating = [index for index, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
     if repeating:
-        where, ids = _histories(repeating, [rows[index].tokens for index in repeating], logits)
+        where, ids = _token_indices(repeating, [rows[index].tokens for index in repeating], logits)
         penalty = _column(rows, lambda sampling: sampling.repetition_penalty, logits)[where]
         seen = scores[where, ids]
         scores[where, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)  # the same value for repeated tokens
@@ -255,38 +255,38 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
     counting = [i for i, row in enumerate(rows) if row.sampling.frequency_penalty or row.sampling.presence_penalty]
     if counting:
         counts = [Counter(rows[index].tokens[rows[index].num_prompt :]) for index in counting]
-        where, ids = _histories(counting, [list(count) for count in counts], logits)
+        where, ids = _token_indices(counting, [list(count) for count in counts], logits)
         times = torch.tensor([times for count in counts for times in count.values()], dtype=torch.float32)
         frequency = _column(rows, lambda sampling: sampling.frequency_penalty, logits)[where]
         presence = _column(rows, lambda sampling: sampling.presence_penalty, logits)[where]
-        scores[where, ids] -= frequency * sent(times, logits.device) + presence
+        scores[where, ids] -= frequency * to_device(times, logits.device) + presence
     return scores
 
 
-def _bias(allowed: Tensor, logits: Tensor) -> Tensor:
+def _mask_bias(allowed: Tensor, logits: Tensor) -> Tensor:
     """Return a mask as an addend to a row of logits: 0 or -inf; tokens beyond the mask are not allowed."""
     vocabulary = logits.shape[1]
     missing = -(-vocabulary // 32) - len(allowed)
     words = F.pad(allowed, (0, missing)) if missing > 0 else allowed
     if logits.is_cpu:  # a table lookup per byte is many times as fast as expanding bits
         return _BYTES.index_select(0, words.view(torch.uint8).int()).flatten()[:vocabulary]
-    bits = (sent(words, logits.device)[:, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
+    bits = (to_device(words, logits.device)[:, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
     return torch.where(bits.flatten()[:vocabulary].bool(), 0.0, -torch.inf)
 
 
-def _histories(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
+def _token_indices(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return an index into the logits of every token in each row's list, repetitions included."""
     flat = array("q")  # far faster than a tensor from a list, and histories are long
     for line in tokens:
         flat.extend(line)
     ids = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
     lengths = torch.tensor([len(line) for line in tokens])
-    return sent(torch.tensor(rows).repeat_interleave(lengths), logits.device), sent(ids, logits.device)
+    return to_device(torch.tensor(rows).repeat_interleave(lengths), logits.device), to_device(ids, logits.device)
 
 
 def _column(rows: Sequence[Row], value: Callable[[Sampling], float], like: Tensor) -> Tensor:
     """Return one number of every row's sampling, float32 [rows]."""
-    return sent(torch.tensor([value(row.sampling) for row in rows], dtype=torch.float32), like.device)
+    return to_device(torch.tensor([value(row.sampling) for row in rows], dtype=torch.float32), like.device)
 
 
 # --- randomness ------------------------------------------------------------------------------------

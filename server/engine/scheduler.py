@@ -31,7 +31,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from operator import attrgetter
 
-from server.engine.blocks import BlockGroups, name_blocks
+from server.engine.blocks import BlockGroups, extend_block_keys
 from server.engine.sequence import AdapterKey, AdapterResidency, Counters, Sequence, Step, Work
 from server.engine.shares import Group, Shares
 from server.messages.protocol import LOAD_FAILED, TOO_LONG
@@ -65,7 +65,7 @@ class Scheduler:
         max_batch_requests: int,
         max_model_len: int,
         eos_token_ids: Seq[int] = (),
-        starts: Callable[[AdapterKey, Seq[int]], Mapping[str, int]] = lambda key, prompt: {},
+        find_adapter_starts: Callable[[AdapterKey, Seq[int]], Mapping[str, int]] = lambda key, prompt: {},
         patience: int = 64,
         doubling_tokens: int = 3,
         background_seconds: float = math.inf,
@@ -74,7 +74,7 @@ class Scheduler:
             raise ValueError(f"max_batch_tokens ({max_batch_tokens}) must exceed {max_batch_requests=}")
         self.running: list[Sequence] = []  # sorted by `Sequence.order`, like `waiting`; both public for reading
         self.waiting: list[Sequence] = []
-        self.leaving: list[Sequence] = []  # ended but still in flight: they keep their blocks and adapters
+        self.ended_in_flight: list[Sequence] = []  # ended but still in flight: they keep their blocks and adapters
         self.counters = Counters()
         self._blocks = blocks
         self._residency = residency
@@ -82,7 +82,7 @@ class Scheduler:
         self._max_batch_requests = max_batch_requests
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
-        self._starts = starts
+        self._find_adapter_starts = find_adapter_starts
         self._patience = patience
         self._doubling_tokens = doubling_tokens
         self._by_id: dict[str, Sequence] = {}
@@ -90,13 +90,13 @@ class Scheduler:
         self._arrivals = 0
         self._steps = 0
         self._shares = Shares(max_batch_requests, blocks.capacity * blocks.block_size, background_seconds)
-        self._leaves_next: Sequence | None = None  # in flight; preempted once its step has been collected
-        self._held: Sequence | None = None  # `_leaves_next` of the previous step
+        self._to_preempt: Sequence | None = None  # in flight; preempted once its step has been collected
+        self._preempting: Sequence | None = None  # `_to_preempt` of the previous step
 
     @property
     def idle(self) -> bool:
         """Whether nothing is running, waiting or in flight."""
-        return not self._by_id and not self.leaving
+        return not self._by_id and not self.ended_in_flight
 
     @property
     def waiting_tokens(self) -> int:
@@ -106,13 +106,13 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. If it can never run, `take_failed` reports it after the next `schedule`."""
         if sequence.id in self._by_id:
-            raise ValueError(f"sequence {sequence.id} is already here")
+            raise ValueError(f"sequence {sequence.id} is already queued")
         if self._blocks.states is not None:
             sequence.drafter = None  # a state cannot be rolled back after a rejected draft
-        sequence.limit = min(sequence.sampling.max_tokens, self._max_model_len - len(sequence.prompt))
+        sequence.max_new_tokens = min(sequence.sampling.max_tokens, self._max_model_len - len(sequence.prompt))
         sequence.order = (sequence.background, sequence.priority, self._arrivals)
         self._arrivals += 1
-        self._shares.enter(sequence)
+        self._shares.add(sequence)
         self._by_id[sequence.id] = sequence
         insort(self.waiting, sequence, key=attrgetter("order"))
 
@@ -150,16 +150,16 @@ class Scheduler:
             now: seconds on the clock of `Sequence.arrival`.
         """
         self._steps += 1
-        self._held, self._leaves_next = self._leaves_next, None
+        self._preempting, self._to_preempt = self._to_preempt, None
         self._shares.promote(now, self.running, self.waiting)
         works = next(filter(None, (self._schedule_group(now, group) for group in self._groups())), None)
-        if works is None and self._held is not None and self._leaves_next is None:  # its place is no longer needed
+        if works is None and self._preempting is not None and self._to_preempt is None:  # its place is no longer needed
             return self.schedule(now)
         if works is None:
             if len(self.running) > 1 and not any(sequence.in_flight for sequence in self.running):
                 self._preempt(self.running[-1])  # all are prompts waiting for blocks
             return None
-        self._speculate(works)
+        self._add_drafts(works)
         works = self._blocks.assign_states(works)
         for work in works:
             sequence = work.sequence
@@ -172,10 +172,10 @@ class Scheduler:
 
     def _groups(self) -> Iterator[Group]:
         """Yield the groups of sequences that the step may belong to; the first that can run anything gets it."""
-        if favoured := self._shares.favoured(self.running, self.waiting):
-            yield Group(tenants=favoured)
+        if tenants := self._shares.tenants_of_next_step(self.running, self.waiting):
+            yield Group(tenants=tenants)
         yield Group()
-        if self._leaves_next is None and all(sequence.background for sequence in self.running):
+        if self._to_preempt is None and all(sequence.background for sequence in self.running):
             yield Group(background=True)
 
     def _schedule_group(self, now: float, group: Group) -> list[Work]:
@@ -185,9 +185,9 @@ class Scheduler:
         most = min(_BACKGROUND_TOKENS, self._max_batch_tokens) if group.background else self._max_batch_tokens
         budget = max(0, most - len(works))
         for sequence in list(self.running):
-            if not self._may_run(sequence, group) or sequence.remaining <= 1 or not budget:
+            if not self._may_run(sequence, group) or sequence.num_uncomputed <= 1 or not budget:
                 continue
-            while not (count := self._blocks.chunk(sequence, budget)) and self._gives_way(sequence, works):
+            while not (count := self._blocks.allocate_chunk(sequence, budget)) and self._preempt_for(sequence, works):
                 pass
             if count:
                 works.append(sequence.work(count))
@@ -197,7 +197,7 @@ class Scheduler:
 
     def _may_run(self, sequence: Sequence, group: Group) -> bool:
         """Whether a sequence is of this group, still running, and not about to be preempted."""
-        return group.has(sequence) and bool(sequence.tables) and sequence not in (self._held, self._leaves_next)
+        return group.has(sequence) and bool(sequence.tables) and sequence not in (self._preempting, self._to_preempt)
 
     def _schedule_decodes(self, works: list[Work], group: Group) -> None:
         """Add one token of each decoding sequence, oldest first; the youngest are preempted when blocks run out."""
@@ -205,17 +205,17 @@ class Scheduler:
         while position < len(self.running):
             sequence = self.running[position]
             # Sequences with more to compute are prompts, scheduled by `_schedule_group`.
-            if not self._may_run(sequence, group) or sequence.remaining != 1 or sequence.waits:
+            if not self._may_run(sequence, group) or sequence.num_uncomputed != 1 or sequence.awaits_token:
                 position += 1
             elif self._blocks.grow(sequence, sequence.length):
                 works.append(sequence.work(1))
                 position += 1
-            elif self.leaving:  # blocks are about to be released
+            elif self.ended_in_flight:  # blocks are about to be released
                 position += 1
             else:  # preempt this one or one not scheduled yet
                 youngest = self._shares.youngest(self.running[position:]) or sequence
                 if youngest.in_flight:
-                    self._leaves_next = youngest
+                    self._to_preempt = youngest
                     position += 1
                 elif len(self.running) == 1:
                     self._fail_too_long(sequence)
@@ -227,7 +227,7 @@ class Scheduler:
         refused: dict[AdapterKey, str | None] = {}
         starving = False
         for sequence in self._shares.order([one for one in self.waiting if group.has(one)]):
-            if not budget or not (self._has_place or self._shares.victim(sequence, self.running)):
+            if not budget or not (self._has_room or self._shares.victim(sequence, self.running)):
                 break
             if len(sequence.prompt) > self._max_model_len or not self._blocks.fits(len(sequence.tokens)):
                 self._fail_too_long(sequence)
@@ -238,7 +238,9 @@ class Scheduler:
                 since = sequence.refused_since
                 starving |= since is not None and self._steps - since >= self._patience
                 continue
-            while not (placed := self._has_place and self._take_blocks(sequence)) and self._gives_way(sequence, works):
+            while not (placed := self._has_room and self._allocate_blocks(sequence)) and self._preempt_for(
+                sequence, works
+            ):
                 pass
             if not placed:
                 self._residency.release(sequence.adapter)
@@ -252,16 +254,16 @@ class Scheduler:
             budget -= works[-1].count
 
     @property
-    def _has_place(self) -> bool:
+    def _has_room(self) -> bool:
         return len(self.running) < self._max_batch_requests
 
-    def _gives_way(self, sequence: Sequence, works: list[Work]) -> bool:
+    def _preempt_for(self, sequence: Sequence, works: list[Work]) -> bool:
         """Preempt another sequence for this one, if possible; one in flight is only marked. Returns whether it was."""
         victim = self._shares.victim(sequence, self.running)
         if victim is None:
             return False
         if victim.in_flight:
-            self._leaves_next = victim
+            self._to_preempt = victim
             return False
         works[:] = [work for work in works if work.sequence is not victim]
         self._preempt(victim)
@@ -271,10 +273,10 @@ class Scheduler:
         """Acquire the sequence's adapter if it is ready. `refused`: this step's other answers (an error, or None)."""
         key = sequence.adapter
         if key not in refused:
-            while (answer := self._residency.acquire(key)) == "full" and self._gives_way(sequence, works):
+            while (answer := self._residency.acquire(key)) == "full" and self._preempt_for(sequence, works):
                 pass
             if answer == "ready":
-                sequence.starts = self._starts(key, sequence.prompt)
+                sequence.adapter_starts = self._find_adapter_starts(key, sequence.prompt)
                 return True
             refused[key] = self._residency.error(key) if answer == "failed" else None
             if answer == "full" and sequence.refused_since is None:
@@ -283,13 +285,13 @@ class Scheduler:
             self.fail(sequence.id, error, LOAD_FAILED)
         return False
 
-    def _take_blocks(self, sequence: Sequence) -> bool:
+    def _allocate_blocks(self, sequence: Sequence) -> bool:
         """Take a newcomer's cached blocks and allocate the rest for its known tokens, or change nothing."""
         # The last token is always computed, for its logits; so is every prompt token still to be scored.
         reusable = len(sequence.tokens) - 1
         if sequence.sampling.prompt_logprobs is not None:
             reusable = min(reusable, sequence.prompt_scored)
-        name_blocks(self._blocks, sequence, len(sequence.tokens))
+        extend_block_keys(self._blocks, sequence, len(sequence.tokens))
         keys = sequence.block_keys[: reusable // self._blocks.block_size]
         # One spare block for each running sequence, or the newcomer would be preempted when the next one grows.
         if not self._blocks.admit(sequence, keys, len(self.running)):
@@ -300,7 +302,7 @@ class Scheduler:
             self.counters.prefix_hits += sequence.cached_tokens
         return True
 
-    def _speculate(self, works: list[Work]) -> None:
+    def _add_drafts(self, works: list[Work]) -> None:
         """Add drafts within the step's remaining budget and blocks: forced tokens, or guesses where they pay."""
         rows = sum(work.count for work in works)
         for index, work in enumerate(works):
@@ -308,10 +310,10 @@ class Scheduler:
             forced = () if sequence.constraint is None else sequence.constraint.forced
             if not work.samples or not (forced or (sequence.drafter is not None and work.count == 1)):
                 continue
-            most = min(self._max_batch_tokens - rows, sequence.left - 1)
+            most = min(self._max_batch_tokens - rows, sequence.tokens_left - 1)
             # A draft pays if its probability of acceptance is at least its row's share of the step's cost.
-            drafts = list(forced[:most]) if forced else sequence.guess(most, rows / (rows + self._doubling_tokens))
-            if drafts := drafts[: self._blocks.room_for_drafts(sequence, len(drafts), len(self.running))]:
+            drafts = list(forced[:most]) if forced else sequence.draft(most, rows / (rows + self._doubling_tokens))
+            if drafts := drafts[: self._blocks.allocate_drafts(sequence, len(drafts), len(self.running))]:
                 works[index] = replace(work, count=work.count + len(drafts), drafts=drafts, forced=bool(forced))
                 rows += len(drafts)
                 self.counters.drafted += 0 if forced else len(drafts)
@@ -331,35 +333,35 @@ class Scheduler:
         sequence = work.sequence
         sequence.in_flight -= 1
         if sequence.ended:
-            self._blocks.collected(work, None)
+            self._blocks.finish_work(work, None)
             if not sequence.in_flight:
-                self.leaving.remove(sequence)
-                self._give_back(sequence)
+                self.ended_in_flight.remove(sequence)
+                self._release(sequence)
             return []
         assert work.samples or not new_tokens
         assert len(new_tokens) <= 1 + len(work.drafts)
         sequence.pending -= work.samples
         kept: list[int] = []
-        coming = list(new_tokens)
-        for token in coming:
+        tokens = list(new_tokens)
+        for token in tokens:
             kept.append(token)
             sequence.tokens.append(token)
-            sequence.end_by_newest(self._eos)
+            sequence.check_stop(self._eos)
             if sequence.finish_reason is not None:
                 break
-            if sequence.constraint is not None and len(kept) == len(coming):
-                coming += sequence.constraint.last_words(sequence.sampling)
+            if sequence.constraint is not None and len(kept) == len(tokens):
+                tokens += sequence.constraint.final_forced_tokens(sequence.sampling)
         accepted = max(0, min(len(kept), len(new_tokens)) - 1)
         # The next work overwrites the keys and values of rejected drafts.
         sequence.num_computed += accepted
         sequence.prompt_scored = max(sequence.prompt_scored, work.prompt_rows.stop)
-        known = work.start + work.count - len(work.drafts) + accepted
-        self._blocks.collected(work, known)
+        num_computed = work.start + work.count - len(work.drafts) + accepted
+        self._blocks.finish_work(work, num_computed)
         self.counters.accepted += 0 if work.forced else accepted
         if sequence.drafter is not None:
             sequence.drafter.learn(new_tokens)
         # No token may be drawn: max_tokens is 0, or the prompt fills the context.
-        if not sequence.remaining and not sequence.in_flight:
+        if not sequence.num_uncomputed and not sequence.in_flight:
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None:
             self._remove(sequence)
@@ -371,24 +373,24 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._give_back(sequence)
+        self._release(sequence)
         sequence.num_computed = 0
         self.counters.preemptions += 1
         insort(self.waiting, sequence, key=attrgetter("order"))
 
     def _remove(self, sequence: Sequence) -> None:
         del self._by_id[sequence.id]
-        self._shares.leave(sequence)
+        self._shares.remove(sequence)
         if not sequence.tables:  # running sequences have tables, waiting ones none
             self.waiting.remove(sequence)
             return
         self.running.remove(sequence)
         if sequence.in_flight:
-            self.leaving.append(sequence)
+            self.ended_in_flight.append(sequence)
         else:
-            self._give_back(sequence)
+            self._release(sequence)
 
-    def _give_back(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         self._blocks.release(sequence)
         self._residency.release(sequence.adapter)
 

@@ -29,7 +29,7 @@ from adapters.scratch import scratch
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, Forget, Generate, Sampling, TokenLogprob
 from server.model import attention, experts, geometry
-from server.model.base import Base, UnservableModel, refusing
+from server.model.base import Base, UnservableModel, errors_as_unservable
 
 REVISION = 4  # of this check: bases that passed an earlier revision are checked again
 SCORED = 64  # prompt positions compared, the last ones of the first chunk
@@ -53,7 +53,7 @@ def run(engine: Engine, cache_dir: Path) -> None:
     passed = cache_dir / "selfcheck" / name
     if passed.exists():
         return
-    with refusing(engine.base.architecture):
+    with errors_as_unservable(engine.base.architecture):
         difference = compare(engine)
     exact = engine.cache.dtype == engine.cache.compute
     limit = TOLERANCE.get(engine.base.dtype, LOOSE) if exact else LOOSE
@@ -66,7 +66,7 @@ def run(engine: Engine, cache_dir: Path) -> None:
         passed.parent.mkdir(parents=True, exist_ok=True)
         passed.write_text(json.dumps({"digest": engine.base_digest, "difference": difference}))
     except OSError as fault:
-        log.warning("the self-check has passed, and the next start repeats it: %s", fault)
+        log.warning("the self-check passed, but this could not be recorded, so the next start repeats it: %s", fault)
 
 
 # --- comparison -------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ class _Answer:
     tokens: list[int] = field(default_factory=list)  # drawn after the whole prompt
     found: list[tuple[int, int, float]] = field(default_factory=list)  # (position before it, token, log-probability)
 
-    def take(self, position: int, entry: TokenLogprob) -> None:
+    def record(self, position: int, entry: TokenLogprob) -> None:
         """Record the engine's log-probabilities of the token after `position`."""
         self.found += [(position, token, logprob) for token, logprob in [(entry.token, entry.logprob), *entry.top]]
 
@@ -100,7 +100,7 @@ def compare(engine: Engine) -> float:
         adapter, rows = _random_adapter(engine, folder)
         try:
             # Three rounds over growing prompts: the prefix cache has the earlier rounds, so each computes a chunk.
-            with geometry.held(engine.base.decoder, engine.base.slot, engine.base.layers):
+            with geometry.checked_attention(engine.base.decoder, engine.base.slot, engine.base.layers):
                 for part in (1, 2, 3):
                     _answer(engine, {"adapted": (adapted, adapter), "plain": (plain, None)}, part)
         finally:
@@ -136,9 +136,9 @@ def _answer(engine: Engine, requests: Mapping[str, tuple[_Answer, AdapterRef | N
             if output.tokens and not drawn[output.id]:
                 for position, score in list(enumerate(scores[output.id]))[-SCORED:]:
                     if score is not None:
-                        answer.take(position - 1, score)
+                        answer.record(position - 1, score)
             for token, logprob in zip(output.tokens, output.logprobs, strict=True):
-                answer.take(ends[output.id] - 1 + drawn[output.id], logprob)
+                answer.record(ends[output.id] - 1 + drawn[output.id], logprob)
                 drawn[output.id] += 1
                 if part == 3:
                     answer.tokens.append(token)
@@ -150,7 +150,7 @@ def _answer(engine: Engine, requests: Mapping[str, tuple[_Answer, AdapterRef | N
 
 
 @dataclass(frozen=True)
-class _Mathematics:
+class _AdapterDeltas:
     """An adapter's formula, applied to all tokens: linear -> (A [rank, in], B [out, rank]) in fp32, B scaled."""
 
     rows: Mapping[str, tuple[Tensor, Tensor]]
@@ -169,7 +169,7 @@ def _difference(base: Base, answer: _Answer, rows: Mapping[str, tuple[Tensor, Te
     keep = torch.tensor(positions, device=base.device)
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")
-    base.slot.deltas = _Mathematics(rows) if rows else None
+    base.slot.deltas = _AdapterDeltas(rows) if rows else None
     try:
         with native.switched_off(), triton.switched_off():
             if "logits_to_keep" in inspect.signature(model.forward).parameters:

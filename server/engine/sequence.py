@@ -34,16 +34,18 @@ class Sequence:
 
     tokens: list[int] = field(init=False)  # prompt, then generated tokens
     pending: int = field(init=False, default=0)  # further tokens, drawn on the device and not yet read
-    limit: int = field(init=False, default=0)  # most tokens to generate
+    max_new_tokens: int = field(init=False, default=0)  # most tokens to generate
     num_computed: int = field(init=False, default=0)  # leading tokens computed by submitted steps
     in_flight: int = field(init=False, default=0)  # works submitted and not yet collected
     # A block table per group of KV layers: entry i holds tokens [i * size, ...). Empty while not running.
     tables: list[list[int]] = field(init=False, default_factory=list)
     slot: int = field(init=False, default=0)  # of its state, where layers keep one
-    origin: int = field(init=False, default=0)  # slot of the state before the next work
+    source_slot: int = field(init=False, default=0)  # slot of the state before the next work
     needs_tokens: bool = field(init=False)  # the next token's draw, or its drafts, need the last ones on the host
     prompt_scored: int = field(init=False, default=0)  # prompt positions with log-probabilities delivered
-    starts: Mapping[str, int] = field(init=False, default_factory=dict)  # digest -> first position under that adapter
+    adapter_starts: Mapping[str, int] = field(
+        init=False, default_factory=dict
+    )  # digest -> first position under that adapter
     cached_tokens: int = field(init=False, default=0)  # prompt tokens found in the prefix cache at first admission
     first_scheduled: float | None = field(init=False, default=None)
     device_seconds: float = field(init=False, default=0.0)  # not reported yet
@@ -82,21 +84,21 @@ class Sequence:
         return self.finish_reason is not None or self.error is not None
 
     @property
-    def remaining(self) -> int:
+    def num_uncomputed(self) -> int:
         """The number of tokens in no submitted step yet; 1 while decoding."""
         return len(self.tokens) + self.pending - self.num_computed
 
     @property
-    def left(self) -> int:
+    def tokens_left(self) -> int:
         """The number of tokens that it may still generate, after pending ones."""
-        return self.limit - (self.length - len(self.prompt))
+        return self.max_new_tokens - (self.length - len(self.prompt))
 
     @property
-    def waits(self) -> bool:
+    def awaits_token(self) -> bool:
         """Whether it cannot be scheduled until its pending token is read."""
-        return bool(self.pending) and (self.needs_tokens or self.left == 0)
+        return bool(self.pending) and (self.needs_tokens or self.tokens_left == 0)
 
-    def end_by_newest(self, eos: Collection[int]) -> None:
+    def check_stop(self, eos: Collection[int]) -> None:
         """Set `finish_reason` if the newest token ends the sequence. `eos`: the base's, which requests may ignore."""
         token, sampling = self.tokens[-1], self.sampling
         ends = token in sampling.stops[0] or (token in eos and not sampling.ignore_eos)
@@ -104,22 +106,22 @@ class Sequence:
             self.stop_token, self.finish_reason = token, "stop"
         elif self.constraint is not None and self.constraint.consume(token):
             self.finish_reason = "stop"
-        elif self.num_generated >= self.limit:
+        elif self.num_generated >= self.max_new_tokens:
             self.finish_reason = "length"
 
     def work(self, budget: int) -> "Work":
         """Return the next work, of at most `budget` tokens."""
-        start, remaining = self.num_computed, self.remaining
+        start, remaining = self.num_computed, self.num_uncomputed
         count = min(remaining, budget)
         scored = range(0)
         if self.sampling.prompt_logprobs is not None:
             scored = range(max(start, self.prompt_scored), min(start + count, len(self.prompt) - 1))
-        return Work(self, start, count, count == remaining and self.left > 0, scored)
+        return Work(self, start, count, count == remaining and self.tokens_left > 0, scored)
 
-    def guess(self, most: int, price: float) -> list[int]:
-        """Return up to `most` drafts, each accepted with probability `price` at least."""
-        drafts = [] if self.drafter is None else self.drafter.draft(self.tokens, most, price)
-        return drafts if self.constraint is None else self.constraint.valid(drafts)
+    def draft(self, max_drafts: int, min_probability: float) -> list[int]:
+        """Return up to `max_drafts` drafts, each accepted with probability `min_probability` at least."""
+        drafts = [] if self.drafter is None else self.drafter.draft(self.tokens, max_drafts, min_probability)
+        return drafts if self.constraint is None else self.constraint.valid_prefix(drafts)
 
 
 @dataclass(frozen=True, slots=True)

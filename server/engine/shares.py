@@ -58,16 +58,16 @@ class Shares:
         background_seconds: waiting time after which a background sequence may be promoted.
     """
 
-    def __init__(self, places: int, tokens: int, background_seconds: float = math.inf) -> None:
+    def __init__(self, max_requests: int, cache_tokens: int, background_seconds: float = math.inf) -> None:
         self._background_seconds = background_seconds
         self._promoted: Sequence | None = None  # the last promoted background sequence, until it ends
-        self._places = places
-        self._tokens = tokens
+        self._max_requests = max_requests
+        self._tokens = cache_tokens
         self._tenants: dict[str, _Tenant] = {}
         self._paused: dict[str, float] = {}  # service of absent tenants, where above the least of the present ones
 
     @property
-    def contended(self) -> bool:
+    def is_contended(self) -> bool:
         """Whether more than one tenant has sequences."""
         return len(self._tenants) > 1
 
@@ -75,7 +75,7 @@ class Shares:
         """Return a tenant's virtual tokens over its weight."""
         return self._tenants[tenant].served
 
-    def enter(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence) -> None:
         """Add a sequence, which sets its tenant's weight."""
         tenant = self._tenants.get(sequence.tenant)
         if tenant is None:
@@ -86,7 +86,7 @@ class Shares:
         tenant.sequences += 1
         tenant.tokens += len(sequence.prompt)
 
-    def leave(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Sequence) -> None:
         """Remove an ended sequence."""
         if sequence is self._promoted:
             self._promoted = None
@@ -104,8 +104,8 @@ class Shares:
         """Make the oldest background sequence an ordinary one after `background_seconds`, one at a time."""
         if self._promoted is not None:
             return
-        behind = [queue for queue in queues if queue and queue[-1].background]
-        found = [(one, queue) for queue in behind for one in queue if one.background]
+        background_queues = [queue for queue in queues if queue and queue[-1].background]
+        found = [(one, queue) for queue in background_queues for one in queue if one.background]
         oldest, queue = min(found, key=lambda pair: pair[0].arrival, default=(None, []))
         if oldest is None or now - oldest.arrival < self._background_seconds:
             return
@@ -124,7 +124,7 @@ class Shares:
 
         Yielded sequences count as served here, since they will be.
         """
-        if not self.contended:
+        if not self.is_contended:
             yield from waiting
             return
         queues: dict[str, list[Sequence]] = {}
@@ -134,24 +134,26 @@ class Shares:
         while queues:
             name = min(queues, key=lambda name: (served[name], queues[name][-1].order))
             sequence = queues[name].pop()
-            served[name] += sequence.remaining / self._tenants[name].weight
+            served[name] += sequence.num_uncomputed / self._tenants[name].weight
             yield sequence
             if not queues[name]:
                 del queues[name]
 
-    def favoured(self, running: Seq[Sequence], waiting: Seq[Sequence]) -> frozenset[str] | None:
+    def tenants_of_next_step(self, running: Seq[Sequence], waiting: Seq[Sequence]) -> frozenset[str] | None:
         """Return the tenants to which the next step belongs; None: all."""
-        if not self.contended:
+        if not self.is_contended:
             return None
         heavy = {
-            name for name, tenant in self._tenants.items() if self._over(name, tenant.sequences, tenant.tokens) > 1
+            name
+            for name, tenant in self._tenants.items()
+            if self._relative_share(name, tenant.sequences, tenant.tokens) > 1
         }
         if not heavy:
             return None
         most = min(self.served(name) for name in heavy)
         light = frozenset(name for name in self._tenants.keys() - heavy if self.served(name) <= most)
         prompts = any(one.tenant in light for one in waiting) or any(
-            one.tenant in light and one.remaining > 1 for one in running
+            one.tenant in light and one.num_uncomputed > 1 for one in running
         )
         return light if light and prompts else None
 
@@ -165,28 +167,28 @@ class Shares:
             return None
         if running[-1].background:
             return running[-1]
-        if not self.contended:
+        if not self.is_contended:
             return None
-        then = self._holds(newcomer.tenant, [*running, newcomer])
-        if then > 1 and any(one.tenant == newcomer.tenant for one in running):
+        share_after = self._holding(newcomer.tenant, [*running, newcomer])
+        if share_after > 1 and any(one.tenant == newcomer.tenant for one in running):
             return None
-        return self.youngest(running, beyond=max(1.0, then), spared={newcomer.tenant})
+        return self.youngest(running, above=max(1.0, share_after), excluded={newcomer.tenant})
 
-    def youngest(self, running: Seq[Sequence], beyond: float = 0.0, spared: Collection[str] = ()) -> Sequence | None:
+    def youngest(self, running: Seq[Sequence], above: float = 0.0, excluded: Collection[str] = ()) -> Sequence | None:
         """Return the youngest background sequence, or else the youngest of the tenant furthest above its share."""
-        if not self.contended or not running or running[-1].background:
+        if not self.is_contended or not running or running[-1].background:
             return running[-1] if running else None
-        held = {name: self._holds(name, running) for name in {one.tenant for one in running}.difference(spared)}
+        held = {name: self._holding(name, running) for name in {one.tenant for one in running}.difference(excluded)}
         heaviest = max(held, key=held.__getitem__, default=None)
-        if heaviest is None or held[heaviest] <= beyond:
+        if heaviest is None or held[heaviest] <= above:
             return None
         return next(one for one in reversed(running) if one.tenant == heaviest)
 
-    def _holds(self, name: str, running: Seq[Sequence]) -> float:
+    def _holding(self, name: str, running: Seq[Sequence]) -> float:
         own = [one for one in running if one.tenant == name]
-        return self._over(name, len(own), sum(one.length for one in own))
+        return self._relative_share(name, len(own), sum(one.length for one in own))
 
-    def _over(self, name: str, sequences: int, tokens: int) -> float:
+    def _relative_share(self, name: str, sequences: int, tokens: int) -> float:
         """Return the dominant share over the tenant's fair share by weight."""
-        dominant = max(sequences / self._places, tokens / self._tokens)
+        dominant = max(sequences / self._max_requests, tokens / self._tokens)
         return dominant * sum(tenant.weight for tenant in self._tenants.values()) / self._tenants[name].weight

@@ -10,7 +10,7 @@ from dataclasses import replace
 from server.engine.block_pool import BlockCounts, BlockPool
 from server.engine.sequence import Sequence, Work
 
-EVERY = 32  # blocks between snapshots; one more is taken near the end of a prompt
+SNAPSHOT_INTERVAL = 32  # blocks between snapshots; one more is taken near the end of a prompt
 
 
 class StateSlots:
@@ -24,13 +24,13 @@ class StateSlots:
         every: blocks from one snapshot of a sequence to the next.
     """
 
-    def __init__(self, count: int, block_size: int, caching: bool = True, every: int = EVERY) -> None:
+    def __init__(self, count: int, block_size: int, caching: bool = True, interval: int = SNAPSHOT_INTERVAL) -> None:
         if count < 2:
             raise ValueError(f"need at least two slots, got {count}")
         self.num_slots = count
         self._pool = BlockPool(count, 1, caching)
         self._block_size = block_size
-        self._every = every
+        self._interval = interval
 
     @property
     def counts(self) -> BlockCounts:
@@ -46,20 +46,20 @@ class StateSlots:
         """Whether there is a snapshot after the block with this key."""
         return self._pool.has(key)
 
-    def enter(self, sequence: Sequence, key: bytes | None) -> bool:
+    def acquire(self, sequence: Sequence, key: bytes | None) -> bool:
         """Give a newcomer a slot, starting from the snapshot under `key` or from slot 0; False if there is none."""
         origin = [] if key is None else self._pool.match([key])
         slot = self._pool.allocate(1)
         if slot is None:
             self._pool.release(origin)
             return False
-        sequence.slot, sequence.origin = slot[0], origin[0] if origin else 0
+        sequence.slot, sequence.source_slot = slot[0], origin[0] if origin else 0
         return True
 
-    def leave(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
         """Release a sequence's slots, if any."""
-        self._pool.release([slot for slot in {sequence.slot, sequence.origin} if slot])
-        sequence.slot = sequence.origin = 0
+        self._pool.release([slot for slot in {sequence.slot, sequence.source_slot} if slot])
+        sequence.slot = sequence.source_slot = 0
 
     def assign(self, work: Work) -> Work:
         """Return a work of the step being submitted, with the states that it reads and writes.
@@ -70,10 +70,10 @@ class StateSlots:
         end = work.start + work.count
         at_end = (len(sequence.prompt) - 1) // size * size
         runs: list[tuple[int, int, int, int]] = []
-        origin, begin = sequence.origin, work.start
+        origin, begin = sequence.source_slot, work.start
         for block in range(begin // size + 1, (end - len(work.drafts)) // size + 1) if self._pool.caching else ():
             position, named = block * size, sequence.block_keys[block - 1 : block]
-            if (block % self._every and position != at_end) or (named and self.has(named[0])):
+            if (block % self._interval and position != at_end) or (named and self.has(named[0])):
                 continue
             slot = self._pool.allocate(1)
             if slot is None:
@@ -81,10 +81,10 @@ class StateSlots:
             runs.append((begin, position, origin, slot[0]))
             origin, begin = slot[0], position
         runs.append((begin, end, origin, sequence.slot))
-        sequence.origin = sequence.slot
+        sequence.source_slot = sequence.slot
         return replace(work, runs=runs)
 
-    def collected(self, work: Work, *, computed: bool) -> None:
+    def finish_work(self, work: Work, *, computed: bool) -> None:
         """After a work's step: release the snapshots that it read and wrote, caching the latter if `computed`.
 
         Args:

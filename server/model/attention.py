@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from adapters import kernels
 from adapters.device.lora import StepSlot
 from adapters.device.memory import zeros
-from server.model.geometry import LayerKV, reaches
+from server.model.geometry import LayerKV, key_windows
 
 ATTENTION = "lorakeet"
 KV_DTYPES = {  # by setting
@@ -105,7 +105,7 @@ class KVCache:
         self.compute = compute
         self.windows = windows(layers)
         self.layers = layers
-        self.group_of = [self.windows.index(reach) for reach in reaches(layers)]
+        self.group_of = [self.windows.index(reach) for reach in key_windows(layers)]
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         for index, layer in enumerate(layers):
@@ -120,13 +120,13 @@ class KVCache:
 
 def windows(layers: Sequence[LayerKV]) -> list[int]:
     """Return the windows of a cache's groups for these layers, ascending."""
-    return sorted(set(reaches(layers)))
+    return sorted(set(key_windows(layers)))
 
 
 def block_bytes(layers: Sequence[LayerKV], block_size: int, dtype: torch.dtype) -> list[int]:
     """Return the bytes of one block of each group, over all of its layers."""
     sizes = dict.fromkeys(windows(layers), 0)
-    for index, (layer, reach) in enumerate(zip(layers, reaches(layers), strict=True)):
+    for index, (layer, reach) in enumerate(zip(layers, key_windows(layers), strict=True)):
         if layer.source == index:
             sizes[reach] += 2 * layer.kv_heads * block_size * _row_bytes(layer, dtype)
     return list(sizes.values())

@@ -29,7 +29,7 @@ from server.model.geometry import LayerKV
 from server.model.loading import model_class
 from server.model.states import LayerState
 
-__all__ = ["Base", "UnservableModel", "check_servable", "load", "refusing", "sketch_head", "with_weights"]
+__all__ = ["Base", "UnservableModel", "check_servable", "errors_as_unservable", "load", "sketch_head", "with_weights"]
 
 log = logging.getLogger("lorakeet.engine")
 
@@ -101,17 +101,17 @@ class Base:
     def architecture(self) -> str:
         return type(self.model).__name__
 
-    def context_length(self, asked: int | None) -> int:
-        """Return the context length to serve: `asked` tokens, or the most that the positions allow.
+    def context_length(self, requested: int | None) -> int:
+        """Return the context length to serve: `requested` tokens, or the most that the positions allow.
 
-        Raises UnservableModel if `asked` exceeds that, since answers beyond it would be wrong.
+        Raises UnservableModel if `requested` exceeds that, since answers beyond it would be wrong.
         """
-        if asked is not None and asked > self.max_model_len:
+        if requested is not None and requested > self.max_model_len:
             raise UnservableModel(
-                f"--max-model-len {asked} is more than the {self.max_model_len} tokens that this "
-                f"{self.architecture} allows ({positions.stated(self.model.config.get_text_config())})"
+                f"--max-model-len {requested} is more than the {self.max_model_len} tokens that this "
+                f"{self.architecture} allows ({positions.describe_limits(self.model.config.get_text_config())})"
             )
-        return asked or self.max_model_len
+        return requested or self.max_model_len
 
     def digest(self) -> str:
         """Return a hash of all bytes that define the base: weights, quantisation state, biases, norms, embeddings."""
@@ -147,12 +147,12 @@ def load(
         torch_dtype = torch.bfloat16 if torch_device.type == "cuda" else torch.float32
     else:
         torch_dtype = getattr(torch, dtype)
-    with refusing(str(directory)):
+    with errors_as_unservable(str(directory)):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         check_servable(config)
     attention.register()
     experts.register()
-    with refusing(naming.class_name(config)):
+    with errors_as_unservable(naming.class_name(config)):
         model = loading.load_quantized(directory, config, quantization, torch_dtype, torch_device, cache_dir)
         model.requires_grad_(False)
         model.eval()
@@ -160,7 +160,7 @@ def load(
 
 
 @contextmanager
-def refusing(model: str) -> Iterator[None]:
+def errors_as_unservable(model: str) -> Iterator[None]:
     """Turn libraries' exceptions into an UnservableModel of one line that names the model.
 
     Faults of the device and of memory pass through.
@@ -170,7 +170,7 @@ def refusing(model: str) -> Iterator[None]:
     except (UnservableModel, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as fault:
-        log.debug("a library's fault over this model", exc_info=True)
+        log.debug("the libraries cannot load this model", exc_info=True)
         if isinstance(fault, KeyError) and fault.args == (attention.ATTENTION,):
             reason = "its attention cannot be replaced by the server's, which transformers must look up by name"
         else:
@@ -188,18 +188,18 @@ def with_weights(base: Base, weights: Mapping[str, QuantizedWeight | ExpertWeigh
 
     Everything else is shared, not copied.
     """
-    linears = [_altered(one, weight=weights[one.name]) if one.name in weights else one for one in base.linears]
-    routed = [_altered(one, weights=weights[one.name]) if one.name in weights else one for one in base.experts]
+    linears = [_copy_with(one, weight=weights[one.name]) if one.name in weights else one for one in base.linears]
+    routed = [_copy_with(one, weights=weights[one.name]) if one.name in weights else one for one in base.experts]
     replaced = {id(old): new for old, new in zip(base.trainable, [*linears, *routed], strict=True)}
     return dataclasses.replace(base, model=_view(base.model, replaced), linears=linears, experts=routed)
 
 
-def _altered(module: M, **attributes: Any) -> M:
+def _copy_with(module: M, **attributes: Any) -> M:
     """Return a shallow copy with other attributes."""
-    altered = copy.copy(module)
+    copied = copy.copy(module)
     for name, value in attributes.items():
-        setattr(altered, name, value)
-    return altered
+        setattr(copied, name, value)
+    return copied
 
 
 def _view(module: nn.Module, replaced: Mapping[int, nn.Module]) -> Any:
@@ -277,7 +277,7 @@ def _wrap(
     config = model.config.get_text_config()
     longest = positions.longest_context(config, max_model_len)
     if longest > positions.longest_context(config):
-        log.info("longrope with its long factors, for every length: --max-model-len %s asks for them", max_model_len)
+        log.info("using longrope's long factors for every length, since --max-model-len is %s", max_model_len)
     slot = StepSlot()
     decoder = model.get_decoder()
     lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
@@ -295,13 +295,13 @@ def _wrap(
         raise UnservableModel("the model has no linear layers that adapters could use")
     _narrow_head(model, dtype)
     routers = experts.pad_routers(model)
-    held = experts.attach(model, slot, len(linears), renamed)
+    expert_linears = experts.attach(model, slot, len(linears), renamed)
     attention.attach(model, slot)
     states = mixers.attach(model, slot)
     positions.fix_rope(model, longest)
     kinds = enumerate(getattr(config, "layer_types", None) or ())
     without = [layer for layer, kind in kinds if kind not in SERVED_LAYERS]
-    with probe.watched(model, routers) as seen:
+    with probe.recorded_modules(model, routers) as seen:
         layers = geometry.probe(model, slot, config.num_hidden_layers, device, without)
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None) if generation is not None else None
@@ -318,10 +318,10 @@ def _wrap(
         tied=tied,
         embedding=names[id(embedding)],
         head=names[id(head)],
-        aside=naming.aside(model),
+        aside=naming.unused_modules(model),
         renamed=renamed,
         transposed=transposed,
-        experts=held,
+        experts=expert_linears,
         states=states,
         norms=seen.norms,
         routers=seen.routers,

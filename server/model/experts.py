@@ -41,7 +41,7 @@ EXPERTS = "lorakeet"
 FILE = "experts.safetensors"  # of a quantised copy
 MXFP4 = "mxfp4"  # storage in which only experts are quantised; they are decoded when read
 
-_EACH = (MergeModulelist, Concatenate, Transpose, Interleave)  # conversions that treat each expert separately
+_PER_EXPERT = (MergeModulelist, Concatenate, Transpose, Interleave)  # conversions that treat each expert separately
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -50,14 +50,14 @@ def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts.forward)
 
 
-def declared(config: Any) -> str | None:
+def expert_count_entry(config: Any) -> str | None:
     """Return a text model's number of experts as an entry of its config, for messages; None without experts."""
     parts = [part for part in (config, getattr(config, "ffn_config", None)) if part is not None]
     counts = ((name, getattr(part, name, None)) for part in parts for name in _COUNTS)
     return next((f"{name} = {count}" for name, count in counts if count), None)
 
 
-def take_out(model: transformers.PreTrainedModel) -> None:
+def replace_experts(model: transformers.PreTrainedModel) -> None:
     """Replace the experts' weights with empty `ExpertLinear`s.
 
     Raises UnservableModel for experts that do not follow transformers' interface for experts.
@@ -65,16 +65,18 @@ def take_out(model: transformers.PreTrainedModel) -> None:
     found = []
     for name, module in list(model.named_modules()):
         if hasattr(module, "is_transposed") and hasattr(module, "has_post_expert_norm"):
-            held = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
-            for part in [part for part in module._parameters if part in held]:
+            parameters = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+            for part in [part for part in module._parameters if part in parameters]:
                 shape = getattr(module, part).shape
                 delattr(module, part)
                 setattr(module, part, ExpertLinear(shape, bool(module.is_transposed)))
                 found.append(f"{name}.{part}")
-    text = declared(model.config.get_text_config())
-    left = [name for name, weight in model.get_decoder().named_parameters() if "expert" in name and weight.dim() > 2]
-    if left or (text and not found):
-        where = f"{text}; {left[0]}" if text and left else text or left[0]
+    text = expert_count_entry(model.config.get_text_config())
+    unsupported = [
+        name for name, weight in model.get_decoder().named_parameters() if "expert" in name and weight.dim() > 2
+    ]
+    if unsupported or (text and not found):
+        where = f"{text}; {unsupported[0]}" if text and unsupported else text or unsupported[0]
         raise UnservableModel(f"mixture-of-experts models of this shape are not served ({where})")
     model._keys_to_ignore_on_load_unexpected = {
         *(model._keys_to_ignore_on_load_unexpected or ()),
@@ -95,7 +97,7 @@ def attach(
     Args:
         renamed: parameter in the model's files -> in the model, where these differ.
     """
-    parts_of = _parts(model)
+    parts_of = _expert_parts(model)
     others = {}  # module -> its name in the files
     for theirs, ours in renamed.items():
         while "." in ours and ours.rpartition(".")[2] == theirs.rpartition(".")[2]:
@@ -116,7 +118,7 @@ def attach(
     return list(found.values())
 
 
-def _parts(model: transformers.PreTrainedModel) -> dict[str, list[str]]:
+def _expert_parts(model: transformers.PreTrainedModel) -> dict[str, list[str]]:
     """Return the names of the single experts' linears that make up a parameter, by the end of its name."""
     found = {}
     for conversion in get_model_conversion_mapping(model):
@@ -138,7 +140,7 @@ def read(
     targets = linears(model)
     if not targets:
         return
-    in_model = naming.in_model(model)
+    map_name = naming.name_mapper(model)
     converters = {
         pattern: conversion
         for conversion in get_model_conversion_mapping(model)
@@ -150,7 +152,7 @@ def read(
         opened = [files.enter_context(safe_open(path, "pt")) for path in weight_files(directory)]
         file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - it is no dict
         for name in sorted(file_of, key=dot_natural_key):
-            target, pattern = in_model(name)
+            target, pattern = map_name(name)
             packed = re.fullmatch(r"(.+)_(blocks|scales)", target)
             if packed and packed[1] in targets:
                 target, pattern = packed[1], packed[2]
@@ -164,7 +166,7 @@ def read(
 
         def dense(target: str, linear: ExpertLinear) -> Iterator[Tensor]:
             for expert in range(linear.shape[0]):
-                weight = _expert(target, linear.shape, sources[target], converters, expert, tensor)
+                weight = _read_expert(target, linear.shape, sources[target], converters, expert, tensor)
                 if weight.shape != (1, *linear.shape[1:]) or not weight.is_floating_point():
                     raise UnservableModel(
                         f"{target} has experts of shape {tuple(weight.shape)} and {weight.dtype} in the files"
@@ -175,7 +177,7 @@ def read(
             linear.fill(ExpertWeights.quantize(dense(target, linear), kind, dtype), dtype)
 
 
-def _expert(
+def _read_expert(
     target: str,
     shape: torch.Size,
     sources: dict[str, list[str]],
@@ -191,18 +193,18 @@ def _expert(
     if "blocks" in sources:
         return convert_moe_packed_tensors(*(read(sources[part][0], expert) for part in ("blocks", "scales")))
     converter: Any = copy.deepcopy(converters[next(iter(sources))])
-    other = [type(step).__name__ for step in converter.operations if not isinstance(step, _EACH)]
+    other = [type(step).__name__ for step in converter.operations if not isinstance(step, _PER_EXPERT)]
     if other:
         raise UnservableModel(f"{target} is made from its files by {other[0]}, which mixes experts: it is not served")
-    apart = any(isinstance(step, MergeModulelist) for step in converter.operations)
+    separate = any(isinstance(step, MergeModulelist) for step in converter.operations)
     for pattern, names in sources.items():
-        if apart and len(names) <= expert:
+        if separate and len(names) <= expert:
             raise UnservableModel(f"{target} lacks expert {expert} in the files")
-        name = names[expert] if apart else names[0]
-        converter.collected_tensors[pattern].append(read(name, None if apart else expert))
+        name = names[expert] if separate else names[0]
+        converter.collected_tensors[pattern].append(read(name, None if separate else expert))
     # A model of one expert, for conversions that read the parameter's shape.
-    alone = SimpleNamespace(get_parameter=lambda _: torch.empty((1, *shape[1:]), device="meta"))
-    made: Tensor | list[Tensor] = converter.convert(target, model=alone)[target]
+    single_expert = SimpleNamespace(get_parameter=lambda _: torch.empty((1, *shape[1:]), device="meta"))
+    made: Tensor | list[Tensor] = converter.convert(target, model=single_expert)[target]
     return made[0] if isinstance(made, list) else made
 
 

@@ -27,7 +27,7 @@ class LayerKV:
     source: int  # the layer that makes the keys and values: itself or an earlier one
 
 
-def reaches(layers: Sequence[LayerKV]) -> list[int]:
+def key_windows(layers: Sequence[LayerKV]) -> list[int]:
     """Return, per layer, the widest window of the layers that read the same keys; 0 for all."""
     windows = [[other.window for other in layers if other.source == layer.source] for layer in layers]
     return [0 if 0 in seen else max(seen) for seen in windows]
@@ -46,11 +46,11 @@ class _Recorder:
 
 @torch.no_grad()
 def probe(
-    model: nn.Module, slot: StepSlot, layers: int, device: torch.device, without: Collection[int] = ()
+    model: nn.Module, slot: StepSlot, layers: int, device: torch.device, exempt: Collection[int] = ()
 ) -> list[LayerKV]:
     """Run a few tokens through a model attached to `slot`, and return each layer's geometry.
 
-    Raises UnservableModel unless every layer attends exactly once; layers of `without` need not.
+    Raises UnservableModel unless every layer attends exactly once; layers of `exempt` need not.
     """
     recorder = _Recorder()
     slot.attention, slot.states = recorder, NoStates()
@@ -60,9 +60,9 @@ def probe(
     finally:
         slot.attention = slot.states = None
     order = [layer for layer, *_ in recorder.calls]
-    needed = set(range(layers)) - set(without)
+    needed = set(range(layers)) - set(exempt)
     if not order or len(set(order)) != len(order) or not needed <= set(order) <= set(range(layers)):
-        raise _irregular(model, len(order), len(needed))
+        raise _irregular_attention(model, len(order), len(needed))
     found: dict[int, LayerKV] = {}
     owners: dict[tuple[int, int], int] = {}  # addresses of keys and values -> their layer
     for layer, window, k, v in recorder.calls:
@@ -74,7 +74,7 @@ def probe(
     return [found.get(layer) or LayerKV(0, 0, reach, layer) for layer in range(layers)]
 
 
-class _Counted:
+class _CountingAttention:
     """Attention that counts its calls by layer."""
 
     def __init__(self, inner: Attention) -> None:
@@ -87,7 +87,7 @@ class _Counted:
 
 
 @contextmanager
-def held(decoder: nn.Module, slot: StepSlot, layers: Sequence[LayerKV]) -> Iterator[None]:
+def checked_attention(decoder: nn.Module, slot: StepSlot, layers: Sequence[LayerKV]) -> Iterator[None]:
     """Raise UnservableModel if a step within the context attends otherwise than `probe` recorded.
 
     Comparing numbers is not enough: a layer that attends twice, or more often in larger steps, may still be right.
@@ -96,20 +96,20 @@ def held(decoder: nn.Module, slot: StepSlot, layers: Sequence[LayerKV]) -> Itera
 
     def begin(*_: Any) -> None:
         assert slot.attention is not None
-        slot.attention = _Counted(slot.attention)
+        slot.attention = _CountingAttention(slot.attention)
 
     def end(*_: Any) -> None:
         counted = slot.attention
-        assert isinstance(counted, _Counted)
+        assert isinstance(counted, _CountingAttention)
         slot.attention = counted.inner
         if counted.calls != expected:
-            raise _irregular(decoder, counted.calls.total(), len(expected))
+            raise _irregular_attention(decoder, counted.calls.total(), len(expected))
 
     with decoder.register_forward_pre_hook(begin), decoder.register_forward_hook(end):
         yield
 
 
-def _irregular(model: nn.Module, calls: int, expected: int) -> UnservableModel:
+def _irregular_attention(model: nn.Module, calls: int, expected: int) -> UnservableModel:
     return UnservableModel(
         f"a step of this {type(model).__name__} attends {calls} times through the server's cache, "
         f"{expected} expected, once in each layer: its attention cannot be served"

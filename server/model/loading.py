@@ -34,16 +34,16 @@ def model_class(config: Any) -> type[transformers.PreTrainedModel] | None:
     return None
 
 
-def text_tower(whole: type[transformers.PreTrainedModel]) -> type[transformers.PreTrainedModel]:
+def text_model_class(base_class: type[transformers.PreTrainedModel]) -> type[transformers.PreTrainedModel]:
     """Return a subclass of the same name without the modules and parameters that are not run for text."""
 
     def initialise(self: transformers.PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
-        whole.__init__(self, config, *args, **kwargs)
-        naming.drop_aside(self)
-        experts.take_out(self)
+        base_class.__init__(self, config, *args, **kwargs)
+        naming.drop_unused(self)
+        experts.replace_experts(self)
 
     made: type[transformers.PreTrainedModel] = type(
-        whole.__name__, (whole,), {"__init__": initialise, "__module__": whole.__module__}
+        base_class.__name__, (base_class,), {"__init__": initialise, "__module__": base_class.__module__}
     )
     return made
 
@@ -52,7 +52,7 @@ def load_quantized(
     directory: Path, config: Any, quantization: str, dtype: torch.dtype, device: torch.device, cache_dir: Path
 ) -> transformers.PreTrainedModel:
     """Load the model of this config, with weights quantised by `quantization`. Raises UnservableModel."""
-    method = _method(config)
+    method = _quantization_method(config)
     if method not in (None, experts.MXFP4) and "bitsandbytes" not in method:
         raise UnservableModel(
             f"the base is already quantised with {method}: serve the original weights instead, "
@@ -72,7 +72,7 @@ def load_quantized(
     return model
 
 
-def _method(config: Any) -> str | None:
+def _quantization_method(config: Any) -> str | None:
     """Return the quantisation method of the files' weights, or None."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
@@ -84,7 +84,7 @@ def _from_pretrained(
     directory: Path, dtype: torch.dtype, device: torch.device, **kwargs: Any
 ) -> transformers.PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    if _method(config) == experts.MXFP4:
+    if _quantization_method(config) == experts.MXFP4:
         del config.quantization_config
     whole = model_class(config)
     assert whole is not None, "check_servable comes first"
@@ -94,7 +94,7 @@ def _from_pretrained(
     ours[""] = attention.ATTENTION
     with _without_adapter(directory) as weights:
         # typed as Any by transformers 5
-        model: transformers.PreTrainedModel = text_tower(whole).from_pretrained(
+        model: transformers.PreTrainedModel = text_model_class(whole).from_pretrained(
             weights,
             config=config,
             dtype=dtype,

@@ -53,19 +53,19 @@ class GatedDeltaNet(_Mixer):
     gain = 1.0
 
     def mix(self: Any, x: Tensor, states: States) -> Tensor:
-        mixed, gate, a, b = self.projected(x)
+        mixed, gate, a, b = self.project_in(x)
         mixed = states.convolve(self.layer_idx, mixed, self.taps, None, True)
         q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], -1)
         q, k = (part.reshape(len(x), -1, self.head_k_dim) for part in (q, k))
         v = v.reshape(len(x), -1, self.head_v_dim)
         out = states.recur(self.layer_idx, Recurrence(q, k, v, a, b, self.A_log, self.dt_bias, self.gain))
-        return self.finished(out.reshape(-1, self.head_v_dim), gate.reshape(-1, self.head_v_dim), len(x))
+        return self.project_out(out.reshape(-1, self.head_v_dim), gate.reshape(-1, self.head_v_dim), len(x))
 
-    def projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+    def project_in(self: Any, x: Tensor) -> tuple[Tensor, ...]:
         """Return queries, keys and values in one tensor; the gate; a and b of `Recurrence`."""
         return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_a(x), self.in_proj_b(x)
 
-    def finished(self: Any, out: Tensor, gate: Tensor, tokens: int) -> Tensor:
+    def project_out(self: Any, out: Tensor, gate: Tensor, tokens: int) -> Tensor:
         y: Tensor = self.out_proj(self.norm(out, gate).view(tokens, -1))
         return y
 
@@ -76,7 +76,7 @@ class GatedDeltaNet(_Mixer):
 class Qwen3NextDeltaNet(GatedDeltaNet):
     """The gated DeltaNet of Qwen3-Next, with projections interleaved by key head."""
 
-    def projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+    def project_in(self: Any, x: Tensor) -> tuple[Tensor, ...]:
         projections = self.in_proj_qkvz(x)[None], self.in_proj_ba(x)[None]
         *qkv, z, b, a = (part[0].flatten(1) for part in self.fix_query_key_value_ordering(*projections))
         return torch.cat(qkv, -1), z, a, b
@@ -89,7 +89,7 @@ class OlmoDeltaNet(GatedDeltaNet):
     def gain(self: Any) -> float:  # type: ignore[override]
         return 2.0 if self.allow_neg_eigval else 1.0
 
-    def projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+    def project_in(self: Any, x: Tensor) -> tuple[Tensor, ...]:
         return (
             torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1),
             self.g_proj(x),
@@ -97,7 +97,7 @@ class OlmoDeltaNet(GatedDeltaNet):
             self.b_proj(x),
         )
 
-    def finished(self: Any, out: Tensor, gate: Tensor, tokens: int) -> Tensor:
+    def project_out(self: Any, out: Tensor, gate: Tensor, tokens: int) -> Tensor:
         y: Tensor = self.o_proj(self.o_norm(out, gate).view(tokens, -1))
         return y
 
@@ -106,7 +106,7 @@ class Mamba2(_Mixer):
     """The Mamba-2 layer of Granite 4, Bamba, Nemotron-H and Zamba2."""
 
     def mix(self: Any, x: Tensor, states: States) -> Tensor:
-        gate, mixed, dt = self.projected(x).split([self.intermediate_size, self.conv_dim, self.num_heads], -1)
+        gate, mixed, dt = self.project_in(x).split([self.intermediate_size, self.conv_dim, self.num_heads], -1)
         mixed = states.convolve(self.layer_idx, mixed, self.taps, self.conv1d.bias, True)
         v, k, q = mixed.split([self.intermediate_size, *[self.n_groups * self.ssm_state_size] * 2], -1)
         v = v.reshape(len(x), self.num_heads, self.head_dim)
@@ -114,15 +114,15 @@ class Mamba2(_Mixer):
         limits = tuple(self.time_step_limit)
         out = states.recur(self.layer_idx, Recurrence(q, k, v, dt, None, self.A_log, self.dt_bias, limits=limits))
         out = (out + self.D[:, None] * v).flatten(1)
-        y: Tensor = self.out_proj(self.gated(out, gate.contiguous()).to(x.dtype))
+        y: Tensor = self.out_proj(self.gated_norm(out, gate.contiguous()).to(x.dtype))
         return y
 
-    def projected(self: Any, x: Tensor) -> Tensor:
+    def project_in(self: Any, x: Tensor) -> Tensor:
         """Return, in one tensor: the gate, values, keys, queries, and step sizes."""
         y: Tensor = self.in_proj(x)
         return y
 
-    def gated(self: Any, out: Tensor, gate: Tensor) -> Tensor:
+    def gated_norm(self: Any, out: Tensor, gate: Tensor) -> Tensor:
         y: Tensor = self.norm(out[None], gate[None])[0]
         return y
 
@@ -133,12 +133,12 @@ class Mamba2(_Mixer):
 class FalconMamba2(Mamba2):
     """The Mamba-2 layer of Falcon-H1, with multipliers and an optional norm."""
 
-    def projected(self: Any, x: Tensor) -> Tensor:
+    def project_in(self: Any, x: Tensor) -> Tensor:
         y: Tensor = self.in_proj(x * self.ssm_in_multiplier) * self.mup_vector[0, 0]
         return y
 
-    def gated(self: Any, out: Tensor, gate: Tensor) -> Tensor:
-        return super().gated(out, gate) if self.mamba_rms_norm else out * nn.functional.silu(gate)
+    def gated_norm(self: Any, out: Tensor, gate: Tensor) -> Tensor:
+        return super().gated_norm(out, gate) if self.mamba_rms_norm else out * nn.functional.silu(gate)
 
 
 KINDS: dict[str, type[_Mixer]] = {  # by transformers' classes

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.peft_format.outline import Outline
 
-_WHOLE = "_lorakeet_whole"  # attribute of a model: names of its original parameters, and of the dropped parts
+_ORIGINAL = "_lorakeet_whole"  # attribute of a model: names of its original parameters, and of the dropped parts
 
 
 def class_name(config: Any) -> str:
@@ -25,45 +25,45 @@ def renamed(model: transformers.PreTrainedModel, directory: Path) -> dict[str, s
 
     The model's linears must not have been wrapped yet.
     """
-    parameters, parts = getattr(model, _WHOLE)
-    within, find = tuple(f"{part}." for part in parts), in_model(model)
+    parameters, parts = getattr(model, _ORIGINAL)
+    within, map_name = tuple(f"{part}." for part in parts), name_mapper(model)
     found = {}
     for name in Outline.read(directory).parameters:
-        ours, _ = find(name)
+        ours, _ = map_name(name)
         if ours != name and (ours in parameters or ours.startswith(within)):
             found[name] = ours
     return found
 
 
-def in_model(model: transformers.PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
+def name_mapper(model: transformers.PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
     """Return a function from a parameter's name in the files to the model's name and its conversion's pattern."""
     conversions = get_model_conversion_mapping(model)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    parameters, _ = getattr(model, _WHOLE)
+    parameters, _ = getattr(model, _ORIGINAL)
     return lambda name: rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
 
 
-def drop_aside(model: transformers.PreTrainedModel) -> None:
+def drop_unused(model: transformers.PreTrainedModel) -> None:
     """Drop the modules that are not run for text: in multimodal models, all besides embedding, decoder and head."""
     parameters, parts = dict.fromkeys(model.state_dict(), True), []
     if model.config.get_text_config() is not model.config:
-        parts = _aside(model)
+        parts = _find_unused(model)
     for name in parts:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, None)
-    setattr(model, _WHOLE, (parameters, parts))
+    setattr(model, _ORIGINAL, (parameters, parts))
     # transformers would warn of their weights in the files.
     known = model._keys_to_ignore_on_load_unexpected or ()
     model._keys_to_ignore_on_load_unexpected = {*known, *(rf"^{re.escape(name)}\." for name in parts)}
 
 
-def aside(model: transformers.PreTrainedModel) -> list[str]:
-    """Return the full names of the parts that `drop_aside` dropped."""
-    return list(getattr(model, _WHOLE)[1])
+def unused_modules(model: transformers.PreTrainedModel) -> list[str]:
+    """Return the full names of the parts that `drop_unused` dropped."""
+    return list(getattr(model, _ORIGINAL)[1])
 
 
-def _aside(model: transformers.PreTrainedModel) -> list[str]:
+def _find_unused(model: transformers.PreTrainedModel) -> list[str]:
     passed = (model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings())
     names = [f"{name}." for name, module in model.named_modules() if any(module is one for one in passed)]
     found: list[str] = []

@@ -9,12 +9,12 @@ from torch import nn
 from server.model import UnservableModel, naming
 
 
-def longest_context(text: Any, asked: int | None = None) -> int:
+def longest_context(text: Any, requested: int | None = None) -> int:
     """Return the longest context for which a text model's positions are intended.
 
     Yarn and linear scaling reach `factor` times the positions of pretraining. Rope that changes with the longest
     sequence of the batch (dynamic, longrope) is served only up to the length at which it would change; if more is
-    requested (`asked`), longrope uses its long factors for every length.
+    `requested`, longrope uses its long factors for every length.
 
     Raises UnservableModel if the config states no longest context.
     """
@@ -24,7 +24,7 @@ def longest_context(text: Any, asked: int | None = None) -> int:
         raise UnservableModel(
             f"{name} states no max_position_embeddings: models without a longest context are not served"
         )
-    return min((_reach(scaling, most, asked or 0) for scaling in _scalings(text)), default=most)
+    return min((_longest_for(scaling, most, requested or 0) for scaling in _scalings(text)), default=most)
 
 
 def _scalings(text: Any) -> list[Mapping[str, Any]]:
@@ -33,24 +33,24 @@ def _scalings(text: Any) -> list[Mapping[str, Any]]:
     return [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
 
 
-def _reach(scaling: Mapping[str, Any], most: int, asked: int) -> int:
-    original = scaling.get("original_max_position_embeddings") or most
+def _longest_for(scaling: Mapping[str, Any], max_positions: int, requested: int) -> int:
+    original = scaling.get("original_max_position_embeddings") or max_positions
     match scaling.get("rope_type"):
         case "yarn" | "linear":
-            return max(most, int(original * (scaling.get("factor") or 1)))
-        case "longrope" if asked <= original:
-            return min(most, int(original))
+            return max(max_positions, int(original * (scaling.get("factor") or 1)))
+        case "longrope" if requested <= original:
+            return min(max_positions, int(original))
         case _:
-            return most
+            return max_positions
 
 
-def stated(text: Any) -> str:
+def describe_limits(text: Any) -> str:
     """Describe the config entries that set a text model's longest context, for messages."""
     rope = getattr(text, "rope_parameters", None) or {}
     names = ("rope_type", "factor", "original_max_position_embeddings")
     scaling = {name: rope[name] for name in names if rope.get(name) not in {None, "default"}}
-    stated = {"max_position_embeddings": text.max_position_embeddings} | scaling
-    return ", ".join(f"{name} {value}" for name, value in stated.items())
+    limits = {"max_position_embeddings": text.max_position_embeddings} | scaling
+    return ", ".join(f"{name} {value}" for name, value in limits.items())
 
 
 def fix_rope(model: nn.Module, longest: int) -> None:

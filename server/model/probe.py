@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from adapters import kernels
 from adapters.device.experts import ExpertLinear
-from adapters.device.whole_modules import ROWS, ModuleRows, TokenRows, tensors_of
+from adapters.device.whole_modules import ROWS, ModuleRows, TokenRows, as_tuple
 
 TOKENS: Final = 13  # divides no number of heads or groups, so that the token axis can be recognised
 TOKEN: Final = 3  # different from the positions, all of which are 0
 
 
-class Seen(NamedTuple):
+class RecordedModules(NamedTuple):
     """The modules found in the step.
 
     Attributes:
@@ -44,9 +44,9 @@ class NoStates:
 
 
 @contextmanager
-def watched(model: Any, routers: Sequence[nn.Module]) -> Iterator[Seen]:
+def recorded_modules(model: Any, routers: Sequence[nn.Module]) -> Iterator[RecordedModules]:
     """Record a step of `TOKENS` tokens `TOKEN` run within the context; the yielded object is filled at its end."""
-    seen, embedding = Seen([], [], []), model.get_input_embeddings()
+    seen, embedding = RecordedModules([], [], []), model.get_input_embeddings()
     calls: dict[str, list[ModuleRows | None]] = {}
     with ExitStack() as stack:
 
@@ -54,10 +54,10 @@ def watched(model: Any, routers: Sequence[nn.Module]) -> Iterator[Seen]:
             stack.callback(module.register_forward_hook(function, with_kwargs=True).remove)
 
         for name, module in model.named_modules():
-            if module in routers or (_is_norm(module) and not _of_experts(model, name)):
-                hook(module, _watch_rows(calls.setdefault(name, [])))
+            if module in routers or (_is_norm(module) and not _is_expert_norm(model, name)):
+                hook(module, _rows_hook(calls.setdefault(name, [])))
             elif isinstance(module, nn.Embedding) and module is not embedding:
-                hook(module, _watch_table(name, seen.by_token))
+                hook(module, _table_hook(name, seen.by_token))
         yield seen
     for name, found in calls.items():
         if len({*found}) == 1 and found[0] is not None:  # the same layout in every call
@@ -72,15 +72,15 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and bool(own) and own <= {"weight", "bias"}
 
 
-def _of_experts(model: nn.Module, name: str) -> bool:
+def _is_expert_norm(model: nn.Module, name: str) -> bool:
     """Whether a norm runs on rows sorted by expert."""
     parent = model.get_submodule(name.rpartition(".")[0])
     return any(isinstance(child, ExpertLinear) for child in parent.children())
 
 
-def _watch_rows(calls: list[ModuleRows | None]) -> Any:
+def _rows_hook(calls: list[ModuleRows | None]) -> Any:
     def watch(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
-        results = tensors_of(output)
+        results = as_tuple(output)
         found = None
         if args and not kwargs and all(isinstance(part, Tensor) for part in (*args, *results)):
             own = max(parameter.dim() for parameter in module.parameters()) if _is_norm(module) else 1
@@ -93,13 +93,13 @@ def _watch_rows(calls: list[ModuleRows | None]) -> Any:
     return watch
 
 
-def _rows(shape: torch.Size, own: int) -> TokenRows | None:
-    """Return the only axis, except for the last `own` ones, with a whole number of rows per token; None if unclear."""
-    axes = [axis for axis, size in enumerate(shape[: len(shape) - own]) if size % TOKENS == 0]
+def _rows(shape: torch.Size, own_axes: int) -> TokenRows | None:
+    """Return the only axis, before the last `own_axes` ones, with a whole number of rows per token; None if unclear."""
+    axes = [axis for axis, size in enumerate(shape[: len(shape) - own_axes]) if size % TOKENS == 0]
     return TokenRows(axes[0], shape[axes[0]] // TOKENS) if len(axes) == 1 else None
 
 
-def _watch_table(name: str, by_token: list[str]) -> Any:
+def _table_hook(name: str, by_token: list[str]) -> Any:
     def watch(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
         ids = args[0] if args else next(iter(kwargs.values()))
         if isinstance(ids, Tensor) and bool((ids == TOKEN).all()):

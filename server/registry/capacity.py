@@ -6,7 +6,7 @@ Arithmetic on rows of memory per module kind.
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from adapters.device.rows import rounded
+from adapters.device.rows import round_up
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.sizes import EXTRAS, device_bytes
@@ -55,7 +55,7 @@ def row_units(versions: Iterable[Version]) -> Counter[str]:
     """Return the row units per module kind that the versions take together."""
     needed: Counter[str] = Counter()
     for version in versions:
-        needed.update({kind: rounded(units) for kind, units in version.receipt["rows"].items()})
+        needed.update({kind: round_up(units) for kind, units in version.receipt["rows"].items()})
     return needed
 
 

@@ -204,7 +204,7 @@ class PackedStates:
 
     def convolve(self, layer: int, x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
         before = (0, 0, len(taps) - 1, 0)
-        return torch.cat([kernels.convolved(F.pad(x[i:j], before), taps, bias, silu) for i, j in self._bounds])
+        return torch.cat([kernels.convolve_sequence(F.pad(x[i:j], before), taps, bias, silu) for i, j in self._bounds])
 
     def recur(self, layer: int, r: kernels.Recurrence) -> Tensor:
         # Imported only for models that need them.

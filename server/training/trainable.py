@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.device.experts import ExpertLinear
-from adapters.device.lora import LoraLinear, Routed
+from adapters.device.lora import LoraLinear, RoutedTokens
 from adapters.peft_format.modules import peft_module_of
 from adapters.peft_format.sizes import ExpertsSize, LinearSize
 from server.messages.training import Init, ModuleShape
@@ -270,7 +270,7 @@ class TrainingExperts:
     def __init__(self, segments: Sequence[TrainingSegment]) -> None:
         self._segments = segments
 
-    def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: Routed) -> Tensor:
+    def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: RoutedTokens) -> Tensor:
         return _added(
             x,
             y,

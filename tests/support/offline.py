@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from adapters.kernels.triton import interpreted
+from adapters.kernels.triton import is_interpreted
 from adapters.peft_format.inspection import inspect
 from adapters.peft_format.outline import Outline
 from server.engine import boot
@@ -26,7 +26,7 @@ def load_engine(
         # Loads of adapters should not depend on other load on the machine.
         "background_priority": "normal",
         # Tests assume a CPU's batch invariance of every engine; its interpreted kernels need the setting.
-        "deterministic": interpreted(),
+        "deterministic": is_interpreted(),
     }
     config = EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides))
     return boot.load(config, depth=depth, planned=planned)

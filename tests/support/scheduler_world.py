@@ -54,10 +54,10 @@ class FakeConstraint:
             self.stopped = token == 8
         return self.complete
 
-    def last_words(self, sampling: Sampling) -> list[int]:
+    def final_forced_tokens(self, sampling: Sampling) -> list[int]:
         return list(self.forced) if self.stopped and sampling.logprobs is None else []
 
-    def valid(self, drafts: list[int]) -> list[int]:
+    def valid_prefix(self, drafts: list[int]) -> list[int]:
         return [draft for draft in drafts if draft != 5]
 
 
@@ -159,7 +159,7 @@ class World:
     ) -> None:
         counts = [num_blocks, sliding] if sliding else [num_blocks]
         self.windows = [0, window][: len(counts)]
-        states = StateSlots(slots, 4, caching, every=3) if slots else None
+        states = StateSlots(slots, 4, caching, interval=3) if slots else None
         pools = [BlockPool(count, 4, caching) for count in counts]
         self.blocks = BlockGroups(pools, self.windows, batch_tokens, 8, states)
         self.residency = FakeResidency(delay)
@@ -220,7 +220,9 @@ class World:
     def schedule(self) -> Step | None:
         self.steps += 1
         self.residency.tick()
-        favoured = self.scheduler._shares.favoured(self.scheduler.running, self.scheduler.waiting) or frozenset()
+        favoured = (
+            self.scheduler._shares.tenants_of_next_step(self.scheduler.running, self.scheduler.waiting) or frozenset()
+        )
         step = self.scheduler.schedule(float(self.steps))
         works = {} if step is None else {work.sequence.id: work for work in step.works}
         tenants = {work.sequence.tenant for work in works.values()}
@@ -230,14 +232,14 @@ class World:
             if sequence.background and not all(other.background for other in self.scheduler.running):
                 assert sequence.id not in works, "something in the background runs beside others"
                 continue
-            if sequence.background and self.scheduler._leaves_next is not None:
+            if sequence.background and self.scheduler._to_preempt is not None:
                 continue
             if sequence.tenant not in tenants and tenants <= favoured:
                 continue  # the step belongs to favoured tenants
-            if sequence in (self.scheduler._held, self.scheduler._leaves_next):
+            if sequence in (self.scheduler._preempting, self.scheduler._to_preempt):
                 assert self.depth
                 continue
-            if sequence.id not in works and sequence.remaining == 1 and not waits:
+            if sequence.id not in works and sequence.num_uncomputed == 1 and not waits:
                 assert self.depth
                 assert not all(pool.available for pool in self.blocks.pools)
         if step is None:

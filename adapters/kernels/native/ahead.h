@@ -7,15 +7,15 @@
 #include <cstdint>
 
 // Ranges of memory, in the order in which they will be read.
-struct Ahead {
-    static constexpr int MOST = 512;
+struct PrefetchList {
+    static constexpr int CAPACITY = 512;
     static constexpr int64_t LINE = 64;
 
     struct {
         const char* from;
         int64_t bytes, stride;
         int32_t rows;
-    } parts[MOST];
+    } parts[CAPACITY];
     int count = 0;
     int64_t bytes = 0;
 
@@ -25,13 +25,13 @@ struct Ahead {
             parts[count - 1].bytes += size, bytes += size;
             return;
         }
-        if (count == MOST) return;
+        if (count == CAPACITY) return;
         parts[count++] = {(const char*)from, size, stride, rows};
         bytes += size * rows;
     }
 
     // Adds part `share` of `shares` equal parts of another's ranges, which must be single ones.
-    void add_share(const Ahead& all, int share, int shares) {
+    void add_share(const PrefetchList& all, int share, int shares) {
         int64_t begin = all.bytes * share / shares, end = all.bytes * (share + 1) / shares;
         for (int i = 0; i < all.count && end > 0; i++) {
             const int64_t size = all.parts[i].bytes, to = end < size ? end : size;
@@ -42,26 +42,26 @@ struct Ahead {
 };
 
 // Prefetches the ranges in proportion to the work done.
-class Trickle {
+class Prefetcher {
   public:
-    Trickle(const Ahead& ahead, int64_t work)
-        : ahead(ahead), lines_per_work(ahead.count ? ((float)ahead.bytes / Ahead::LINE + ahead.count) / (float)work : 0) {}
+    Prefetcher(const PrefetchList& list, int64_t work)
+        : list(list), lines_per_work(list.count ? ((float)list.bytes / PrefetchList::LINE + list.count) / (float)work : 0) {}
 
-    inline __attribute__((always_inline)) void worked(int amount) {
-        for (due += lines_per_work * (float)amount; due >= 1 && part < ahead.count; due -= 1) next();
+    inline __attribute__((always_inline)) void advance(int amount) {
+        for (due += lines_per_work * (float)amount; due >= 1 && part < list.count; due -= 1) next();
     }
 
   private:
-    const Ahead& ahead;
+    const PrefetchList& list;
     const float lines_per_work;
     float due = 0;
     int part = 0, row = 0;
     int64_t at = 0;
 
     void next() {
-        const auto& here = ahead.parts[part];
+        const auto& here = list.parts[part];
         __builtin_prefetch(here.from + row * here.stride + at, 0, 2);
-        if ((at += Ahead::LINE) < here.bytes) return;
+        if ((at += PrefetchList::LINE) < here.bytes) return;
         at = 0;
         if (++row == here.rows) row = 0, part++;
     }

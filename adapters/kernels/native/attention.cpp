@@ -186,24 +186,24 @@ void cap(float* scores, float limit) {
 
 // Turns a row's scores into weights, times the values' scales, and updates its running maximum, total and sum.
 template <class Number>
-INLINE void soften(float* scores, const float* scales, float* top_score, float* total, float* acc, int dim) {
+INLINE void softmax_step(float* scores, const float* scales, float* top_score, float* total, float* acc, int dim) {
     vf highest = load(scores);
     for (int i = W; i < GROUP; i += W) highest = max(highest, load(scores + i));
-    float here = top(highest), before = *top_score;
-    float now = here > before ? here : before;
-    vf shift = set1(now == -INFINITY ? 0.f : now), sums = {};
+    float group_top = top(highest), old_top = *top_score;
+    float new_top = group_top > old_top ? group_top : old_top;
+    vf shift = set1(new_top == -INFINITY ? 0.f : new_top), sums = {};
     for (int i = 0; i < GROUP; i += W) {
         vf p = exp_below(load(scores + i) - shift);
         store(scores + i, scaled<Number>(p, scales + i));
         sums += p;
     }
-    if (now == before) {  // the decay is 1
+    if (new_top == old_top) {  // the decay is 1
         *total += sum(sums);
         return;
     }
-    vf decay = exp(set1(before) - shift);
+    vf decay = exp(set1(old_top) - shift);
     *total = *total * decay[0] + sum(sums);
-    *top_score = now;
+    *top_score = new_top;
     int d = 0;
     for (; d + W <= dim; d += W) store(acc + d, load(acc + d) * decay);
     for (; d < dim; d++) acc[d] *= decay[0];
@@ -248,7 +248,7 @@ void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax
         const char *here[BLOCKS], *soon[BLOCKS];
         int waiting = 0;
         auto score = [&]<int B>(int first_key) {
-            by_fours(row_count, [&]<int M>(int m) {
+            in_fours(row_count, [&]<int M>(int m) {
                 score_blocks<M, B, Number>(rows.q + m * dim, here, dim, rows.scores + m * GROUP + first_key, soon);
                 for (const char*& next : soon) next = nullptr;
             });
@@ -266,7 +266,7 @@ void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax
             if (SCALED<Number>) collect(n, count, first, here, next);
             fetch(next, count * row_bytes);
         });
-        by_fours(row_count, [&]<int M>(int m) {
+        in_fours(row_count, [&]<int M>(int m) {
             score_keys<M, Number>(rows.q + m * dim, columns, scales, keys, dim, rows.scores + m * GROUP);
         });
     }
@@ -277,7 +277,7 @@ void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax
         const int last = rows.position(m) - begin, first = a.window ? last - a.window + 1 : 0;
         for (int n = 0; n < first && n < GROUP; n++) scores[n] = -INFINITY;
         for (int n = last < 0 ? 0 : last + 1; n < GROUP; n++) scores[n] = -INFINITY;
-        soften<Number>(scores, scales, sums.top + m, sums.total + m, sums.acc + m * dim, dim);
+        softmax_step<Number>(scores, scales, sums.top + m, sums.total + m, sums.acc + m * dim, dim);
     }
     float* wide = scratch(WIDENED, (size_t)GROUP * dim);
     const bool as_they_lie = std::is_same<Number, float>::value || row_count <= FEW_ROWS;
@@ -288,7 +288,7 @@ void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax
             widen_rows<Number>(values, wide);
             values = {(const char*)wide, dim * (int64_t)sizeof(float), count, dim, nullptr};
         }
-        by_fours(row_count, [&]<int M>(int m) {
+        in_fours(row_count, [&]<int M>(int m) {
             const float* weights = rows.scores + m * GROUP + n;
             if (as_they_lie) weigh_values<M, Number>(weights, values, sums.acc + m * dim);
             else weigh_values<M, float>(weights, values, sums.acc + m * dim);
@@ -371,7 +371,7 @@ void attend_rows(const Attention& a, Rows rows) {
 }
 
 // For few tasks, each piece is a task of its own: `most` for each request and kv head, [requests, kv_heads, most].
-void attend_apart(const Attention& a, int most) {
+void attend_split(const Attention& a, int most) {
     const int dim = a.head_dim;
     auto rows_at = [&](int i) {
         const int r = i / a.kv_heads;
@@ -410,7 +410,7 @@ void attend(const Attention& a) {
         const int here = chunks(r) ? pieces(a, rows_of(a, r, 0, a.seqs[r * 3], a.seqs[r * 3 + 1])) : 0;
         most = here > most ? here : most;
     }
-    if (longest == 1 && most > 1 && share <= TASK_ROWS && tasks < 4 * pool_threads()) return attend_apart(a, most);
+    if (longest == 1 && most > 1 && share <= TASK_ROWS && tasks < 4 * pool_threads()) return attend_split(a, most);
     parallel_for(tasks, [&](int task) {
         int r = 0;
         for (; task >= chunks(r) * a.kv_heads; r++) task -= chunks(r) * a.kv_heads;
@@ -419,7 +419,7 @@ void attend(const Attention& a) {
     });
 }
 
-void attend_ahead(const Attention& a, Ahead& ahead) {
+void prefetch_for_attention(const Attention& a, PrefetchList& prefetch) {
     const int size = a.cache.block_size;
     const int64_t block = a.kv_heads * size * a.cache.row_bytes(a.head_dim);  // bytes: a block's keys of all heads are adjacent
     const int most = a.requests ? (int)(NEAR * pool_threads() / a.requests / (2 * block)) : 0;
@@ -428,7 +428,7 @@ void attend_ahead(const Attention& a, Ahead& ahead) {
         const int first_key = a.window ? seq[2] - (seq[1] - seq[0]) - a.window + 1 : 0;
         const int first = first_key > 0 ? first_key / size : 0, last = least((seq[2] + size - 1) / size, first + most);
         for (const char* cache : {a.cache.k, a.cache.v})
-            for (int b = first; b < last; b++) ahead.add(cache + blocks[b] * block, block);
+            for (int b = first; b < last; b++) prefetch.add(cache + blocks[b] * block, block);
     }
 }
 

@@ -36,5 +36,5 @@ struct Attention {
 void attend(const Attention& a);
 
 // Adds the memory that attention reads first, as much as the threads' caches can keep until then.
-void attend_ahead(const Attention& a, Ahead& ahead);
+void prefetch_for_attention(const Attention& a, PrefetchList& prefetch);
 void write_kv(const float* k, const float* v, const int64_t* slots, int tokens, int kv_heads, int head_dim, const KvCache& cache);

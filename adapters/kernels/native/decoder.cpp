@@ -84,10 +84,10 @@ struct Run {
     }
 
     // Computes linears of one input x, with their adapters: ys[i] [tokens, out]. `after(first, last)` runs when outputs
-    // first..last of every linear are done (which requires equal widths). Meanwhile `ahead`, which the next linears read
+    // first..last of every linear are done (which requires equal widths). Meanwhile `prefetch`, which the next linears read
     // first, is prefetched.
     template <int N, class After>
-    void project(const Sites<N>& sites, const float* x, float* const (&ys)[N], After&& after, const Ahead& ahead) const {
+    void project(const Sites<N>& sites, const float* x, float* const (&ys)[N], After&& after, const PrefetchList& prefetch) const {
         const Weight* weights[N];
         Adapters adapted[N];
         const Adapters* linears[N];
@@ -102,11 +102,11 @@ struct Run {
         Deltas& deltas = deltas_of(linears, N, x);
         const int share = outputs_per_task(width);
         auto tile = [&](int i, int first, int last, int part, int parts) {
-            Ahead soon;
-            expand_ahead(deltas, i, first, last, soon);
-            soon.add_share(ahead, part, parts);
+            PrefetchList reads;
+            prefetch_for_expand(deltas, i, first, last, reads);
+            reads.add_share(prefetch, part, parts);
             shrink(deltas);
-            linear_tile(*weights[i], packed, s.tokens, first, last, ys[i], weights[i]->out, soon);
+            linear_tile(*weights[i], packed, s.tokens, first, last, ys[i], weights[i]->out, reads);
             expand_tile(deltas, i, first, last, ys[i], weights[i]->out);
         };
         constexpr bool TOGETHER = !std::is_same<After, std::nullptr_t>::value;
@@ -131,9 +131,9 @@ struct Run {
 
     // The memory that these linears of layer `index`, if it exists, read first.
     template <int N>
-    Ahead ahead(int index, const Sites<N>& sites) const {
-        Ahead found;
-        for (int i = 0; i < N && index < d.count; i++) shrink_ahead(adapters(d.layers[index], sites[i]), found);
+    PrefetchList reads_of(int index, const Sites<N>& sites) const {
+        PrefetchList found;
+        for (int i = 0; i < N && index < d.count; i++) prefetch_for_shrink(adapters(d.layers[index], sites[i]), found);
         return found;
     }
 
@@ -142,10 +142,10 @@ struct Run {
         const int head_dim = d.head_dim;
         const Attention attention{q, attended, s.seqs, s.block_tables, s.tokens, d.heads, d.kv_heads, head_dim, s.requests,
                                   s.max_blocks, d.scaling, l.window, 0.f, nullptr, {l.k_cache, l.v_cache, d.block_size, d.kv_kind}};
-        Ahead soon;
-        attend_ahead(attention, soon);
-        shrink_ahead(adapters(l, O), soon);
-        project(QKV, normed, {q, k, v}, nullptr, soon);
+        PrefetchList reads;
+        prefetch_for_attention(attention, reads);
+        prefetch_for_shrink(adapters(l, O), reads);
+        project(QKV, normed, {q, k, v}, nullptr, reads);
         over_tokens(s.tokens, [&](int t) {
             float *queries = q + (int64_t)t * d.heads * head_dim, *keys = k + (int64_t)t * d.kv_heads * head_dim;
             for (int h = 0; l.q_norm && h < d.heads; h++) rms_norm(queries + h * head_dim, l.q_norm, d.eps, head_dim, queries + h * head_dim);
@@ -156,7 +156,7 @@ struct Run {
         });
         write_kv(k, v, s.slots, s.tokens, d.kv_heads, head_dim, attention.cache);
         attend(attention);
-        project(OUT, attended, {y}, [&](int first, int last) { add(y, first, last); }, ahead(layer_index, GATE_UP));
+        project(OUT, attended, {y}, [&](int first, int last) { add(y, first, last); }, reads_of(layer_index, GATE_UP));
     }
 
     void mlp(const float* normed, float* gate, float* up, float* y) const {
@@ -164,8 +164,8 @@ struct Run {
         auto activate = [&](int first, int last) {
             for (int64_t t = 0; t < s.tokens; t++) silu_mul(gate + t * width + first, up + t * width + first, last - first);
         };
-        project(GATE_UP, normed, {gate, up}, activate, ahead(layer_index, DOWN_ALONE));
-        project(DOWN_ALONE, gate, {y}, [&](int first, int last) { add(y, first, last); }, ahead(layer_index + 1, QKV));
+        project(GATE_UP, normed, {gate, up}, activate, reads_of(layer_index, DOWN_ALONE));
+        project(DOWN_ALONE, gate, {y}, [&](int first, int last) { add(y, first, last); }, reads_of(layer_index + 1, QKV));
     }
 
     // Chooses a token's experts, the likeliest first, and their weights. Overwrites the router's logits.

@@ -16,7 +16,7 @@ struct Group {
 };
 
 // to[i] = code[at[i]] * scale + offset
-void undo(const float* code, const uint8_t* at, int64_t count, float scale, float offset, float* to) {
+void decode_nested(const float* code, const uint8_t* at, int64_t count, float scale, float offset, float* to) {
     int64_t i = 0;
 #if defined(__AVX512F__)
     __m512 parts[16];
@@ -52,7 +52,7 @@ Weight weight_of(const Experts& experts, int expert, int first, int last) {
     float* scales = scratch(SCALES, end - begin);
     for (int64_t i = begin, block = begin / size; i < end; block++) {  // by nested blocks, without a division per scale
         const int64_t stop = end < (block + 1) * size ? end : (block + 1) * size;
-        undo(experts.nested_code, absmax + i, stop - i, outer[block], offset, scales + i - begin);
+        decode_nested(experts.nested_code, absmax + i, stop - i, outer[block], offset, scales + i - begin);
         i = stop;
     }
     w.scales = scales - begin;
@@ -60,18 +60,18 @@ Weight weight_of(const Experts& experts, int expert, int first, int last) {
 }
 
 // Adds the memory that products of these outputs of an expert read before their own prefetching: scales and a page of weights.
-void read_ahead(const Experts& experts, int expert, int first, int last, Ahead& ahead) {
+void prefetch_for_expert(const Experts& experts, int expert, int first, int last, PrefetchList& prefetch) {
     constexpr int64_t PAGE = 4096;
     if (experts.first.int8) {
         const int64_t before = (int64_t)expert * groups_of(experts.first) + first / 16;
         const char* const from = (const char*)int8_group(experts.first, before);
-        return ahead.add(from, PAGE);
+        return prefetch.add(from, PAGE);
     }
     const int64_t a_row = experts.bytes / experts.first.out, size = a_row * (last - first);
     const int64_t scales = experts.scales / experts.first.out, at = expert * experts.scales + first * scales;
-    ahead.add((const char*)experts.first.data + expert * experts.bytes + first * a_row, size < PAGE ? size : PAGE);
-    if (experts.absmax) ahead.add(experts.absmax + at, (last - first) * scales);
-    else if (experts.first.scales) ahead.add(experts.first.scales + at, (last - first) * scales * (int64_t)sizeof(float));
+    prefetch.add((const char*)experts.first.data + expert * experts.bytes + first * a_row, size < PAGE ? size : PAGE);
+    if (experts.absmax) prefetch.add(experts.absmax + at, (last - first) * scales);
+    else if (experts.first.scales) prefetch.add(experts.first.scales + at, (last - first) * scales * (int64_t)sizeof(float));
 }
 
 }  // namespace
@@ -93,13 +93,13 @@ void grouped_linear(const Experts& experts, const float* x, const int64_t* count
         const int begin = task % tiles * share, end = least(begin + share, out);
         const PackedRows own = packed.from(group.start, in);
         float *to = y + (int64_t)group.start * out, *with = second + (int64_t)group.start * out;
-        Ahead soon;
+        PrefetchList prefetch;
         if (task + 1 < tasks) {  // most likely this thread's next: experts are far apart, so nothing else prefetches it
             const int expert = groups[(task + 1) / tiles].expert, next = (task + 1) % tiles * share, stop = least(next + share, out);
-            read_ahead(experts, expert, next, stop, soon);
-            if (gated) read_ahead(experts, expert, out + next, out + stop, soon);
+            prefetch_for_expert(experts, expert, next, stop, prefetch);
+            if (gated) prefetch_for_expert(experts, expert, out + next, out + stop, prefetch);
         }
-        linear_tile(weight_of(experts, group.expert, begin, end), own, group.rows, begin, end, to, out, soon);
+        linear_tile(weight_of(experts, group.expert, begin, end), own, group.rows, begin, end, to, out, prefetch);
         if (!gated) return;
         linear_tile(weight_of(experts, group.expert, out + begin, out + end), own, group.rows, out + begin, out + end, with - out, out);
         for (int64_t m = 0; m < group.rows; m++) silu_mul(to + m * out + begin, with + m * out + begin, end - begin);

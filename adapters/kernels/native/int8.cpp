@@ -224,11 +224,11 @@ void pack_int8(const float* row, int in, Int8Block* to) {
 }
 
 #if defined(__AVX512F__)
-static const bool vnni_there = __builtin_cpu_supports("avx512vnni");
+static const bool vnni_available = __builtin_cpu_supports("avx512vnni");
 #else
-static constexpr bool vnni_there = false;
+static constexpr bool vnni_available = false;
 #endif
-static bool vnni = vnni_there;
+static bool vnni = vnni_available;
 
 bool has_vnni() { return vnni; }
 
@@ -240,4 +240,4 @@ EXPORT void lk_int8_copy(const Weight* w, float unit, Int8Weights* to) {
     parallel_for((w->out + 15) / 16, [&](int group) { int8_copy_group(*w, group, unit, to + (int64_t)group * (w->in / BLOCK)); });
 }
 
-EXPORT void lk_set_vnni(int allowed) { vnni = allowed && vnni_there; }
+EXPORT void lk_set_vnni(int allowed) { vnni = allowed && vnni_available; }

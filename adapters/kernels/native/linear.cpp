@@ -153,11 +153,11 @@ INLINE void finish(const vf (&acc)[M][N], const float* bias, float* y, int64_t s
 
 // Computes M rows x N outputs from `o` on, with weights decoded in registers; y is row 0, output 0.
 template <int M, int N, template <int> class Decoder>
-INLINE void dot_decoding(const Weight& w, int o, const float* x, float* y, int64_t stride, Trickle& ahead) {
+INLINE void dot_decoding(const Weight& w, int o, const float* x, float* y, int64_t stride, Prefetcher& prefetcher) {
     Decoder<N> weights(w, o);
     vf acc[M][N] = {};
     for (int b = 0; b < w.in / BLOCK; b++) {
-        ahead.worked(M * N);
+        prefetcher.advance(M * N);
         weights.block(b);
         if constexpr (Decoder<N>::BY_ROW) {
             for (int n = 0; n < N; n++) {
@@ -194,15 +194,15 @@ INLINE void dot_decoded(const float* tile, const float* x, int64_t in, const flo
 }
 
 template <int M, int N, template <int> class Decoder>
-void sweep_decoding(const Weight& w, const float* x, int first, int last, float* y, int64_t stride, Trickle& ahead) {
+void sweep_decoding(const Weight& w, const float* x, int first, int last, float* y, int64_t stride, Prefetcher& prefetcher) {
     int o = first;
-    for (; o + N <= last; o += N) dot_decoding<M, N, Decoder>(w, o, x, y, stride, ahead);
-    for (; o < last; o++) dot_decoding<M, 1, Decoder>(w, o, x, y, stride, ahead);
+    for (; o + N <= last; o += N) dot_decoding<M, N, Decoder>(w, o, x, y, stride, prefetcher);
+    for (; o < last; o++) dot_decoding<M, 1, Decoder>(w, o, x, y, stride, prefetcher);
 }
 
 // The most rows for which weights are decoded once: more if decoding is expensive.
 template <template <int> class Decoder>
-constexpr int handful() {
+constexpr int rows_at_once() {
     return W < 16 ? 4 : std::is_same<Decoder<1>, FourBit<1>>::value ? 12 : 8;
 }
 
@@ -217,17 +217,17 @@ constexpr int outputs_beside(int rows) {
 }
 
 template <template <int> class Decoder>
-void few_rows(const Weight& w, const float* x, int rows, int first, int last, float* y, int64_t stride, const Ahead& ahead) {
+void few_rows(const Weight& w, const float* x, int rows, int first, int last, float* y, int64_t stride, const PrefetchList& prefetch) {
     const int64_t in = w.in;
-    Trickle trickle(ahead, (int64_t)rows * (last - first) * (w.in / BLOCK));
+    Prefetcher prefetcher(prefetch, (int64_t)rows * (last - first) * (w.in / BLOCK));
     for (int o = first; o < last; o += GROUP) {
         const int end = least(o + GROUP, last);
-        auto sweep = [&](auto sweep_rows, int m) { sweep_rows(w, x + m * in, o, end, y + m * stride, stride, trickle); };
+        auto sweep = [&](auto sweep_rows, int m) { sweep_rows(w, x + m * in, o, end, y + m * stride, stride, prefetcher); };
         for (int m = 0, count; m < rows; m += count) {
-            constexpr int MOST = handful<Decoder>();
+            constexpr int MAX_ROWS = rows_at_once<Decoder>();
             const int left = rows - m;
-            count = left <= MOST ? left : least((left + 1) / 2, MOST);
-            with_count<MOST>(count, [&]<int M>() { sweep(sweep_decoding<M, outputs_beside<Decoder>(M), Decoder>, m); });
+            count = left <= MAX_ROWS ? left : least((left + 1) / 2, MAX_ROWS);
+            with_count<MAX_ROWS>(count, [&]<int M>() { sweep(sweep_decoding<M, outputs_beside<Decoder>(M), Decoder>, m); });
         }
     }
 }
@@ -280,7 +280,7 @@ void many_rows(const Weight& w, const float* x, int rows, int first, int last, f
         const int count = least(outputs, last - o);
         const float* bias = w.bias ? w.bias + o : nullptr;
         decode_tile<false>(w, o, o + count, 0, in / BLOCK, tile);
-        by_fours(rows, [&]<int M>(int m) { sweep_decoded<M, WIDE>(tile, x + m * in, in, count, bias, y + m * stride + o, stride); });
+        in_fours(rows, [&]<int M>(int m) { sweep_decoded<M, WIDE>(tile, x + m * in, in, count, bias, y + m * stride + o, stride); });
     }
 }
 
@@ -356,11 +356,11 @@ PackedRows pack_rows(const Weight* const* weights, int count, const float* x, in
     return {packed[0], packed[1], int8};
 }
 
-void linear_tile(const Weight& w, const PackedRows& x, int rows, int first, int last, float* y, int64_t stride, const Ahead& ahead) {
+void linear_tile(const Weight& w, const PackedRows& x, int rows, int first, int last, float* y, int64_t stride, const PrefetchList& prefetch) {
     if (w.int8) return int8_tile(w, x.int8, rows, first, last, y, stride);
     const float* packed = wants_interleaved(w) ? x.interleaved : x.natural;
     if (rows > FEW_ROWS || !blockwise(w)) return many_rows(w, packed, rows, first, last, y, stride);
-    with_decoder(w, [&]<template <int> class Decoder>() { few_rows<Decoder>(w, packed, rows, first, last, y, stride, ahead); });
+    with_decoder(w, [&]<template <int> class Decoder>() { few_rows<Decoder>(w, packed, rows, first, last, y, stride, prefetch); });
 }
 
 int outputs_per_task(int out) {

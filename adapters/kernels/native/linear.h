@@ -38,9 +38,9 @@ struct PackedRows {
 // Packs x [rows, in] for these weights, all of the same `in`. Valid until the caller's next call.
 PackedRows pack_rows(const Weight* const* weights, int count, const float* x, int rows);
 
-// Computes outputs [first, last) of every row: y[m * stride + o]. Runs on the calling thread, which prefetches `ahead` if
+// Computes outputs [first, last) of every row: y[m * stride + o]. Runs on the calling thread, which prefetches `prefetch` if
 // there are few rows.
-void linear_tile(const Weight& w, const PackedRows& x, int rows, int first, int last, float* y, int64_t stride, const Ahead& ahead = {});
+void linear_tile(const Weight& w, const PackedRows& x, int rows, int first, int last, float* y, int64_t stride, const PrefetchList& prefetch = {});
 
 // The number of outputs per task that shares the work evenly among threads.
 int outputs_per_task(int out);

@@ -121,33 +121,33 @@ Deltas& deltas_of(const Adapters* const* linears, int count, const float* x) {
         all.ends.push_back((int)all.segments.size());
     }
     all.x = x, all.down = scratch(SHRUNK, floats);
-    all.shrinking.deal(tasks);
+    all.shrinking.distribute(tasks);
     return all;
 }
 
 void shrink(Deltas& all) {
-    all.shrinking.take_all([&](int task) {
+    all.shrinking.run_all([&](int task) {
         const Segment* s = all.segments.data();
         while (task >= s->tasks) s++;
         shrink_task(*s, task - (s == all.segments.data() ? 0 : s[-1].tasks), all.x, all.down);
     });
 }
 
-void shrink_ahead(const Adapters& linear, Ahead& ahead) {
+void prefetch_for_shrink(const Adapters& linear, PrefetchList& prefetch) {
     for (int s = 0; s < linear.segments; s++) {
         const int32_t* row = linear.table + s * 5;
         if (row[0] < row[1] && row[3] > 0)
-            ahead.add(linear.a + (int64_t)row[2] * linear.in, (int64_t)row[3] * linear.in * (row[4] == FP32 ? 4 : 2));
+            prefetch.add(linear.a + (int64_t)row[2] * linear.in, (int64_t)row[3] * linear.in * (row[4] == FP32 ? 4 : 2));
     }
 }
 
-void expand_ahead(const Deltas& all, int index, int first, int last, Ahead& ahead) {
+void prefetch_for_expand(const Deltas& all, int index, int first, int last, PrefetchList& prefetch) {
     for (int i = index ? all.ends[index - 1] : 0; i < all.ends[index]; i++) {
         const Segment& s = all.segments[i];
         const int64_t out = s.linear->out;
         with_number(s.dtype, [&]<class Number>() {
             const Number* b = s.rows<Number>(s.linear->b, out);
-            ahead.add(b + first, (last - first) * sizeof(Number), s.rank, out * sizeof(Number));
+            prefetch.add(b + first, (last - first) * sizeof(Number), s.rank, out * sizeof(Number));
         });
     }
 }

@@ -20,8 +20,8 @@ struct Deltas;
 Deltas& deltas_of(const Adapters* const* linears, int count, const float* x);
 
 // Adds the memory read by shrinking a linear's segments, or by expanding linear `index` for outputs [first, last).
-void shrink_ahead(const Adapters& linear, Ahead& ahead);
-void expand_ahead(const Deltas& deltas, int index, int first, int last, Ahead& ahead);
+void prefetch_for_shrink(const Adapters& linear, PrefetchList& prefetch);
+void prefetch_for_expand(const Deltas& deltas, int index, int first, int last, PrefetchList& prefetch);
 
 // Takes part in shrinking all segments, which threads share: each thread calls this at the start of a task, and waits for
 // the others' part only when it expands.

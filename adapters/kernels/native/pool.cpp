@@ -29,13 +29,13 @@ alignas(LINE) std::atomic_flag busy = ATOMIC_FLAG_INIT;  // held by the caller o
 int spawned = 0;                                         // workers started so far; guarded by `busy`
 
 // Never destroyed, since workers may still sleep on it when the process exits.
-struct Bed {
+struct IdleWorkers {
     std::mutex mutex;
     std::condition_variable wake;
 };
-Bed& bed = *new Bed;
+IdleWorkers& idle_workers = *new IdleWorkers;
 
-inline void breathe() {
+inline void cpu_pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
@@ -43,22 +43,22 @@ inline void breathe() {
 
 // `job` is read after taking a task, since it cannot change before that task is done.
 void do_all() {
-    shares.take_all([](int task) { job.task(job.context, task); });
+    shares.run_all([](int task) { job.task(job.context, task); });
 }
 
-void work(int of) {
-    rank = of;
+void work(int own_rank) {
+    rank = own_rank;
     for (uint64_t seen = 0;;) {
         for (int idle = 0; rank < pool_threads() && idle < SPINS; idle++) {
             if (const uint64_t now = job.posted.load(std::memory_order_acquire); now != seen) {
                 seen = now, idle = 0;
                 do_all();
             }
-            breathe();
+            cpu_pause();
         }
-        std::unique_lock<std::mutex> lock(bed.mutex);
+        std::unique_lock<std::mutex> lock(idle_workers.mutex);
         sleepers.fetch_add(1);
-        bed.wake.wait(lock, [&] { return rank < pool_threads() && job.posted.load() != seen; });
+        idle_workers.wake.wait(lock, [&] { return rank < pool_threads() && job.posted.load() != seen; });
         sleepers.fetch_sub(1);
     }
 }
@@ -76,18 +76,18 @@ struct Arena {
 int pool_threads() { return job.threads.load(std::memory_order_relaxed); }
 int pool_rank() { return rank; }
 
-void Shares::deal(int count) {
+void Shares::distribute(int count) {
     tasks = count;
     done.store(0, std::memory_order_relaxed);
-    const int64_t among = pool_threads();
-    sharers.store((int)among, std::memory_order_relaxed);
-    for (int64_t i = 0; i < among; i++)
-        stretches[i].left.store((uint64_t)(tasks * i / among) << 32 | (uint64_t)(tasks * (i + 1) / among), std::memory_order_release);
+    const int64_t threads = pool_threads();
+    sharers.store((int)threads, std::memory_order_relaxed);
+    for (int64_t i = 0; i < threads; i++)
+        ranges[i].left.store((uint64_t)(tasks * i / threads) << 32 | (uint64_t)(tasks * (i + 1) / threads), std::memory_order_release);
 }
 
 void Shares::await() const {
     for (int spins = 0; done.load(std::memory_order_acquire) < tasks; spins++) {
-        breathe();
+        cpu_pause();
         if (spins > 2000) std::this_thread::yield();  // a thread was descheduled in the middle of a task
     }
 }
@@ -101,11 +101,11 @@ void pool_run(int tasks, void (*task)(void*, int), void* context) {
     }
     for (; spawned + 1 < pool_threads(); spawned++) std::thread(work, spawned + 1).detach();
     job.task = task, job.context = context;
-    shares.deal(tasks);
+    shares.distribute(tasks);
     job.posted.fetch_add(1);
     if (sleepers.load() > 0) {
-        std::lock_guard<std::mutex> lock(bed.mutex);
-        bed.wake.notify_all();
+        std::lock_guard<std::mutex> lock(idle_workers.mutex);
+        idle_workers.wake.notify_all();
     }
     do_all();
     shares.await();

@@ -20,43 +20,43 @@ constexpr int MAX_THREADS = 256;
 class Shares {
   public:
     // Starts `count` new tasks. No thread may still be working on the previous ones.
-    void deal(int tasks);
+    void distribute(int tasks);
 
     // Does tasks until none is left to take: those of the thread's own range from the front, then others' from the back.
     template <class F>
-    void take_all(F&& task) {
-        const int among = sharers.load(std::memory_order_relaxed), rank = pool_rank();
-        int did = 0;
-        for (int i = 0; i < among; i++) {
-            std::atomic<uint64_t>& left = stretches[(rank + i) % among].left;
+    void run_all(F&& task) {
+        const int threads = sharers.load(std::memory_order_relaxed), rank = pool_rank();
+        int completed = 0;
+        for (int i = 0; i < threads; i++) {
+            std::atomic<uint64_t>& left = ranges[(rank + i) % threads].left;
             uint64_t range = left.load(std::memory_order_acquire);
             for (;;) {
                 const uint32_t first = range >> 32, last = (uint32_t)range;
                 if (first >= last) break;
                 if (!left.compare_exchange_weak(range, i ? range - 1 : range + (1ull << 32), std::memory_order_acq_rel)) continue;
                 task(i ? last - 1 : first);
-                did++;
+                completed++;
                 range = left.load(std::memory_order_acquire);
             }
         }
-        if (did) done.fetch_add(did, std::memory_order_release);
+        if (completed) done.fetch_add(completed, std::memory_order_release);
     }
 
     // Waits until all tasks are done.
     void await() const;
 
   private:
-    struct alignas(LINE) Stretch {
+    struct alignas(LINE) TaskRange {
         std::atomic<uint64_t> left{0};  // the thread's remaining range: first << 32 | last
     };
-    Stretch stretches[MAX_THREADS];
+    TaskRange ranges[MAX_THREADS];
     std::atomic<int> sharers{1};
     int tasks = 0;
     alignas(LINE) std::atomic<int> done{0};
 };
 
 // Scratch memory of the calling thread, valid until its next call with the same slot; contents are undefined.
-enum ScratchSlot { PACKED_NATURAL, PACKED_INTERLEAVED, PACKED_INT8, SHRUNK, STEP, TILE, SUMS, ATTENTION, SOFTMAX, PIECES, WIDENED, TURNED, SCALES, CERTAIN, AT_MOST, ROUNDED, STATE, GATED, ROUTED, WEIGHTS, SLOTS };
+enum ScratchSlot { PACKED_NATURAL, PACKED_INTERLEAVED, PACKED_INT8, SHRUNK, STEP, TILE, SUMS, ATTENTION, SOFTMAX, PIECES, WIDENED, TURNED, SCALES, LOWER_BOUNDS, UPPER_BOUNDS, ROUNDED, STATE, GATED, ROUTED, WEIGHTS, SLOTS };
 float* scratch(ScratchSlot slot, size_t floats);
 
 namespace {

@@ -65,7 +65,7 @@ void convolve(const Convolution& c, int first, int width) {
 
 // Calls body(i, i % 2) with a constant second argument, so that two independent sums do not wait for each other.
 template <class F>
-INLINE void by_twos(int n, F&& body) {
+INLINE void in_twos(int n, F&& body) {
     int i = 0;
     for (; i + 2 <= n; i += 2) body(i, 0), body(i + 1, 1);
     if (i < n) body(i, 0);
@@ -105,7 +105,7 @@ void recur(const Recurrence& l, int head, int first, int width) {
                 normalise(l.q + key_row, l.keys, 1.f / sqrtf((float)l.keys), q);
                 normalise(l.k + key_row, l.keys, 1.f, k);
                 vf m0[2] = {}, m1[2] = {};
-                by_twos(l.keys, [&](int i, int turn) {
+                in_twos(l.keys, [&](int i, int turn) {
                     float* row = state + i * COLUMNS;
                     const vf key = set1(k[i]), s0 = load(row) * decay, s1 = load(row + W) * decay;
                     store(row, s0);
@@ -123,7 +123,7 @@ void recur(const Recurrence& l, int head, int first, int width) {
                 d1 = d1 * set1(step);
             }
             vf y0[2] = {}, y1[2] = {};
-            by_twos(l.keys, [&](int i, int turn) {
+            in_twos(l.keys, [&](int i, int turn) {
                 float* row = state + i * COLUMNS;
                 const vf key = set1(k[i]), query = set1(q[i]);
                 vf s0 = load(row), s1 = load(row + W);

@@ -61,7 +61,7 @@ INLINE void weigh(vf (&acc)[M][V], const float* weights, int64_t weight_stride, 
 
 // Calls f<M>(m) for rows m .. m + M until all `count` are done, four at a time as long as possible.
 template <class F>
-INLINE void by_fours(int count, F&& f) {
+INLINE void in_fours(int count, F&& f) {
     int m = 0;
     for (; m + 4 <= count; m += 4) f.template operator()<4>(m);
     switch (count - m) {
@@ -71,12 +71,12 @@ INLINE void by_fours(int count, F&& f) {
     }
 }
 
-// Calls f<M>() with M = count, from 1 to MOST.
-template <int MOST, class F>
+// Calls f<M>() with M = count, from 1 to MAX.
+template <int MAX, class F>
 INLINE void with_count(int count, F&& f) {
-    if constexpr (MOST > 1)
-        if (count < MOST) return with_count<MOST - 1>(count, f);
-    f.template operator()<MOST>();
+    if constexpr (MAX > 1)
+        if (count < MAX) return with_count<MAX - 1>(count, f);
+    f.template operator()<MAX>();
 }
 
 }  // namespace

@@ -18,23 +18,23 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-_off = False
+_disabled = False
 _fixed = False
-_tiles_of_gpu = False
+_use_gpu_tiles = False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("LORAKEET_TRITON") == "interpret"
 
 
-def few_programs() -> bool:
+def large_tiles() -> bool:
     """Whether tiles should be large: the interpreter's time depends on operations and programs, not on sizes."""
-    return interpreted() and not _tiles_of_gpu
+    return is_interpreted() and not _use_gpu_tiles
 
 
-def deterministic() -> bool:
+def is_deterministic() -> bool:
     """Whether tiles and splits are the same for all row counts."""
     return _fixed
 
@@ -45,23 +45,23 @@ def fix_tiles(fixed: bool) -> None:
     _fixed = fixed
 
 
-def takes(*tensors: Tensor) -> bool:
+def supports(*tensors: Tensor) -> bool:
     """Whether the kernels support these tensors' devices and dtypes."""
-    if _off or os.environ.get("LORAKEET_TRITON") == "0":
+    if _disabled or os.environ.get("LORAKEET_TRITON") == "0":
         return False
-    device = "cpu" if interpreted() else "cuda"
+    device = "cpu" if is_interpreted() else "cuda"
     return all(tensor.device.type == device and tensor.dtype in DTYPES for tensor in tensors)
 
 
 @contextmanager
 def switched_off() -> Iterator[None]:
-    """Make `takes` return False within the context, so that plain torch runs, for comparison."""
-    global _off
-    _off = True
+    """Make `supports` return False within the context, so that plain torch runs, for comparison."""
+    global _disabled
+    _disabled = True
     try:
         yield
     finally:
-        _off = False
+        _disabled = False
 
 
 @cache
@@ -69,7 +69,7 @@ def load() -> ModuleType | None:
     """Return `functions`, or None if Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
-    if interpreted():
+    if is_interpreted():
         os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined
     from adapters.kernels.triton import functions
 

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from adapters.kernels.reference import KEY_GROUP
-from adapters.kernels.triton import deterministic, few_programs
-from adapters.kernels.triton.elementwise import rows_of_tile
+from adapters.kernels.triton import is_deterministic, large_tiles
+from adapters.kernels.triton.elementwise import tile_rows
 from adapters.kernels.triton.linear import dot_dtype
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -227,7 +227,7 @@ def paged_attention(
         return torch.zeros_like(q)
     group = heads // kv_heads
     splits, split_keys = _splits(tokens, max_blocks * block_size)
-    small = (deterministic() or tokens <= FEW_TOKENS) and not few_programs()
+    small = (is_deterministic() or tokens <= FEW_TOKENS) and not large_tiles()
     block_m = max(16 if small else 64, triton.next_power_of_2(group))
     sizes = {
         "DIM": dim,
@@ -296,7 +296,7 @@ def paged_attention(
 
 def _splits(tokens: int, max_keys: int) -> tuple[int, int]:
     """Return the number of splits, a power of two (each is compiled), and keys per split, for up to `max_keys` keys."""
-    if deterministic() or tokens > FEW_TOKENS or max_keys <= MIN_SPLIT:
+    if is_deterministic() or tokens > FEW_TOKENS or max_keys <= MIN_SPLIT:
         return 1, max_keys
     most = MAX_SPLITS if tokens <= 16 else 32 if tokens <= 32 else 16  # many requests fill the GPU without splits
     splits = min(most, triton.next_power_of_2(triton.cdiv(max_keys, MIN_SPLIT)))
@@ -374,7 +374,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     k, v = k.contiguous(), v.contiguous()
     tokens, heads, dim = k.shape
     if tokens:
-        rows, tile = tokens * heads, rows_of_tile(triton.next_power_of_2(heads))
+        rows, tile = tokens * heads, tile_rows(triton.next_power_of_2(heads))
         kind, dtype = _layout(k_cache)
         _write[(triton.cdiv(rows, tile),)](
             k,

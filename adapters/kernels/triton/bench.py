@@ -68,7 +68,7 @@ FULL = Size(
 SMOKE = Size("cpu", {(32, 128): (LLAMA, QWEN)}, (1, 8), 1, 1, 1 << 20, 2, (4, 2, 32, 128), (1, 2, 16, 16), 2 * LIMIT)
 
 
-def replayed(size: Size, calls: Sequence[Callable[[], Any]]) -> float:
+def time_replay(size: Size, calls: Sequence[Callable[[], Any]]) -> float:
     """Return the seconds per call, from a graph of all calls; the median of several replays."""
     if size.device == "cpu":
         began = time.perf_counter()
@@ -103,8 +103,8 @@ def bandwidths(size: Size) -> dict[str, float]:
     target = torch.empty_like(source)
     pinned = torch.empty(size.copied // 4, dtype=torch.uint8, device="cpu", pin_memory=size.device == "cuda")
     arriving = target[: size.copied // 4]
-    within = replayed(size, [lambda: target.copy_(source)] * 4)
-    onto = replayed(size, [lambda: arriving.copy_(pinned, non_blocking=True)] * 4)
+    within = time_replay(size, [lambda: target.copy_(source)] * 4)
+    onto = time_replay(size, [lambda: arriving.copy_(pinned, non_blocking=True)] * 4)
     return {"copy_gb_s": 2 * source.nbytes / within / 1e9, "host_to_device_gb_s": pinned.nbytes / onto / 1e9}
 
 
@@ -128,8 +128,8 @@ def linear_lines(size: Size, outs: int, ins: int) -> list[dict[str, Any]]:
     lines = []
     for rows in size.rows:
         x = torch.randn(rows, ins, dtype=torch.bfloat16)
-        ours = replayed(size, [partial(kernels.linear_forward, x, weight) for weight in weights])
-        theirs = replayed(size, [partial(linear, x) for linear in linears])
+        ours = time_replay(size, [partial(kernels.linear_forward, x, weight) for weight in weights])
+        theirs = time_replay(size, [partial(linear, x) for linear in linears])
         moved = outs * ins // 2 + outs * ins // 64 + 2 * rows * (outs + ins)
         line = {"outs": outs, "ins": ins, "rows": rows, "seconds": ours, "library_seconds": theirs, "bytes": moved}
         lines.append(line | {"models": size.shapes[outs, ins]})
@@ -197,7 +197,7 @@ def fused_lines(size: Size) -> list[dict[str, Any]]:
             for pools in zip(a, b, strict=True)
             for y, *rest in zip(ys, *pools, table, scale, strict=True)
         ]
-        seconds = {"seconds": replayed(size, together), "apart_seconds": len(widths) * replayed(size, apart)}
+        seconds = {"seconds": time_replay(size, together), "apart_seconds": len(widths) * time_replay(size, apart)}
         lines.append({"adapters": tokens, **seconds})
     return lines
 
@@ -222,7 +222,7 @@ def expert_errors(size: Size) -> Iterator[tuple[str, float]]:
     assert kernels is not None
     for tokens in (1, 40, 600) if size is FULL else (3,):
         x, counts = routed(size, tokens)
-        exact = reference.each_expert(
+        exact = reference.map_experts(
             x.double(), weights, counts, lambda rows, each: rows @ each.dequantize().double().T
         )
         yield f"{tokens} tokens", relative(kernels.grouped_forward(x, weights, counts), exact)
@@ -239,9 +239,9 @@ def expert_lines(size: Size) -> list[dict[str, Any]]:
         x, counts = routed(size, tokens)
         parts = [(rows, expert) for expert, rows in enumerate(x.split(counts.tolist())) if len(rows)]
         singles = [[(rows, weights[expert]) for rows, expert in parts] for weights in layers]
-        together = replayed(size, [partial(kernels.grouped_forward, x, weights, counts) for weights in layers])
+        together = time_replay(size, [partial(kernels.grouped_forward, x, weights, counts) for weights in layers])
         apart = [partial(kernels.linear_forward, rows, weight) for layer in singles for rows, weight in layer]
-        seconds = {"seconds": together, "apart_seconds": len(parts) * replayed(size, apart)}
+        seconds = {"seconds": together, "apart_seconds": len(parts) * time_replay(size, apart)}
         lines.append({"tokens": tokens, "bytes": len(parts) * each + 2 * len(x) * (outs + ins), **seconds})
     return lines
 
@@ -271,11 +271,11 @@ def state_errors(size: Size) -> Iterator[tuple[str, float]]:
     assert kernels is not None
     for sequences, tokens in ((8, 1), (2, 20 if size is FULL else 3)):
         r, states, runs = states_of(size, sequences, tokens)
-        case, exact = f"{sequences} times {tokens} tokens", recurrence.plainly_recur(r, states.clone(), runs)
+        case, exact = f"{sequences} times {tokens} tokens", recurrence.recur_torch(r, states.clone(), runs)
         yield f"{case}, delta rule", relative(kernels.recur(r, states, runs), exact)
         x, kept = r.q.flatten(1), torch.randn(sequences, 3, r.q[0].numel())
         taps = torch.randn(4, x.shape[1], dtype=torch.bfloat16)
-        exact = recurrence.plainly_convolve(x.double(), taps.double(), None, True, kept.clone(), runs)
+        exact = recurrence.convolve_torch(x.double(), taps.double(), None, True, kept.clone(), runs)
         yield f"{case}, convolution", relative(kernels.convolve(x, taps, None, True, kept, runs), exact)
 
 
@@ -286,7 +286,7 @@ def state_lines(size: Size) -> list[dict[str, Any]]:
     for sequences in (1, 16, 64) if size is FULL else (2,):
         made = states_of(size, sequences, 1)
         layers = [(made[0], made[1].clone(), made[2]) for _ in range(max(1, size.memory // made[1].nbytes))]
-        seconds = replayed(size, [partial(kernels.recur, *layer) for layer in layers])
+        seconds = time_replay(size, [partial(kernels.recur, *layer) for layer in layers])
         lines.append({"sequences": sequences, "seconds": seconds, "bytes": 2 * made[1].nbytes})
     return lines
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.kernels.plan import PlannedLinear, known
+from adapters.kernels.plan import PlannedLinear, is_supported
 from adapters.kernels.reference import head_size
 from adapters.kernels.triton import functions as kernels
 
@@ -48,14 +48,14 @@ class TritonDecoder:
         windows: Sequence[int],
     ) -> "TritonDecoder | None":
         """See `plan.DecoderPlan.build`; None for architectures that are not shaped like Llama."""
-        if not known(decoder):
+        if not is_supported(decoder):
             return None
         modules: Any = decoder
         layers = [
             _Layer(layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm, k, v, window)
             for layer, k, v, window in zip(modules.layers, k_caches, v_caches, windows, strict=True)
         ]
-        return cls(decoder, layers, (pool_a, pool_b)) if all(map(_counted_in_order, layers)) else None
+        return cls(decoder, layers, (pool_a, pool_b)) if all(map(_has_consecutive_indices, layers)) else None
 
     @torch.no_grad()
     def run(
@@ -105,7 +105,7 @@ class TritonDecoder:
         return x
 
 
-def _counted_in_order(layer: _Layer) -> bool:
+def _has_consecutive_indices(layer: _Layer) -> bool:
     """Whether linears of one input have consecutive indices, as the modules of these models do."""
     attention, mlp = layer.attention, layer.mlp
     q, k, v = (projection.index for projection in (attention.q_proj, attention.k_proj, attention.v_proj))

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adapters.kernels.triton import few_programs
+from adapters.kernels.triton import large_tiles
 
 
-def rows_of_tile(rows: int) -> int:
+def tile_rows(rows: int) -> int:
     """Return the number of rows per program: `rows`, except in the interpreter."""
-    return 256 if few_programs() else rows
+    return 256 if large_tiles() else rows
 
 
 @triton.jit(do_not_specialize=["rows"])  # otherwise many steps would compile again
@@ -52,7 +52,7 @@ def _norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor
     y = torch.empty_like(x)
     width = x.shape[-1]
     rows = x.numel() // width
-    tile = rows_of_tile(1)
+    tile = tile_rows(1)
     _rms_norm[(triton.cdiv(rows, tile),)](
         x,
         x if delta is None else delta,
@@ -81,7 +81,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """See `reference.silu_mul`."""
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
-    block = 1 << 14 if few_programs() else 1 << 10
+    block = 1 << 14 if large_tiles() else 1 << 10
     _silu_mul[(triton.cdiv(gate.numel(), block),)](gate, up, y, gate.numel(), BLOCK=block)
     return y
 
@@ -111,6 +111,6 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     for heads in (q, k):
         tokens, count, dim = heads.shape
         if tokens:
-            rows, tile = tokens * count, rows_of_tile(triton.next_power_of_2(count))
+            rows, tile = tokens * count, tile_rows(triton.next_power_of_2(count))
             half = triton.next_power_of_2(rotary // 2)
             _rope[(triton.cdiv(rows, tile),)](heads, cos, sin, rows, count, dim, rotary, ROWS=tile, HALF=half)

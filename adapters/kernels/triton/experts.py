@@ -13,17 +13,17 @@ from torch import Tensor
 
 from adapters.kernels import reference
 from adapters.kernels.experts import ExpertWeights
-from adapters.kernels.triton import deterministic
+from adapters.kernels.triton import is_deterministic
 from adapters.kernels.triton.linear import (
     CHUNK,
     MAX_ROWS,
+    choose_tiles,
+    code_table,
     dot_dtype,
-    in_pairs,
     linear_forward,
-    sums_of_tile,
-    table_of,
-    takes_weight,
-    tiles_of,
+    pair_aligned,
+    supports_weight,
+    tile_sums,
 )
 
 FEW_ROWS = 16  # rows per tile if experts have few
@@ -66,7 +66,7 @@ def _grouped(
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         m = start + (tile - tl.sum(tl.where(before, tiles, 0), axis=0)) * BLOCK_M + tl.arange(0, BLOCK_M)
         place = expert.to(tl.int64)
-        acc = sums_of_tile(
+        acc = tile_sums(
             x,
             data + place * outs * (ins // 2),
             absmax + place * scales,
@@ -95,18 +95,18 @@ def _grouped(
 
 def grouped_forward(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
     """See `reference.grouped_forward`."""
-    if not takes_weight(weights):
-        return reference.each_expert(x, weights, counts, linear_forward)
-    x, experts = in_pairs(x), len(weights)
+    if not supports_weight(weights):
+        return reference.map_experts(x, weights, counts, linear_forward)
+    x, experts = pair_aligned(x), len(weights)
     (rows, ins), outs = x.shape, weights.shape[0]
     y = x.new_empty(rows, outs)
     if rows == 0:
         return y
-    block_m = FEW_ROWS if deterministic() or rows <= experts * FEW_ROWS else MAX_ROWS
-    tiles = tiles_of(block_m, weights.shape)
+    block_m = FEW_ROWS if is_deterministic() or rows <= experts * FEW_ROWS else MAX_ROWS
+    tiles = choose_tiles(block_m, weights.shape)
     absmax, nested = weights.absmax, weights.nested_absmax
     assert absmax is not None
-    code, lookup = table_of(weights, x.dtype)
+    code, lookup = code_table(weights, x.dtype)
     _grouped[(triton.cdiv(outs, tiles.outs), min(rows, rows // block_m + experts))](
         x,
         weights.data,

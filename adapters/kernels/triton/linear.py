@@ -24,7 +24,7 @@ from torch import Tensor
 
 from adapters.kernels import reference
 from adapters.kernels.experts import ExpertWeights
-from adapters.kernels.triton import deterministic, few_programs, interpreted
+from adapters.kernels.triton import is_deterministic, is_interpreted, large_tiles
 from adapters.kernels.weight import QuantizedWeight
 
 MAX_ROWS = 64
@@ -71,7 +71,7 @@ def _levels(absmax, nested_absmax, at, known, NESTED: tl.constexpr):
 
 
 @triton.jit
-def sums_of_tile(
+def tile_sums(
     x,
     data,
     absmax,
@@ -118,23 +118,23 @@ def sums_of_tile(
         level, outer = _levels(absmax, nested_absmax, at, known, NESTED)
         for step in tl.static_range(UNROLL):
             chunk = first + step
-            there = chunk < end
+            in_range = chunk < end
             packed = tl.load(
                 data + (first_weight // 2 + chunk * (CHUNK // 2))[:, None] + byte[None, :],
-                mask=(n < tl.where(there, outs, 0))[:, None],
+                mask=(n < tl.where(in_range, outs, 0))[:, None],
                 other=0,
                 eviction_policy="evict_first",
             )
             high, low = _look_up(packed, code, LOOKUP, DOT)
             scale = tl.sum(tl.where(ahead[None, :] == step, scales, 0.0), axis=1)
             if BLOCK_M == 1:
-                there_too = byte < tl.where(there, CHUNK // 2, 0)
-                even, odd = _inputs(x, chunk * (CHUNK // 2) + byte, there_too, LOOKUP != "", tl.float32)
+                byte_mask = byte < tl.where(in_range, CHUNK // 2, 0)
+                even, odd = _inputs(x, chunk * (CHUNK // 2) + byte, byte_mask, LOOKUP != "", tl.float32)
                 products = high.to(tl.float32) * even[None, :] + low.to(tl.float32) * odd[None, :]
                 sums += tl.sum(products, axis=1) * scale
             else:
                 pair = first_pair[None, :] + (chunk * (CHUNK // 2) + byte)[:, None]
-                real = (m < tl.where(there, rows, 0))[None, :]
+                real = (m < tl.where(in_range, rows, 0))[None, :]
                 even, odd = _inputs(x, pair, real, LOOKUP != "", DOT)  # [CHUNK / 2, BLOCK_M]
                 dots = tl.dot(high, even, input_precision="ieee")
                 dots = tl.dot(low, odd, dots, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
@@ -177,7 +177,7 @@ def _linear(
     per_split = tl.cdiv(tl.cdiv(chunks, UNROLL), SPLITS) * UNROLL
     begin = split * per_split
     end = tl.minimum(begin + per_split, chunks)
-    acc = sums_of_tile(
+    acc = tile_sums(
         x,
         data,
         absmax,
@@ -242,7 +242,7 @@ _counters: dict[Any, Tensor] = {}  # (device, stream) -> int32 zeros, one per ti
 _COUNTERS = 1 << 16
 
 
-def takes_weight(weight: QuantizedWeight | ExpertWeights) -> bool:
+def supports_weight(weight: QuantizedWeight | ExpertWeights) -> bool:
     """Whether a weight is 4-bit, with rows of whole blocks and blocks of whole chunks."""
     four_bit = weight.kind in ("nf4", "fp4")
     return four_bit and weight.blocksize % CHUNK.value == 0 and weight.shape[1] % weight.blocksize == 0
@@ -250,13 +250,17 @@ def takes_weight(weight: QuantizedWeight | ExpertWeights) -> bool:
 
 def linear_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """See `reference.linear_forward`."""
-    few = 0 < len(x) <= MAX_ROWS or (deterministic() and len(x) > 0)
-    if not (few and takes_weight(weight)):
-        return _fixed_rows(x, weight, bias) if deterministic() else reference.linear_forward(x, weight, bias)
-    return few_rows(x, weight, bias, tiles_of(len(x), weight.shape))
+    few = 0 < len(x) <= MAX_ROWS or (is_deterministic() and len(x) > 0)
+    if not (few and supports_weight(weight)):
+        return (
+            _linear_in_fixed_batches(x, weight, bias)
+            if is_deterministic()
+            else reference.linear_forward(x, weight, bias)
+        )
+    return linear_by_tiles(x, weight, bias, choose_tiles(len(x), weight.shape))
 
 
-def _fixed_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+def _linear_in_fixed_batches(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """Run the library product always on the same number of rows, so that it always takes the same path."""
     dense = replace(weight, kind="dense", data=weight.dequantize(x.dtype))
     y = x.new_empty(len(x), weight.shape[0])
@@ -267,31 +271,31 @@ def _fixed_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
     return y
 
 
-def tiles_of(rows: int, shape: tuple[int, int]) -> Tiles:
+def choose_tiles(rows: int, shape: tuple[int, int]) -> Tiles:
     """Return the tiles for a number of rows; if deterministic, they depend only on the weight's shape."""
     outs, ins = shape
-    if few_programs():
+    if large_tiles():
         return Tiles(min(256, triton.next_power_of_2(outs)), 1, 1, 4, 3)
-    tiles = _MORE_ROWS if deterministic() or rows > 16 else _FEW_ROWS if rows > 1 else _ONE_ROW
+    tiles = _MORE_ROWS if is_deterministic() or rows > 16 else _FEW_ROWS if rows > 1 else _ONE_ROW
     splits = 1
     while splits < tiles.splits and ins // (CHUNK.value * 2 * splits) >= _CHUNKS:
         splits *= 2
     return tiles._replace(splits=splits)
 
 
-def few_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, tiles: Tiles) -> Tensor:
+def linear_by_tiles(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, tiles: Tiles) -> Tensor:
     """Run the kernel with these tiles."""
-    x = in_pairs(x)
+    x = pair_aligned(x)
     (rows, ins), outs = x.shape, weight.shape[0]
     y = x.new_empty(rows, outs)
-    if deterministic():
+    if is_deterministic():
         block_m = MAX_ROWS
     else:
         block_m = 1 if rows == 1 else max(16, triton.next_power_of_2(min(rows, MAX_ROWS)))
     grid = triton.cdiv(outs, tiles.outs), triton.cdiv(rows, block_m), tiles.splits
     assert grid[0] * grid[1] <= _COUNTERS
     nested = weight.nested_absmax is not None
-    code, lookup = table_of(weight, x.dtype)
+    code, lookup = code_table(weight, x.dtype)
     _linear[grid](
         x,
         weight.data,
@@ -303,7 +307,7 @@ def few_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, tiles: Til
         y if bias is None else bias,
         y,
         y if tiles.splits == 1 else x.new_empty(tiles.splits, rows, outs, dtype=torch.float32),
-        _arrivals(x.device),
+        _arrival_counters(x.device),
         rows,
         outs,
         ins,
@@ -322,7 +326,7 @@ def few_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, tiles: Til
     return y
 
 
-def in_pairs(x: Tensor) -> Tensor:
+def pair_aligned(x: Tensor) -> Tensor:
     """Return the same numbers, contiguous and aligned so that two of 16 bits can be read at once."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 4 else x
@@ -331,18 +335,18 @@ def in_pairs(x: Tensor) -> Tensor:
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """Return the dtype in which numbers of this dtype are multiplied."""
     # The interpreter multiplies bf16 as integers; fp32 gives the same products.
-    if interpreted() or dtype == torch.float32:
+    if is_interpreted() or dtype == torch.float32:
         return tl.float32
     return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
 
 
-def table_of(weight: QuantizedWeight | ExpertWeights, dtype: torch.dtype) -> tuple[Tensor, str]:
+def code_table(weight: QuantizedWeight | ExpertWeights, dtype: torch.dtype) -> tuple[Tensor, str]:
     """Return the 16 codes in that dtype, and their `lookup_asm` if they are looked up in registers, else ""."""
     key = (weight.kind, dtype, weight.data.device)
     if key not in _tables:
         assert weight.code is not None
         code = weight.code.to(dtype)
-        in_registers = dtype != torch.float32 and not interpreted()
+        in_registers = dtype != torch.float32 and not is_interpreted()
         _tables[key] = code, lookup_asm(code.view(torch.int16).tolist()) if in_registers else ""
     return _tables[key]
 
@@ -381,7 +385,7 @@ def lookup_asm(values: Sequence[int]) -> str:
     return " ".join([*lines, "}"])
 
 
-def _arrivals(device: torch.device) -> Tensor:
+def _arrival_counters(device: torch.device) -> Tensor:
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (device, stream)
     if key not in _counters:

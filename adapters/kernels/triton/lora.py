@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adapters.kernels.triton import deterministic, few_programs
+from adapters.kernels.triton import is_deterministic, large_tiles
 
 MAX_RANK = 512
 SCRATCH = 64 << 20  # bytes; tables with more segments than fit are processed in pieces
@@ -203,7 +203,7 @@ def lora_add_several_(
     tiles = _tiles(tokens)
     ranks = ranks or min(MAX_RANK, max(map(len, a)))
     # Many tokens fill the GPU without splits, and scratch grows with tokens times splits.
-    most = 8 if deterministic() else max(1, min(8, 1024 // tokens))
+    most = 8 if is_deterministic() else max(1, min(8, 1024 // tokens))
     splits = triton.next_power_of_2(min(most, triton.cdiv(x.shape[1], 512)))
     at_once = max(1, SCRATCH // (4 * linears * splits * tokens * ranks))
     sums = ys if segments <= at_once else [y.float() for y in ys]  # rounded once, for any number of pieces
@@ -225,19 +225,36 @@ def lora_add_several_(
         }
         numbers = (count, segments, ranks)
         _shrink[(rows, splits, linears)](
-            x, *_three(a), piece, scale[:, first:], down, tokens, x.shape[1], *numbers, BLOCK_K=tiles.ins, **shared
+            x,
+            *_pad_to_three(a),
+            piece,
+            scale[:, first:],
+            down,
+            tokens,
+            x.shape[1],
+            *numbers,
+            BLOCK_K=tiles.ins,
+            **shared,
         )
         _expand[(rows, columns, linears)](
-            *_three(sums), *_three(b), piece, down, tokens, *_three(widths), *numbers, BLOCK_N=tiles.outs, **shared
+            *_pad_to_three(sums),
+            *_pad_to_three(b),
+            piece,
+            down,
+            tokens,
+            *_pad_to_three(widths),
+            *numbers,
+            BLOCK_N=tiles.outs,
+            **shared,
         )
     for y, total in zip(ys, sums, strict=True):
         if total is not y:
             y.copy_(total)
 
 
-def _three(given: Sequence[Any]) -> list[Any]:
+def _pad_to_three(arguments: Sequence[Any]) -> list[Any]:
     """Return a kernel's three parameters; missing ones are filled with the first and not used."""
-    return [*given, *[given[0]] * (3 - len(given))]
+    return [*arguments, *[arguments[0]] * (3 - len(arguments))]
 
 
 class Tiles(NamedTuple):
@@ -250,7 +267,7 @@ class Tiles(NamedTuple):
 
 
 def _tiles(tokens: int) -> Tiles:
-    if few_programs():
+    if large_tiles():
         return Tiles(64, 64, 256, 256)
-    rows = 16 if deterministic() else 1 if tokens <= 64 else 32
+    rows = 16 if is_deterministic() else 1 if tokens <= 64 else 32
     return Tiles(rows, 16, 128, 64)

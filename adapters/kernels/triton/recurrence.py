@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from adapters.kernels.recurrence import NORM_EPS, Recurrence
-from adapters.kernels.triton import few_programs
+from adapters.kernels.triton import large_tiles
 
 
 @triton.jit
-def _goes_on(runs, run, count):
+def _continues(runs, run, count):
     """Whether a run continues from the state written by the run before it."""
     known = (run > 0) & (run < count)
     read = tl.load(runs + run * 4 + 2, mask=known, other=0)
@@ -52,12 +52,12 @@ def _convolve(
     BLOCK_C: tl.constexpr,
 ):
     run = tl.program_id(0)
-    going = _goes_on(runs, run, count) == 0
+    active = _continues(runs, run, count) == 0
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < channels
     k = tl.arange(0, BLOCK_K)
     slot = channels * KEPT
-    while going:
+    while active:
         begin, end = tl.load(runs + run * 4), tl.load(runs + run * 4 + 1)
         old = tl.load(runs + run * 4 + 2).to(tl.int64) * slot
         new = tl.load(runs + run * 4 + 3).to(tl.int64) * slot
@@ -81,7 +81,7 @@ def _convolve(
         tl.store(states + new + k[:, None] * channels + channel[None, :], last, mask=held)
         tl.debug_barrier()
         run += 1
-        going = _goes_on(runs, run, count)
+        active = _continues(runs, run, count)
 
 
 @triton.jit
@@ -125,11 +125,11 @@ def _recur(
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
     shift = tl.load(dt_bias + head).to(tl.float32)
     key_head = head // (heads // key_heads)
-    going = _goes_on(runs, run, count) == 0
+    active = _continues(runs, run, count) == 0
     state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if going:
+    if active:
         state = tl.load(states + tl.load(runs + run * 4 + 2).to(tl.int64) * slot + at, mask=inside, other=0.0)
-    while going:
+    while active:
         for token in range(tl.load(runs + run * 4), tl.load(runs + run * 4 + 1)):
             row = head + token * heads
             key_row = (key_head + token * key_heads) * keys + i
@@ -152,14 +152,14 @@ def _recur(
             tl.store(out + row * values + j, y.to(out.dtype.element_ty), mask=j < values)
         tl.store(states + tl.load(runs + run * 4 + 3).to(tl.int64) * slot + at, state, mask=inside)
         run += 1
-        going = _goes_on(runs, run, count)
+        active = _continues(runs, run, count)
 
 
 def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: Tensor, runs: Tensor) -> Tensor:
     """See `recurrence.convolve`."""
     x, (kernel, channels) = x.contiguous(), taps.shape
     out = torch.empty_like(x)
-    block_t, block_c = (16, 64) if not few_programs() else (64, 1024)
+    block_t, block_c = (16, 64) if not large_tiles() else (64, 1024)
     _convolve[(len(runs), triton.cdiv(channels, block_c))](
         x,
         taps.contiguous(),
@@ -185,7 +185,7 @@ def recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
     out = torch.empty_like(v)
     (_, key_heads, keys), (heads, values) = q.shape, v.shape[1:]
     # One warp, so that sums over keys need no synchronisation; a state of 128 keys takes a quarter of its registers.
-    block_v = triton.next_power_of_2(values) if few_programs() else min(8, triton.next_power_of_2(values))
+    block_v = triton.next_power_of_2(values) if large_tiles() else min(8, triton.next_power_of_2(values))
     _recur[(len(runs), heads, triton.cdiv(values, block_v))](
         q,
         k,

@@ -14,7 +14,7 @@ from adapters.device import host
 from adapters.device.cache import AdapterCache, Key, choose_victims
 from adapters.device.host import HostAdapter, host_adapter
 from adapters.device.pool import RowPool
-from adapters.device.rows import rounded
+from adapters.device.rows import round_up
 from tests.adapters.device.test_pool import LINEARS
 
 UNITS = 16
@@ -283,7 +283,7 @@ class TiersMachine(RuleBasedStateMachine):
         wanted = key(*names)
         answer = self.fixture.settle(wanted)
         in_use = {name for held in self.held for name, _ in held} | set(names)
-        fits = sum(rounded(2 * self.ranks[name]) for name in in_use) <= UNITS
+        fits = sum(round_up(2 * self.ranks[name]) for name in in_use) <= UNITS
         assert answer == ("ready" if fits else "full")
         if answer == "ready":
             self.held.append(wanted)
@@ -307,7 +307,7 @@ class TiersMachine(RuleBasedStateMachine):
         come_to_rest(self.fixture)
         for held in self.held:
             assert all(name in pool for name, _ in held)
-        assert pool.resident["q_proj"] == sum(rounded(2 * self.ranks[name]) for name in on_device(self.fixture))
+        assert pool.resident["q_proj"] == sum(round_up(2 * self.ranks[name]) for name in on_device(self.fixture))
         assert pool.free["q_proj"] + pool.resident["q_proj"] == UNITS
 
     def teardown(self) -> None:

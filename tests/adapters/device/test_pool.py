@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.device.host import HostAdapter, host_adapter, moved
+from adapters.device.host import HostAdapter, host_adapter, pack_rows
 from adapters.device.lora import LoraLinear, StepSlot
 from adapters.device.pool import RowPool, Use
 from adapters.peft_format.sizes import LinearSize
@@ -208,7 +208,7 @@ def test_stale_rows_of_another_adapter_are_never_read() -> None:
 def test_rows_in_one_piece_of_memory_are_the_same_rows() -> None:
     linears = adapter(1, {"layers.0.q_proj": 3, "layers.1.down_proj": 1}).linears
     memory = torch.zeros(sum(rows.a.numel() + rows.b.numel() for rows in linears.values()), dtype=torch.int16)
-    again = moved(linears, memory)
+    again = pack_rows(linears, memory)
     assert list(again) == list(linears)
     for name, rows in linears.items():
         assert torch.equal(again[name].a, rows.a)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from adapters.device.rows import GRANULE, RowAllocator, rounded
+from adapters.device.rows import GRANULE, RowAllocator, round_up
 
 CAPACITY = 24
 
@@ -20,7 +20,7 @@ class RowsMachine(RuleBasedStateMachine):
 
     @rule(units=st.integers(1, 10))
     def allocate(self, units: int) -> None:
-        width = rounded(units)
+        width = round_up(units)
         first = self.rows.allocate(units)
         gaps = "".join("." if cell is None else "#" for cell in self.cells)
         if first is None:
@@ -49,12 +49,12 @@ class RowsMachine(RuleBasedStateMachine):
             assert self.cells[target : target + units] == [None] * units, "nothing is overwritten"
             self.cells[target : target + units] = moved
             self.windows[moved[0]] = target
-        assert None not in self.cells[: self.rows.taken], "all free units are at the end"
+        assert None not in self.cells[: self.rows.used], "all free units are at the end"
 
     @invariant()
     def accounts(self) -> None:
         assert self.rows.free == self.cells.count(None)
-        assert self.rows.free + self.rows.taken == self.rows.capacity == CAPACITY
+        assert self.rows.free + self.rows.used == self.rows.capacity == CAPACITY
         for owner, first in self.windows.items():
             assert self.rows.size_of(first) == self.cells.count(owner)
 

@@ -85,7 +85,7 @@ def test_the_grouped_product_is_that_of_each_experts_linear(
 ) -> None:
     weights = make(kind, shape)
     x = torch.randn(int(COUNTS.sum()), shape[1])
-    each = reference.each_expert(x, weights, COUNTS, compiled.linear_forward)
+    each = reference.map_experts(x, weights, COUNTS, compiled.linear_forward)
     assert torch.equal(compiled.grouped_forward(x, weights, COUNTS), each)
 
 

@@ -143,7 +143,7 @@ def test_threads_change_nothing(compiled: native.Kernels, threads: int) -> None:
 
 def test_rows_that_are_not_whole_blocks_mean_what_bitsandbytes_says() -> None:
     weight = make_weight("nf4", 24, 96)
-    assert not native.takes_weight(weight)
+    assert not native.supports_weight(weight)
     x = torch.randn(5, 96)
     assert_near(dispatched.base_linear(x, weight), expected(x, weight))
 

@@ -51,7 +51,7 @@ def quantize(decoder: nn.Module) -> None:
 def quantize_experts(decoder: Any) -> None:
     dense = {name: weight.data * 4 for name, weight in decoder.named_parameters() if weight.dim() == 3}
     if dense:
-        experts.take_out(decoder)
+        experts.replace_experts(decoder)
         for name, linear in experts.linears(decoder).items():
             linear.fill(kernels.ExpertWeights.quantize(dense[name], "nf4", torch.float32), torch.float32)
             linear.slot = StepSlot()

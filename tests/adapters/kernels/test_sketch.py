@@ -24,7 +24,7 @@ def sketched(data: Tensor) -> QuantizedWeight:
 
 
 def among_all(kernels: native.Kernels, x: Tensor, weight: QuantizedWeight) -> list[int]:
-    return kernels.likeliest(kernels.linear_forward(x, weight)).tolist()
+    return kernels.argmax(kernels.linear_forward(x, weight)).tolist()
 
 
 def uneven(rows: int, in_features: int) -> Tensor:
@@ -38,7 +38,7 @@ def uneven(rows: int, in_features: int) -> Tensor:
 def test_it_is_the_likeliest_of_all(either: native.Kernels, dtype: torch.dtype, out: int, wide: int, rows: int) -> None:
     data = (torch.randn(out, 64 * wide) * torch.randint(-4, 4, (out, 1)).float().exp2()).to(dtype)
     x = uneven(rows, 64 * wide)
-    assert either.likeliest_output(x, sketched(data)).tolist() == among_all(either, x, dense(data))
+    assert either.output_argmax(x, sketched(data)).tolist() == among_all(either, x, dense(data))
 
 
 @given(rows=st.integers(1, 9), data=st.data())
@@ -50,15 +50,15 @@ def test_outputs_that_hardly_differ(either: native.Kernels, rows: int, data: st.
         o, i = data.draw(st.integers(0, 199)), data.draw(st.integers(0, 127))
         weight.view(torch.int16)[o, i] += data.draw(st.sampled_from([-1, 1]))
     x = uneven(rows, 128)
-    assert either.likeliest_output(x, sketched(weight)).tolist() == among_all(either, x, dense(weight))
+    assert either.output_argmax(x, sketched(weight)).tolist() == among_all(either, x, dense(weight))
 
 
 def test_of_equals_the_first(either: native.Kernels) -> None:
     weight = torch.randn(3000, 64).bfloat16()
     weight[[7, 1500, 2999]] = 9.0
     x = torch.ones(1, 64)
-    assert either.likeliest_output(x, sketched(weight)).tolist() == [7]
-    assert either.likeliest_output(torch.zeros(2, 64), sketched(weight)).tolist() == [0, 0]
+    assert either.output_argmax(x, sketched(weight)).tolist() == [7]
+    assert either.output_argmax(torch.zeros(2, 64), sketched(weight)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1e-20, 1e15, 1e30, 3e38])
@@ -70,16 +70,16 @@ def test_numbers_of_any_size(either: native.Kernels, size: float, weighing: floa
     x = torch.rand(2, 128) * 2 - 1
     x = x / x.abs().amax() * size
     x[1] /= 1000
-    assert either.likeliest_output(x, sketched(weight)).tolist() == among_all(either, x, dense(weight))
+    assert either.output_argmax(x, sketched(weight)).tolist() == among_all(either, x, dense(weight))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_inputs_that_are_not_finite_spoil_their_row_alone(either: native.Kernels, bad: float) -> None:
     weight, x = torch.randn(300, 64).bfloat16(), torch.randn(5, 64)
-    clean = either.likeliest_output(x, sketched(weight)).tolist()
+    clean = either.output_argmax(x, sketched(weight)).tolist()
     x[3, 17] = bad
     clean[3] = -1
-    assert either.likeliest_output(x, sketched(weight)).tolist() == clean == among_all(either, x, dense(weight))
+    assert either.output_argmax(x, sketched(weight)).tolist() == clean == among_all(either, x, dense(weight))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -90,7 +90,7 @@ def test_most_of_the_weight_is_not_read(either: native.Kernels, rows: int) -> No
     hopeless = (scores < scores.amax(1, keepdim=True) / 2).all(0)
     assert hopeless.float().mean() > 0.9
     data[hopeless] = math.nan
-    assert either.likeliest_output(x, weight).tolist() == expected
+    assert either.output_argmax(x, weight).tolist() == expected
 
 
 def test_threads_change_nothing(either: native.Kernels) -> None:
@@ -99,13 +99,13 @@ def test_threads_change_nothing(either: native.Kernels) -> None:
     try:
         for threads in (1, 2, 5):
             either.set_threads(threads)
-            assert either.likeliest_output(x, weight).tolist() == expected
+            assert either.output_argmax(x, weight).tolist() == expected
     finally:
         either.set_threads(torch.get_num_threads())
 
 
 def test_no_rows(either: native.Kernels) -> None:
-    assert either.likeliest_output(torch.empty(0, 64), sketched(torch.randn(9, 64))).tolist() == []
+    assert either.output_argmax(torch.empty(0, 64), sketched(torch.randn(9, 64))).tolist() == []
 
 
 def test_its_errors_are_those_of_the_rounding() -> None:
@@ -124,10 +124,10 @@ def test_without_a_sketch_all_outputs_are_computed(kernels: object) -> None:
     """Plain torch, an unsketched weight, a bias: the same token, from all outputs."""
     weight, x, bias = torch.randn(200, 64).bfloat16(), torch.randn(3, 64), torch.randn(200)
     for offset in (None, bias):
-        expected = reference.likeliest(reference.linear_forward(x, dense(weight), offset))
+        expected = reference.argmax(reference.linear_forward(x, dense(weight), offset))
         for each in (dense(weight), sketched(weight)):
-            assert torch.equal(kernels.likeliest_output(x, each, offset), expected)  # type: ignore[attr-defined]
-            assert torch.equal(dispatched.likeliest_output(x, each, offset), expected)
+            assert torch.equal(kernels.output_argmax(x, each, offset), expected)  # type: ignore[attr-defined]
+            assert torch.equal(dispatched.output_argmax(x, each, offset), expected)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def kernels(triton_kernels: None) -> Any:
 @pytest.fixture(autouse=True)
 def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Create tensors on the device, and work in tiles as on a GPU."""
-    monkeypatch.setattr(triton, "_tiles_of_gpu", True)
+    monkeypatch.setattr(triton, "_use_gpu_tiles", True)
     with torch.device(DEVICE):
         yield
 
@@ -88,7 +88,7 @@ def check_linear(data: st.DataObject, most_out: int, most_chunks: int) -> None:
     bias = data.draw(st.sampled_from([None, torch.randn(outs).to(dtype)]))
     tiles = data.draw(st.sampled_from([linear._ONE_ROW, linear._FEW_ROWS, linear._MORE_ROWS]))
     tiles = tiles._replace(splits=data.draw(st.sampled_from([1, 2, tiles.splits])))
-    assert near(linear.few_rows(x, weight, bias, tiles), product(x, weight, bias))
+    assert near(linear.linear_by_tiles(x, weight, bias, tiles), product(x, weight, bias))
 
 
 @given(data=st.data())
@@ -123,9 +123,9 @@ def test_split_sums_leave_the_counters_at_zero(kernels: Any) -> None:
 
     weight = make_weight(48, 512)
     x = torch.randn(2, 512)
-    first, second = (linear.few_rows(x, weight, None, linear.Tiles(16, 1, 8, 2, 2)) for _ in range(2))
+    first, second = (linear.linear_by_tiles(x, weight, None, linear.Tiles(16, 1, 8, 2, 2)) for _ in range(2))
     assert torch.equal(first, second)
-    assert not linear._arrivals(x.device).any()
+    assert not linear._arrival_counters(x.device).any()
 
 
 def permute_bytes(first: int, second: int, selector: int) -> int:
@@ -222,7 +222,7 @@ def several(runs: list[list[int]]) -> Tensor:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "_tiles_of_gpu", name in SMALL)
+    monkeypatch.setattr(triton, "_use_gpu_tiles", name in SMALL)
     layer, states = LAYERS[name]()
     states = torch.cat([states, torch.randn_like(states[:1])])
     whole, cut, exact = states.clone(), states.clone(), states.clone()
@@ -238,7 +238,7 @@ def test_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_states_of_numbers_of_fewer_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "_tiles_of_gpu", name in SMALL)
+    monkeypatch.setattr(triton, "_use_gpu_tiles", name in SMALL)
     layer, states = LAYERS[name](torch.bfloat16)
     runs = torch.tensor(WHOLE, dtype=torch.int32)
     exact = states.clone()
@@ -509,7 +509,7 @@ def test_a_poisoned_row_stays_alone(kernels: Any) -> None:
 
 def test_only_tensors_of_the_device_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2)
-    assert triton.takes(x, x.bfloat16())
-    assert not triton.takes(x, x.double())
+    assert triton.supports(x, x.bfloat16())
+    assert not triton.supports(x, x.double())
     monkeypatch.setenv("LORAKEET_TRITON", "0")
-    assert not triton.takes(x)
+    assert not triton.supports(x)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.device import host
-from adapters.device.host import HostAdapter, filed_adapter, host_adapter
+from adapters.device.host import HostAdapter, adapter_from_row_file, host_adapter
 from adapters.device.pool import RowPool
 from adapters.peft_format import packed_rows
 from adapters.peft_format.directory import WEIGHTS_NAME, AdapterSpec, load
@@ -41,7 +41,7 @@ def from_rows(directory: Path, spec: AdapterSpec) -> HostAdapter:
     found = packed_rows.find(directory, spec, BASE.linears)
     assert found is not None
     assert found.path.stat().st_size == found.bytes
-    return filed_adapter(spec.digest, found, getattr(torch, spec.dtype), CPU)
+    return adapter_from_row_file(spec.digest, found, getattr(torch, spec.dtype), CPU)
 
 
 def from_tensors(directory: Path, spec: AdapterSpec) -> HostAdapter:

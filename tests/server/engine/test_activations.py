@@ -122,7 +122,7 @@ def test_only_serving_is_rounded(model_dir: Path, cache_dir: Path) -> None:
     assert not torch.equal(scores(engine), before)
     assert all(linear.weight.int8 is None for linear in engine.base.linears), "training uses exact weights"
     assert engine.base.digest() == engine.base_digest
-    engine.runner.rebase(engine.base)
+    engine.runner.replace_base(engine.base)
     assert torch.equal(scores(engine), before)
 
 

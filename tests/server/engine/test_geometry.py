@@ -15,7 +15,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Sampling
 from server.model.attention import block_bytes
-from server.model.geometry import LayerKV, reaches
+from server.model.geometry import LayerKV, key_windows
 from tests.support.offline import Answer, load_engine, publish, request, run, solo
 from tests.support.scheduler_world import FakeResidency
 from tests.support.tiny import tiny_adapter
@@ -71,7 +71,7 @@ def test_a_model_tells_its_layers(mixed: Path, cache_dir: Path) -> None:
 
 def test_layers_that_read_one_cache_keep_all_that_any_of_them_sees() -> None:
     layers = [LayerKV(2, 16, 32, 0), LayerKV(2, 16, 64, 0), LayerKV(2, 16, 8, 2), LayerKV(2, 16, 0, 2)]
-    assert reaches(layers) == [64, 64, 0, 0]
+    assert key_windows(layers) == [64, 64, 0, 0]
 
 
 def test_neighbours_chunks_and_preemption_change_nothing(mixed: Path, adapter: Path, cache_dir: Path) -> None:
@@ -120,7 +120,7 @@ def test_cache_hits_change_nothing(mixed: Path, adapter: Path, cache_dir: Path) 
 
 def played(layers: list[LayerKV], tokens: int, chunk: int) -> int:
     """Peak bytes of KV blocks while one request computes its prompt and some tokens after it."""
-    windows = sorted(set(reaches(layers)))
+    windows = sorted(set(key_windows(layers)))
     pools = [BlockPool(2 * tokens // 16, 16) for _ in windows]
     blocks = BlockGroups(pools, windows, chunk, KEY_GROUP)
     scheduler = Scheduler(

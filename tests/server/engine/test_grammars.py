@@ -349,17 +349,17 @@ def test_drafts_are_walked_as_single_tokens_would_be(engine: Engine) -> None:
             continue
         if walked.stopped:
             break
-        walked._make([], 0)
+        walked._make_masks([], 0)
         [(mask, _)] = walked._rows
         allowed = [token for token in range(VOCAB) if mask[token // 32] >> token % 32 & 1]
-        drafts = walked.valid([draw.choice(allowed), *(draw.randrange(VOCAB) for _ in range(2))])
-        walked._make(drafts, 0)
+        drafts = walked.valid_prefix([draw.choice(allowed), *(draw.randrange(VOCAB) for _ in range(2))])
+        walked._make_masks(drafts, 0)
         rows = list(walked._rows)
         assert len(rows) == len(drafts) + 1
         for index, draft in enumerate(drafts):
             assert rows[index][0][draft // 32] >> draft % 32 & 1
         again = list(rows)
-        walked._make(drafts, 0)
+        walked._make_masks(drafts, 0)
         assert all((a[0] == b[0]).all() for a, b in zip(again, walked._rows, strict=True))
         walked.consume(drafts[0] if drafts else allowed[0])
 

@@ -14,7 +14,7 @@ from server.engine.batch import InFlightStep
 from server.engine.engine import Engine
 from server.engine.loop import Gaps, Loop
 from server.engine.merge_builder import MergeBuilder
-from server.engine.offline import Script
+from server.engine.offline import ScriptedSocket
 from server.engine.sequence import Step
 from server.messages.protocol import NON_FINITE, AdapterRef, Generate, Merge
 from server.training import bench
@@ -34,9 +34,9 @@ class Watched:
         self._submit = engine.runner.submit
         engine.runner.submit = self.submit  # type: ignore[method-assign]
 
-    def submit(self, step: Step, before: InFlightStep | None = None) -> InFlightStep:
+    def submit(self, step: Step, previous: InFlightStep | None = None) -> InFlightStep:
         self.ahead.update(work.sequence.id for work in step.works if work.pending)
-        return self._submit(step, before)
+        return self._submit(step, previous)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_a_training_job_does_not_delay_requests(watched: Watched, shallow_dir: P
 
     trainer.run_piece = counted  # type: ignore[method-assign]
     sent = [request(name, [5, 6, 7], max_tokens=12, logprobs=None) for name in "ab"]
-    Loop(engine, gaps, Script([(0.0, single) for single in sent])).run()
+    Loop(engine, gaps, ScriptedSocket([(0.0, single) for single in sent])).run()
     assert pieces
     assert watched.ahead == {"a": 11, "b": 11}
 
@@ -277,10 +277,10 @@ def test_a_gpu_is_given_steps_without_waiting(
     run(watched.engine, workload(references, **sampling))  # compiles everything
     submit = watched._submit
 
-    def strict(step: Step, before: InFlightStep | None = None) -> InFlightStep:
-        torch.cuda.set_sync_debug_mode("error" if before is not None else "default")
+    def strict(step: Step, previous: InFlightStep | None = None) -> InFlightStep:
+        torch.cuda.set_sync_debug_mode("error" if previous is not None else "default")
         try:
-            return submit(step, before)
+            return submit(step, previous)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -180,7 +180,7 @@ def test_a_request_on_a_removed_merge_finishes_on_it(how: str, world: World) -> 
             answer.take(output)
         if step == 5:
             undo()
-            assert engine.merges.news() == []
+            assert engine.merges.take_reports() == []
             assert key in engine.merges._merged, "a request still uses it"
         if answer.finish_reason is not None:
             break
@@ -232,8 +232,8 @@ def test_an_order_given_twice_is_carried_out_once(world: World) -> None:
     engine, merging, references = world.load()
     first = built(engine, merging, references[0])
     assert build(engine, merging, references[0]) == first
-    assert engine.merges.news() == [first]
-    assert engine.merges.news() is None
+    assert engine.merges.take_reports() == [first]
+    assert engine.merges.take_reports() is None
     other = build(engine, merging, references[0], "nf4")
     assert isinstance(other, Done)
     assert other.code == "merge_exists"

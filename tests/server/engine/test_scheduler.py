@@ -23,7 +23,7 @@ def test_the_budget_must_exceed_the_requests() -> None:
 def test_a_name_is_unique() -> None:
     world = World()
     sequence = world.add([1])
-    with pytest.raises(ValueError, match="already here"):
+    with pytest.raises(ValueError, match="already queued"):
         world.scheduler.add(sequence)
 
 
@@ -87,7 +87,7 @@ class TestInFlight:
         for _ in range(3):
             world.step()
         assert sequence.finish_reason == "stop"
-        assert world.scheduler.leaving == [sequence]
+        assert world.scheduler.ended_in_flight == [sequence]
         assert sequence.tables
         busy = not world.scheduler.idle
         assert busy

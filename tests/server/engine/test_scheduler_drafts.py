@@ -49,7 +49,7 @@ class TestSpeculation:
         first = world.add([1] * 6, max_tokens=30, speculative_tokens=2)
         self.advance(world, self.one(world), [1])
         self.advance(world, self.one(world), [5])  # positions 7 and 8 hold keys of rejected drafts
-        assert (first.num_computed, first.remaining) == (7, 1)
+        assert (first.num_computed, first.num_uncomputed) == (7, 1)
         self.advance(world, self.one(world), [6])
         world.scheduler.abort(first.id)
         second = world.add([*first.tokens, 1], max_tokens=1)

@@ -115,7 +115,7 @@ class AnythingMayHappen(RuleBasedStateMachine):
     @invariant()
     def accounting(self) -> None:
         world = self.world
-        holding = [*world.scheduler.running, *world.scheduler.leaving]
+        holding = [*world.scheduler.running, *world.scheduler.ended_in_flight]
         for group, pool in enumerate(world.blocks.pools):
             held = {block for sequence in holding for block in sequence.tables[group] if block}
             assert pool.counts.used == len(held)
@@ -124,7 +124,7 @@ class AnythingMayHappen(RuleBasedStateMachine):
             assert self.depth or not any(
                 block
                 for group, table in enumerate(sequence.tables)
-                for block in table[: world.blocks.first_seen(group, sequence.num_computed)]
+                for block in table[: world.blocks.first_visible_block(group, sequence.num_computed)]
             )
         if world.blocks.states is not None:
             own = {sequence.slot for sequence in holding}
@@ -134,8 +134,8 @@ class AnythingMayHappen(RuleBasedStateMachine):
             assert sum(astuple(world.blocks.states.counts)) == self.slots
         references = Counter(digest for sequence in holding for digest, _ in sequence.adapter)
         assert +world.residency.references == references
-        assert all(sequence.in_flight and sequence.ended for sequence in world.scheduler.leaving)
-        assert self.depth or not world.scheduler.leaving
+        assert all(sequence.in_flight and sequence.ended for sequence in world.scheduler.ended_in_flight)
+        assert self.depth or not world.scheduler.ended_in_flight
         for queue in (world.scheduler.running, world.scheduler.waiting):
             order = [(sequence.background, sequence.priority, int(sequence.id)) for sequence in queue]
             assert order == sorted(order)

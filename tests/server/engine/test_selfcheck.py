@@ -88,8 +88,8 @@ def test_an_engine_that_is_wrong_in_some_steps_only_is_refused(
     steps: str, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong: Callable[[Batch], bool] = {
-        "decoding": lambda batch: batch.decodes,
-        "later chunks": lambda batch: not batch.decodes and batch.works[0].start > 0,
+        "decoding": lambda batch: batch.is_decode,
+        "later chunks": lambda batch: not batch.is_decode and batch.works[0].start > 0,
         "in company": lambda batch: len(batch.works) > 1,
     }[steps]
     right = PlannedPath.forward

@@ -21,13 +21,13 @@ class Pool:
     def enter(self, tokens: int, key: bytes | None = None) -> Sequence:
         sequence = Sequence(id="", prompt=[1] * tokens, sampling=Sampling())
         sequence.block_keys = [bytes([tokens, block]) for block in range(tokens // 4)]
-        assert self.slots.enter(sequence, key)
+        assert self.slots.acquire(sequence, key)
         return sequence
 
     def step(self, sequence: Sequence, start: int, end: int, *, drafts: int = 0, computed: bool = True) -> Work:
         work = Work(sequence, start, end - start, samples=False, prompt_rows=range(0), drafts=[1] * drafts)
         work = self.slots.assign(work)
-        self.slots.collected(work, computed=computed)
+        self.slots.finish_work(work, computed=computed)
         return work
 
     @property
@@ -47,8 +47,8 @@ def test_a_sequence_has_one_slot_and_leaves_a_snapshot_at_the_end_of_its_prompt(
     assert (begin, at_end, read) == (5, 8, sequence.slot), "the end of the last whole block before the last token"
     assert rest == (8, 10, snapshot, sequence.slot)
     assert pool.counts == BlockCounts(free=2, cached=1, used=1)
-    pool.slots.leave(sequence)
-    pool.slots.leave(sequence)
+    pool.slots.release(sequence)
+    pool.slots.release(sequence)
     assert pool.counts == BlockCounts(free=3, cached=1, used=0)
     assert pool.slots.has(sequence.block_keys[1])
     pool.slots.reset_cache()
@@ -59,7 +59,7 @@ def test_a_snapshot_is_read_by_the_first_work_and_held_until_that_is_over() -> N
     pool = Pool(3)
     first = pool.enter(8)
     pool.step(first, 0, 8)
-    pool.slots.leave(first)
+    pool.slots.release(first)
     second = pool.enter(12, first.block_keys[0])
     assert pool.counts == BlockCounts(free=1, cached=0, used=2)
     work = pool.slots.assign(Work(second, 4, 2, samples=False, prompt_rows=range(0)))
@@ -67,11 +67,11 @@ def test_a_snapshot_is_read_by_the_first_work_and_held_until_that_is_over() -> N
     assert (begin, end, write) == (4, 6, second.slot)
     assert read not in (0, second.slot)
     assert pool.counts.used == 2
-    pool.slots.collected(work, computed=False)
+    pool.slots.finish_work(work, computed=False)
     assert pool.counts == BlockCounts(free=1, cached=1, used=1)
     assert pool.step(second, 6, 7).runs == [(6, 7, second.slot, second.slot)]
     other = pool.enter(12, first.block_keys[0])
-    pool.slots.leave(other)  # before its first step
+    pool.slots.release(other)  # before its first step
     assert pool.counts == BlockCounts(free=1, cached=1, used=1)
 
 
@@ -102,21 +102,21 @@ def test_the_snapshot_longest_unused_leaves_for_a_newer_one_and_for_sequences() 
         sequence = pool.enter(tokens)
         keys.append(sequence.block_keys[0])
         pool.step(sequence, 0, tokens)
-        pool.slots.leave(sequence)
-    pool.slots.leave(pool.enter(7, keys[0]))  # a use: the other one is now the older
+        pool.slots.release(sequence)
+    pool.slots.release(pool.enter(7, keys[0]))  # a use: the other one is now the older
     third = pool.enter(7)
     pool.step(third, 0, 7)
     assert [pool.slots.has(key) for key in (*keys, third.block_keys[0])] == [True, False, True]
     fourth, fifth = pool.enter(3), pool.enter(3)
     assert pool.counts == BlockCounts(free=0, cached=0, used=3)
     late = Sequence(id="", prompt=[1], sampling=Sampling())
-    assert not pool.slots.enter(late, None)
-    assert (late.slot, late.origin) == (0, 0)
+    assert not pool.slots.acquire(late, None)
+    assert (late.slot, late.source_slot) == (0, 0)
     assert pool.step(fourth, 0, 3).runs == [(0, 3, 0, fourth.slot)]
     fourth.prompt, fourth.block_keys = [1] * 6, [b"x"]
     assert len(pool.step(fourth, 3, 6).runs) == 1, "no slot is left for a snapshot"
     for sequence in (third, fourth, fifth):
-        pool.slots.leave(sequence)
+        pool.slots.release(sequence)
     assert pool.counts == BlockCounts(free=3, cached=0, used=0)
 
 
@@ -130,7 +130,7 @@ def test_without_a_prefix_cache_there_are_no_snapshots() -> None:
 
 
 def test_a_prefix_is_cached_as_far_as_a_snapshot_of_it() -> None:
-    slots = StateSlots(4, 4, every=2)
+    slots = StateSlots(4, 4, interval=2)
     blocks = BlockGroups([BlockPool(16, 4)], [0], 16, 8, slots)
 
     def computed(length: int) -> Sequence:
@@ -140,7 +140,7 @@ def test_a_prefix_is_cached_as_far_as_a_snapshot_of_it() -> None:
         start = sequence.num_computed
         (work,) = blocks.assign_states([Work(sequence, start, length - start, samples=False, prompt_rows=range(0))])
         sequence.block_keys = [bytes([block]) for block in range(length // 4)]
-        blocks.collected(work, length)
+        blocks.finish_work(work, length)
         blocks.release(sequence)
         return sequence
 

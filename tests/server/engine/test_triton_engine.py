@@ -81,5 +81,5 @@ def test_batched_equals_solo_bit_for_bit_when_tiles_are_fixed(
 
 def test_the_dispatch_prefers_triton() -> None:
     x = torch.randn(2, 16, device=DEVICE)
-    assert kernels._compiled(x) is kernels.triton.load()
-    assert kernels._compiled(x.requires_grad_()) is None
+    assert kernels._compiled_kernels(x) is kernels.triton.load()
+    assert kernels._compiled_kernels(x.requires_grad_()) is None

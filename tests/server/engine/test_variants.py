@@ -80,7 +80,7 @@ def test_plain_adapters_keep_their_path(world: Callable[[str], World], monkeypat
     forward = ModulesPath.forward
 
     def counted(path: ModulesPath, batch: Any) -> Any:
-        modules.append(len(batch.keep))
+        modules.append(len(batch.logits_indices))
         return forward(path, batch)
 
     monkeypatch.setattr(ModulesPath, "forward", counted)

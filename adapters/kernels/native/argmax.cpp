@@ -16,17 +16,17 @@ struct Row {
 
     void take(const float* x, int64_t begin, int64_t end) {
         vf tops = set1(-INFINITY), lows = set1(INFINITY);
-        vi odd = {};
+        vi nans = {};
         int64_t i = begin;
         for (; i + W <= end; i += W) {
             const vf v = load(x + i);
-            tops = (vf)(v > tops ? v : tops), lows = (vf)(v < lows ? v : lows), odd |= v != v;
+            tops = (vf)(v > tops ? v : tops), lows = (vf)(v < lows ? v : lows), nans |= v != v;
         }
         float greatest = -INFINITY;
         for (int lane = 0; lane < W; lane++) {
             greatest = tops[lane] > greatest ? tops[lane] : greatest;
             low = lows[lane] < low ? lows[lane] : low;
-            nan |= odd[lane] != 0;
+            nan |= nans[lane] != 0;
         }
         for (; i < end; i++) {
             greatest = x[i] > greatest ? x[i] : greatest;
@@ -39,8 +39,8 @@ struct Row {
 
 }  // namespace
 
-// x [rows, n] -> found [rows]; see `likeliest` of reference.py.
-EXPORT void lk_likeliest(const float* x, int rows, int64_t n, int masked, int64_t* found) {
+// x [rows, n] -> found [rows]; see `argmax` of reference.py.
+EXPORT void lk_argmax(const float* x, int rows, int64_t n, int masked, int64_t* found) {
     parallel_for(rows, [&](int m) {
         const float* const numbers = x + m * n;
         Row row;
