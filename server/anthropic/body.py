@@ -246,7 +246,7 @@ class CountBody(_Cached):
         choices = {"any": "required", "tool": {"type": "function", "function": {"name": self.tool_choice.name}}}
         continued = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
         form = self.output_config.format
-        schema = None if form is None else {"name": "output", "schema": form.schema_}
+        schema = None if form is None else {"name": "output", "schema": form.schema_, "strict": True}
         return {
             "model": self.model,
             "messages": messages,

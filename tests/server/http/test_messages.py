@@ -50,6 +50,7 @@ async def test_an_answer_has_anthropics_shape(served: Served) -> None:
     served.engine.cached_tokens = 4
     response = await post(served)
     assert response.headers["x-adapter-digest"] == BASE_DIGEST
+    assert response.headers["request-id"] == response.headers["x-request-id"]
     body = response.json()
     assert body.pop("id").startswith("msg_")
     assert sent_prompt(served) == PROMPT
@@ -274,7 +275,7 @@ async def test_choices_and_formats_are_those_of_chat(served: Served) -> None:
     await made(served, output_config={"format": {"type": "json_schema", "schema": schema}})
     found = served.engine.requests[-1].sampling.grammar
     assert found is not None
-    assert json.loads(found.text) == schema
+    assert json.loads(found.text) == schema | {"additionalProperties": False}
 
 
 async def test_sampling_is_the_clients(served: Served) -> None:
@@ -358,6 +359,7 @@ async def test_refusals_have_anthropics_shape_and_name_the_field(served: Served,
 async def test_errors_have_anthropics_types(served: Served) -> None:
     response = await post(served, model="nobody")
     assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found_error")
+    assert response.headers["request-id"] == response.headers["x-request-id"]
     served.engine.fail = {0: EngineUnavailable("The engine stopped while this request was running.")}
     response = await post(served)
     assert (response.status_code, response.json()["error"]["type"]) == (503, "overloaded_error")
