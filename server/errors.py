@@ -87,6 +87,19 @@ class ContextLengthExceeded(InvalidRequest):
 
     default_code = "context_length_exceeded"
 
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, tokens: tuple[int, int] | None = None
+    ) -> None:
+        """`tokens`: how many are needed, and how many there may be, where both are known."""
+        super().__init__(message, param=param, code=code)
+        self._tokens = tokens
+
+    @property
+    def anthropic_message(self) -> str:
+        """The message, after the words by which clients of Anthropic's API know that they must send less."""
+        numbers = "" if self._tokens is None else f"{self._tokens[0]} tokens > {self._tokens[1]} maximum. "
+        return f"prompt is too long: {numbers}{self.message}"
+
 
 class InvalidApiKey(InvalidRequest):
     """401: no API key, or one that the server does not know."""
@@ -305,7 +318,8 @@ def is_anthropic(path: str) -> bool:
 def anthropic_body(error: LorakeetError) -> dict[str, Any]:
     """The JSON body as Anthropic has it, with our `param` and `code` beside its fields."""
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": error.body()["error"] | {"type": kind}}
+    message = error.anthropic_message if isinstance(error, ContextLengthExceeded) else error.message
+    return {"type": "error", "error": error.body()["error"] | {"type": kind, "message": message}}
 
 
 def shown(text: str) -> str:
