@@ -87,6 +87,19 @@ class ContextLengthExceeded(InvalidRequest):
 
     default_code = "context_length_exceeded"
 
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, tokens: tuple[int, int] | None = None
+    ) -> None:
+        """`tokens`: how many are needed, and how many there may be, where both are known."""
+        super().__init__(message, param=param, code=code)
+        self._tokens = tokens
+
+    @property
+    def anthropic_message(self) -> str:
+        """The message, after the words by which clients of Anthropic's API know that they must send less."""
+        numbers = "" if self._tokens is None else f"{self._tokens[0]} tokens > {self._tokens[1]} maximum. "
+        return f"prompt is too long: {numbers}{self.message}"
+
 
 class InvalidApiKey(InvalidRequest):
     """401: no API key, or an unknown one."""
@@ -293,15 +306,20 @@ def as_error(exc: Exception) -> LorakeetError:
 def error_response(error: LorakeetError, path: str = "") -> Response:
     """Return the error as an HTTP response, in the path's format, and note its code for the access line."""
     add_log_fields(code=error.code or error.type)
-    anthropic = path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
-    body = anthropic_body(error) if anthropic else error.body()
+    body = anthropic_body(error) if is_anthropic(path) else error.body()
     return JSONResponse(body, status_code=error.status, headers=error.headers)
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether answers on this path have Anthropic's shapes."""
+    return path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
 
 
 def anthropic_body(error: LorakeetError) -> dict[str, Any]:
     """Return Anthropic's JSON body, with our `param` and `code` added."""
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": error.body()["error"] | {"type": kind}}
+    message = error.anthropic_message if isinstance(error, ContextLengthExceeded) else error.message
+    return {"type": "error", "error": error.body()["error"] | {"type": kind, "message": message}}
 
 
 def printable(text: str) -> str:

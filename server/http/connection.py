@@ -1,16 +1,20 @@
 """uvicorn's HTTP/1.1 protocol with limits on the size and the duration of a request's head.
 
-HTTP/1.0 clients get bodies without chunks, since they cannot read them.
+HTTP/1.0 clients get bodies without chunks, since they cannot read them. An offer to go on in another protocol, as
+Java's client makes of HTTP/2, is declined by answering: the parser would take the request's body for that protocol's.
 
 Refusals made here, before any handler runs, have the API's error shape.
 """
 
 import asyncio
+import contextlib
 import json
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _reason: tuple[HTTPStatus, str] | None = None
     _refused = False
+    _received = b""  # being parsed
+    _offered = False  # another protocol, by the request whose head was last
 
     @classmethod
     def limited(cls, *, head_bytes: int, head_seconds: float) -> type["LimitedHttpProtocol"]:
@@ -47,15 +53,21 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         self._silent_bytes += len(data)
+        self._received = data
         super().data_received(data)
+        self._received = b""
         if self._silent_bytes > self.max_head_bytes and not self._refused:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Headers exceed {self.max_head_bytes} bytes.")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._offered = False
         self._start_timer()
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers):
+            self._offered = True
+            return
         self._stop_timer()
         self._silent_bytes = 0
         # A head that arrives in one piece is complete before `data_received` counts its bytes.
@@ -82,6 +94,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._offered:
+            return  # the parser assumes that another protocol follows
         self._silent_bytes = 0
         super().on_message_complete()
 
@@ -105,6 +119,23 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def _should_upgrade(self) -> bool:
+        return False
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Called by uvicorn when the parser stops after a head with an offer: the same head without it is read."""
+        stopped = sys.exception()
+        if not self._offered or not isinstance(stopped, httptools.HttpParserUpgrade):
+            return
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        head = b"%s %s HTTP/%s\r\n" % (method, self.url, version)
+        head += b"".join(b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade")
+        self.parser = httptools.HttpRequestParser(self)
+        with contextlib.suppress(AttributeError):  # as uvicorn does, of older httptools
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._received = head + b"\r\n" + self._received[stopped.args[0] :]
+        super().data_received(self._received)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse the request; called by uvicorn when the bytes are not HTTP or a callback above raised."""

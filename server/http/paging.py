@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from adapters.storage.database import UnknownCursorError
+from server.errors import InvalidRequest
 
 MOST = 100_000
 
@@ -57,13 +57,25 @@ def read_query(request: Request, kind: type[Q]) -> Q:
 
 
 def window(query: WindowQuery, ids: Sequence[str]) -> tuple[slice, bool]:
-    """Return the requested slice of a list and whether more follows. Raises UnknownCursorError."""
-    try:
-        start = 0 if query.after is None else ids.index(query.after) + 1
-    except ValueError:
-        raise UnknownCursorError(query.after) from None
+    """Return the requested slice of a list and whether more follows. Raises InvalidRequest."""
+    start = 0 if query.after is None else place(query.after, ids, "after") + 1
     end = start + (query.limit or len(ids) or 1)
     return slice(start, end), end < len(ids)
+
+
+def place(id_: str, ids: Sequence[str], param: str) -> int:
+    """Where an id is in a list. Raises InvalidRequest, which names the parameter."""
+    try:
+        return ids.index(id_)
+    except ValueError:
+        raise InvalidRequest(f"`{param}` is not the id of anything in this list.", param=param) from None
+
+
+def window_before(id_: str, limit: int | None, ids: Sequence[str]) -> tuple[slice, bool]:
+    """The part of a list that ends before an id, and whether more precedes it. Raises InvalidRequest."""
+    end = place(id_, ids, "before_id")
+    start = max(0, end - (limit or end))
+    return slice(start, end), start > 0
 
 
 def page(objects: Sequence[dict[str, Any]], more: bool) -> Response:

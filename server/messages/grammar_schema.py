@@ -42,13 +42,20 @@ _LARGEST = 2**63 - 1024  # largest bound accepted by llguidance that is exact as
 _SMALLEST = 1e-50
 _ENDS = {"exclusiveMinimum": math.inf, "exclusiveMaximum": -math.inf}  # -> the direction of allowed values
 
+_REFERENCE = re.compile(r"(?:[]A-Za-z0-9._~:/?#[@!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*")  # characters of a URI reference
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00(?:[01]|7f)")
 
 
 def exact(schema: Any) -> Any:
     """Return a schema as strict as this one or stricter. Raises ValueError for a keyword that cannot be enforced."""
+    if isinstance(schema, Mapping) and not _REFERENCE.fullmatch(str(schema.get("$id", ""))):
+        schema = {key: value for key, value in schema.items() if key != "$id"}  # a title, by which nothing can refer
+    return _exact(schema)
+
+
+def _exact(schema: Any) -> Any:
     if isinstance(schema, list):
-        return [exact(part) for part in schema]
+        return [_exact(part) for part in schema]
     if not isinstance(schema, Mapping):
         return schema
     if "not" in schema and _allows_all(schema["not"]):
@@ -127,8 +134,8 @@ def _member(key: str, value: Any) -> Any:
         return int(value)
     if key in _NAMED and isinstance(value, Mapping):
         rename = portable if key == "patternProperties" else str
-        return {rename(name): exact(part) for name, part in value.items()}
-    return exact(value)
+        return {rename(name): _exact(part) for name, part in value.items()}
+    return _exact(value)
 
 
 # --- patterns ---------------------------------------------------------------------------------------

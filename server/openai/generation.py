@@ -327,6 +327,7 @@ def fit_max_tokens(
             f"This model's maximum context length is {info.max_model_len} tokens, but this request needs "
             f"{len(prompt) + wanted}: {len(prompt)} for the prompt and {wanted} for the completion.",
             param="max_tokens" if asked and room > 0 else param,
+            tokens=(len(prompt) + wanted, info.max_model_len),
         )
     if asked is None:
         wanted = room if default is None else min(default, room)

@@ -11,6 +11,7 @@ from pydantic import Field
 from server.errors import InvalidRequest
 from server.messages.protocol import Grammar
 from server.openai.body import Body, Items
+from server.openai.closed_schema import closed
 
 Schema = dict[str, Any]
 
@@ -28,7 +29,7 @@ class JsonObjectFormat(Body):
 
 
 class JsonSchema(Body):
-    """A named schema. It is enforced whether `strict` or not."""
+    """A named schema. It is enforced whether `strict` or not; if so, its objects are closed."""
 
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
@@ -130,7 +131,7 @@ def _from_response_format(
         case JsonObjectFormat():
             return [(Grammar("json_object", ""), "response_format")]
         case JsonSchemaFormat():
-            schema = asked.json_schema.schema_
+            schema = closed(asked.json_schema.schema_) if asked.json_schema.strict else asked.json_schema.schema_
             return [(Grammar("json", json.dumps(schema)), "response_format.json_schema.schema")]
         case StructuralTags():
             return [(_tags(asked, "response_format"), "response_format")]

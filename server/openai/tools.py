@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag
 from server.errors import InvalidRequest
 from server.messages.protocol import Grammar
 from server.openai.body import Body, Items
+from server.openai.closed_schema import closed
 from server.openai.reasoning import Thinking
 from server.services import Services
 from server.text.processor import TextProcessor
@@ -91,7 +92,7 @@ ToolChoice = Annotated[
 
 def arguments_schema(function: FunctionTool) -> dict[str, Any]:
     """Return the schema of a function's arguments when it is enforced."""
-    return {"type": "object"} | function.parameters
+    return closed({"type": "object"} | function.parameters)
 
 
 def check_tools(tools: Sequence[Tool]) -> None:

@@ -19,6 +19,8 @@ class TokenizerInfo(TypedDict):
 
 
 class ModelCard(TypedDict):
+    """OpenAI's fields, vLLM's from `root` on, and Anthropic's from `type` on."""
+
     id: str
     object: Literal["model"]
     created: int
@@ -27,6 +29,11 @@ class ModelCard(TypedDict):
     parent: str | None
     max_model_len: int | None
     permission: list[Any]
+    type: Literal["model"]
+    display_name: str
+    created_at: str
+    max_input_tokens: int | None
+    max_tokens: int | None
 
 
 class StopToken(TypedDict):

@@ -1,7 +1,11 @@
-"""`/v1/models`: the base and every adapter as OpenAI's model objects, with vLLM's additions."""
+"""`/v1/models`: the base and every adapter as OpenAI's model objects, with vLLM's additions.
+
+Clients of Anthropic's API ask the same path, and page by other names; their model objects' fields come beside OpenAI's.
+"""
 
 import time
 from contextlib import nullcontext
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -12,7 +16,7 @@ from server.errors import ModelNotFound, PermissionDenied
 from server.http.objects.common import DeletedObject, ListObject
 from server.http.objects.models import ModelCard, ModelDetails
 from server.http.operations import OPENING, Operation
-from server.http.paging import WindowQuery, page, window
+from server.http.paging import WindowQuery, page, place, window, window_before
 from server.openai.target import brings_text, text_of
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import tenant_name
@@ -20,11 +24,24 @@ from server.tenants.caller import tenant_name
 _STARTED = int(time.time())  # the base has no creation time
 
 
-async def list_models(request: Request, query: WindowQuery) -> Response:
+class ModelsQuery(WindowQuery):
+    """Which models: `after_id` is Anthropic's name of `after`; `before_id` asks for the page before that one."""
+
+    after_id: str | None = None
+    before_id: str | None = None
+
+
+async def list_models(request: Request, query: ModelsQuery) -> Response:
     """List the base, then the adapters by name; all of them unless `limit` and `after` select a page."""
     services, tenant = services_of(request), caller_of(request).tenant
     versions = services.registry.list(caller_of(request))
-    part, more = window(query, [services.settings.base_name, *(version.name_for(tenant) for version in versions)])
+    names = [services.settings.base_name, *(version.name_for(tenant) for version in versions)]
+    if query.before_id is not None:
+        part, more = window_before(query.before_id, query.limit, names)
+    else:
+        if query.after_id is not None:
+            place(query.after_id, names, "after_id")
+        part, more = window(query.model_copy(update={"after": query.after_id or query.after}), names)
     cards = [
         _base_card(services) if version is None else _adapter_card(services, version, tenant)
         for version in [None, *versions][part]
@@ -80,6 +97,7 @@ def _adapter_card(services: Services, version: Version, tenant: str) -> dict[str
 
 def _card(services: Services, name: str, created: int, *, root: str, parent: str | None) -> dict[str, Any]:
     info = services.engine.info
+    longest = info.max_model_len if info else None
     return {
         "id": name,
         "object": "model",
@@ -87,8 +105,13 @@ def _card(services: Services, name: str, created: int, *, root: str, parent: str
         "owned_by": "lorakeet",
         "root": root,
         "parent": parent,
-        "max_model_len": info.max_model_len if info else None,
+        "max_model_len": longest,
         "permission": [],
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, UTC).isoformat().replace("+00:00", "Z"),
+        "max_input_tokens": longest,
+        "max_tokens": longest,
     }
 
 

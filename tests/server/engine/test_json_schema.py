@@ -146,6 +146,14 @@ def test_keywords_without_effect_are_ignored(part: dict[str, Any]) -> None:
     assert "size" in checked({"type": "object", "properties": {"a": part}, "required": ["a"]})
 
 
+@pytest.mark.parametrize("name", ["Output Format", "\N{LATIN SMALL LETTER U WITH DIAERESIS}", "a|b"])
+def test_an_id_that_nothing_can_refer_to_is_passed_over(name: str) -> None:
+    schema = {"properties": {"a": {"$ref": "#/definitions/a"}}, "definitions": {"a": {"type": "integer"}}}
+    assert "size" in checked({"$id": name} | schema)
+    assert "size" in checked({"$id": "https://example.com/a"} | schema)
+    assert checked({"properties": {"a": {"$id": name}}})["path"] == ["properties", "a", "$id"]  # whose references?
+
+
 @pytest.mark.parametrize("nothing", [{"not": {}}, {"not": True}, {"not": {"description": "any"}}], ids=json.dumps)
 def test_a_branch_of_no_value_is_left_out(engine: Engine, tokenizer: Tokenizer, nothing: dict[str, Any]) -> None:
     either = {"anyOf": [nothing, {"type": "string", "enum": ["x", "y"]}]}

@@ -82,6 +82,46 @@ async def test_chunked_bodies_are_not_mistaken_for_heads(port: int) -> None:
     assert await answer(port, head, *chunks, b"0\r\n\r\n") == (200, b"204800")
 
 
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+
+
+@pytest.mark.parametrize("cut", [1, 30, 10_000], ids="in pieces of {}".format)
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+async def test_an_offer_of_another_protocol_is_passed_over(port: int, framing: str, cut: int) -> None:
+    """Java's client makes one with every first request; its body comes at once."""
+    if framing == "length":
+        request = b"POST / HTTP/1.1\r\nHost: x\r\n" + OFFER + b"Content-Length: 300\r\n\r\n" + b"x" * 300
+    else:
+        request = b"POST / HTTP/1.1\r\nHost: x\r\n" + OFFER + b"Transfer-Encoding: chunked\r\n\r\n"
+        request += b"12c\r\n" + b"x" * 300 + b"\r\n0\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for _ in range(2):  # the connection goes on
+        for start in range(0, len(request), cut):
+            writer.write(request[start : start + cut])
+            await writer.drain()
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert await reader.readexactly(3) == b"300"
+    websocket = (
+        b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n\r\n"
+    )
+    writer.write(
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + websocket + b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
+    answers = await asyncio.wait_for(reader.read(), 60)
+    assert answers.count(b"HTTP/1.1 200 ") == 2
+    writer.close()
+
+
+async def test_an_offer_does_not_hide_a_huge_head(port: int) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: x\r\n" + OFFER + b"X: " + b"y" * 70_000 + b"\r\n\r\n"
+    status, body = await answer(port, head)
+    assert status == 431
+    assert is_error(body)
+    status, body = await answer(port, b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n" + OFFER + b"Connection: close\r\n\r\n")
+    assert 400 <= status < 500
+
+
 @pytest.mark.parametrize("keep", [b"", b"Connection: keep-alive\r\n"])
 async def test_a_client_of_http_1_0_gets_no_chunks(port: int, keep: bytes) -> None:
     assert await answer(port, b"GET /stream HTTP/1.0\r\n" + keep + b"\r\n") == (200, b"onetwo")

@@ -50,6 +50,7 @@ async def test_an_answer_has_anthropics_shape(served: Served) -> None:
     served.engine.cached_tokens = 4
     response = await post(served)
     assert response.headers["x-adapter-digest"] == BASE_DIGEST
+    assert response.headers["request-id"] == response.headers["x-request-id"]
     body = response.json()
     assert body.pop("id").startswith("msg_")
     assert sent_prompt(served) == PROMPT
@@ -271,10 +272,12 @@ async def test_choices_and_formats_are_those_of_chat(served: Served) -> None:
         await made(served, tools=[WEATHER, other], tool_choice=choice)
         assert (served.engine.requests[-1].sampling.grammar is not None) == grammar, choice
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
-    await made(served, output_config={"format": {"type": "json_schema", "schema": schema}})
-    found = served.engine.requests[-1].sampling.grammar
-    assert found is not None
-    assert json.loads(found.text) == schema
+    form = {"type": "json_schema", "schema": schema}
+    for asked in ({"output_config": {"format": form}}, {"output_format": form}):
+        await made(served, **asked)
+        found = served.engine.requests[-1].sampling.grammar
+        assert found is not None
+        assert json.loads(found.text) == schema | {"additionalProperties": False}
 
 
 async def test_sampling_is_the_clients(served: Served) -> None:
@@ -296,6 +299,7 @@ async def test_tokens_are_counted_as_they_are_used(served: Served) -> None:
 
 # --- refusals -----------------------------------------------------------------------------------------------
 
+FORM = {"type": "json_schema", "schema": {"type": "object"}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no max_tokens": ({"max_tokens": None}, "max_tokens"),
     "no messages": ({"messages": []}, "messages"),
@@ -335,6 +339,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"output_config": {"format": {"type": "json_schema", "schema": {"type": "colour"}}}},
         "output_config.format.schema",
     ),
+    "a schema by its name in the beta": (
+        {"output_format": {"type": "json_schema", "schema": {"type": "colour"}}},
+        "output_format.schema",
+    ),
+    "two schemas": (
+        {"output_format": FORM, "output_config": {"format": FORM}},
+        "output_format",
+    ),
     "container": ({"container": "c"}, "container"),
     "long prompt": ({"messages": [{"role": "user", "content": "漢" * 5000}]}, "context length"),
     "stop_sequences": ({"stop_sequences": [""]}, "stop_sequences.0"),
@@ -358,6 +370,7 @@ async def test_refusals_have_anthropics_shape_and_name_the_field(served: Served,
 async def test_errors_have_anthropics_types(served: Served) -> None:
     response = await post(served, model="nobody")
     assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found_error")
+    assert response.headers["request-id"] == response.headers["x-request-id"]
     served.engine.fail = {0: EngineUnavailable("The engine stopped while this request was running.")}
     response = await post(served)
     assert (response.status_code, response.json()["error"]["type"]) == (503, "overloaded_error")
@@ -369,6 +382,22 @@ async def test_errors_have_anthropics_types(served: Served) -> None:
     assert stream[-1] == {"type": "error", "error": error}
     served.services.drain.begin()
     assert (await post(served)).json()["error"]["type"] == "overloaded_error"
+
+
+async def test_a_prompt_that_is_too_long_is_refused_in_anthropics_words(served: Served) -> None:
+    for text, words in (
+        (
+            "x" * 4090,
+            r"^prompt is too long: 4\d{3} tokens > 4096 maximum\. This model's maximum context length is 4096",
+        ),
+        ("x" * 100_000, "^prompt is too long: `messages` has a text of more than"),
+    ):
+        for stream in (False, True):
+            response = await post(served, messages=[{"role": "user", "content": text}], stream=stream)
+            error = response.json()["error"]
+            assert (response.status_code, error["type"]) == (400, "invalid_request_error")
+            assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+            assert re.match(words, error["message"])
 
 
 async def test_the_key_may_come_as_x_api_key(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import httpx
@@ -43,6 +44,31 @@ async def test_the_base_and_its_adapters_are_models(site: Site) -> None:
         }
         assert (await client.get("/v1/models/legal")).json() == adapter | stops
         assert (await client.get(f"/v1/models/{BASE}")).json() == base | stops
+
+
+async def test_models_are_anthropics_too_and_paged_by_its_names(site: Site) -> None:
+    await add(site, "a")
+    await add(site, "b", 1)
+    async with site.client() as client:
+        base, a, b = (await client.get("/v1/models")).json()["data"]
+        for card in (base, a, b):
+            assert (card["type"], card["display_name"]) == ("model", card["id"])
+            assert datetime.fromisoformat(card["created_at"]).timestamp() == card["created"]
+            assert card["max_input_tokens"] == card["max_tokens"] == card["max_model_len"]
+        for query, cards, more in (
+            ({"limit": "1"}, [base], True),
+            ({"limit": "1", "after_id": BASE}, [a], True),
+            ({"limit": "1", "after_id": "a"}, [b], False),
+            ({"after_id": "b"}, [], False),
+            ({"before_id": "b"}, [base, a], False),
+            ({"limit": "1", "before_id": "b"}, [a], True),
+            ({"before_id": BASE}, [], False),
+        ):
+            page = (await client.get("/v1/models", params=query)).json()
+            assert (page["data"], page["has_more"]) == (cards, more), query
+        for name in ("after", "after_id", "before_id"):
+            refused = await client.get("/v1/models", params={name: "nobody"})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
 
 
 async def test_a_version_is_a_model_too(site: Site) -> None:

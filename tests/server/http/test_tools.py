@@ -442,6 +442,16 @@ async def test_several_calls_a_named_one_and_a_strict_one(following: Served) -> 
     assert "opening" in grammar.text
 
 
+async def test_arguments_are_those_that_the_function_names(following: Served) -> None:
+    schema = {"type": "object", "properties": {"day": {"enum": [1, 2]}}}
+    tools = [{"type": "function", "function": {"name": "now", "parameters": schema}}]
+    body = {"n": 20, "seed": 7, "temperature": 1.5, "max_tokens": 60, "parallel_tool_calls": False}
+    choices = (await chat(following, tools=tools, tool_choice="required", **body)).json()["choices"]
+    calls = [choice["message"]["tool_calls"][0]["function"]["arguments"] for choice in choices]
+    assert '{"day": 1}' in calls
+    assert set(calls) <= {"{}", '{"day": 1}', '{"day": 2}'}
+
+
 async def test_the_openai_client_reads_calls_whole_and_streaming(client: openai.AsyncOpenAI) -> None:
     asked: dict[str, Any] = {
         "model": BASE,

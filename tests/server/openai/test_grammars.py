@@ -12,6 +12,7 @@ from server.openai.grammars import ConstrainedBody
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TAGS = {"structures": [{"begin": "<f=x>", "schema": SCHEMA, "end": "</f>"}], "triggers": ["<f="]}
 JSON = Grammar("json", json.dumps(SCHEMA))
+CLOSED = Grammar("json", json.dumps(SCHEMA | {"additionalProperties": False}))
 ANY = Grammar("json_object", "")
 TAGGED = Grammar("structural_tag", json.dumps({"type": "structural_tag"} | TAGS, separators=(",", ":")))
 
@@ -32,7 +33,7 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], Grammar | None]] = {
                 "json_schema": {"name": "x", "schema": SCHEMA, "strict": True, "description": "what"},
             }
         },
-        JSON,
+        CLOSED,
     ),
     "tags": ({"response_format": {"type": "structural_tag"} | TAGS}, TAGGED),
     "structured json": ({"structured_outputs": {"json": SCHEMA}}, JSON),
