@@ -15,11 +15,11 @@ import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
 from server.children.forked import serve_forked
+from server.children.programs.grammar_culprit import culprit, keywords_of
 from server.messages.grammar_definition import LIMITS, definition
 from server.messages.protocol import Grammar
 
 _BYTES = LLTokenizer("byte")
-_LATE = ("$defs", "definitions")  # members that others refer to are looked into last
 
 
 def _carry_out(order: dict[str, Any]) -> dict[str, Any]:
@@ -29,11 +29,19 @@ def _carry_out(order: dict[str, Any]) -> dict[str, Any]:
     error = _error(grammar)
     if error is None:
         return {"size": max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)}
-    answer: dict[str, Any] = {"error": " ".join(error.split())}
+    answer: dict[str, Any] = {"error": _told(" ".join(error.split()))}
     if grammar.kind == "json":
         with contextlib.suppress(TimeoutError):
-            answer["path"] = culprit(json.loads(grammar.text), _is_refused_like(error, begun + order["seconds"]))
+            is_refused = _is_refused_like(error, begun + order["seconds"])
+            answer["path"] = culprit(json.loads(grammar.text), is_refused, keywords_of(error))
     return answer
+
+
+def _told(error: str) -> str:
+    """In words for those who wrote the schema: they have no options of llguidance's."""
+    if error.startswith("oneOf constraints"):
+        return "oneOf: branches that may overlap cannot be told apart; anyOf can be followed"
+    return error
 
 
 def _resident() -> int:
@@ -63,52 +71,17 @@ def _error_at_start(matcher: LLMatcher) -> str | None:
 
 def _is_refused_like(error: str, until: float) -> Callable[[Any], bool]:
     """Whether a schema is refused for the same reason; raises TimeoutError when there is no time left to say."""
-    kind = error.partition(":")[0].split("'")[0]
+    kind, keywords = error.partition(":")[0].split("'")[0], set(keywords_of(error))
 
     def is_refused(schema: Any) -> bool:
         if time.monotonic() > until:
             raise TimeoutError
         found = _error(Grammar("json", json.dumps(schema)))
-        return found is not None and found.startswith(kind)
+        if found is None or not keywords:
+            return found is not None and found.startswith(kind)
+        return not keywords.isdisjoint(keywords_of(found))
 
     return is_refused
-
-
-def culprit(schema: Any, is_refused: Callable[[Any], bool]) -> list[str]:
-    """The path to the first part for which a schema is refused: with it and what comes before it is, without not."""
-    path: list[str] = []
-    part = schema
-    while isinstance(part, dict | list) and part:
-        members = _members(part)
-        fewest, most = 0, len(members)  # leading members that it takes
-        while fewest < most:
-            count = (fewest + most) // 2
-            _keep(part, members[:count])
-            if is_refused(schema):
-                most = count
-            else:
-                fewest = count + 1
-        _keep(part, members[:fewest])
-        if not fewest:
-            break
-        key, part = members[fewest - 1]
-        path.append(str(key))
-    return path
-
-
-def _members(part: dict[str, Any] | list[Any]) -> list[tuple[Any, Any]]:
-    """Words and numbers first, for they say what the rest is."""
-    if isinstance(part, list):
-        return list(enumerate(part))
-    return sorted(part.items(), key=lambda item: (item[0] in _LATE, isinstance(item[1], dict | list)))
-
-
-def _keep(part: dict[str, Any] | list[Any], members: list[tuple[Any, Any]]) -> None:
-    if isinstance(part, list):
-        part[:] = [member for _, member in members]
-    else:
-        part.clear()
-        part.update(members)
 
 
 if __name__ == "__main__":
