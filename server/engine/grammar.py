@@ -6,10 +6,10 @@ computes) and which must: those need no drawing, and a run of them takes one for
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from server.messages.protocol import AdapterRef, Grammar, Sampling, ThoughtBudge
 Mask = NDArray[np.int32]  # [ceil(vocabulary / 32)]: bit i % 32 of word i // 32 allows token i
 
 _TOKENIZERS = 8  # of adapters with tokens of their own, kept: 60 MB each and more
+_LEXER_FULL = "lexer error"  # how llguidance's error begins
 _LEAST_SIZE = 1 << 20  # bytes that a compiled grammar is taken for, at least
 
 
@@ -60,15 +61,23 @@ class Constraint:
         matcher: at its beginning, and nobody else's.
         stops: tokens that may end the text wherever the grammar lets it end, besides the tokenizer's own.
         thought: how long it may think first.
+        fresh: makes a matcher that shares nothing with others.
     """
 
     def __init__(
-        self, matcher: LLMatcher, tokenizer: LLTokenizer, stops: Seq[int], thought: ThoughtBudget | None = None
+        self,
+        matcher: LLMatcher,
+        tokenizer: LLTokenizer,
+        stops: Seq[int],
+        thought: ThoughtBudget | None = None,
+        fresh: Callable[[], LLMatcher] | None = None,
     ) -> None:
         self.forced: list[int] = []  # tokens that must come next; the matcher has been told of them already
         self.stopped = False  # nothing follows these
         self.error: str | None = None
         self._matcher = matcher
+        self._fresh = fresh
+        self._told: list[int] = []  # what the matcher has consumed
         self._stops = frozenset(stops)
         self._words = -(-tokenizer.vocab_size // 32)
         self._ends = self._bits([*tokenizer.eos_tokens, *stops])
@@ -83,7 +92,7 @@ class Constraint:
         if self.forced:
             assert token == self.forced[0], "a forced token was drawn otherwise"
             del self.forced[0]
-        elif self._matcher.consume_token(token):
+        elif self._tell([token]):
             self._force()
         elif token in self._stops:
             self.stopped = True
@@ -104,21 +113,42 @@ class Constraint:
             drafts = drafts[: max(0, self._thought.room - len(self._thought.taken) - 1)]
         return drafts[: self._matcher.validate_tokens(drafts)] if drafts else drafts
 
+    def _tell(self, tokens: Seq[int]) -> bool:
+        """Whether the matcher goes on with these."""
+        taken = self._matcher.consume_tokens(list(tokens))
+        if taken:
+            self._told += tokens
+        elif self._renew():
+            return self._tell(tokens)
+        return taken
+
+    def _renew(self) -> bool:
+        """Whether this sequence goes on with a matcher of its own.
+
+        All that began with one grammar share a lexer. It grows with every text that any of them meets, up to its limit,
+        and is of no use to anybody from then on.
+        """
+        if self._fresh is None or not self._matcher.is_error() or _LEXER_FULL not in self._matcher.get_error():
+            return False
+        self._matcher, self._fresh = self._fresh(), None
+        self._matcher.consume_tokens(self._told)
+        return not self._matcher.is_error()
+
     def _end_thought(self) -> None:
         """Force the end of a thought that has had its tokens."""
         if self._thought is None or self.forced:
             return
         due = self._thought.due()
         if due:
-            self._matcher.consume_tokens(self._thought.close)
+            self._tell(self._thought.close)
             self.forced += self._thought.close
             self._force()
         if due is not False:
             self._thought = None
 
     def _force(self) -> None:
-        while forced := self._matcher.compute_ff_tokens():
-            self._matcher.consume_tokens(forced)
+        while (forced := self._matcher.compute_ff_tokens()) or self._renew():
+            self._tell(forced)
             self.forced += forced
         self.stopped = self._matcher.is_stopped() and not self._matcher.is_error()
 
@@ -149,6 +179,9 @@ class Constraint:
             if not self.forced:
                 self._matcher.consume_token(drafts[index])
                 walked += 1
+        if self._renew():
+            self._make(drafts, skipped)
+            return
         if walked:
             self._matcher.rollback(walked)
         if self._matcher.is_error():
@@ -173,16 +206,33 @@ class Constraint:
         return mask.view(np.int32)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compiled:
-    """A grammar as it begins, over one tokenizer."""
+    """A grammar as it begins, over one tokenizer.
+
+    Attributes:
+        spent: its lexer is full: the next sequence is to begin with another.
+    """
 
     tokenizer: LLTokenizer
-    matcher: LLMatcher
+    defined: str
+    matcher: LLMatcher = field(init=False)
+    spent: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self.matcher = self._compile()
 
     def constraint(self, sampling: Sampling) -> Constraint:
         """A way through it for one sequence; see there."""
-        return Constraint(self.matcher.deep_copy(), self.tokenizer, sampling.stop_token_ids, sampling.thought)
+        matcher = self.matcher.deep_copy()
+        return Constraint(matcher, self.tokenizer, sampling.stop_token_ids, sampling.thought, self._fresh)
+
+    def _fresh(self) -> LLMatcher:
+        self.spent = True
+        return self._compile()
+
+    def _compile(self) -> LLMatcher:
+        return LLMatcher(self.tokenizer, self.defined, log_level=0, limits=LIMITS)
 
 
 class Grammars:
@@ -221,6 +271,9 @@ class Grammars:
         own = adapters[0] if len(adapters) == 1 and adapters[0].tokens else None
         key = (own.digest if own else "", grammar.kind, grammar.thought + grammar.text)
         found = self._compiled.get(key)
+        if found is not None and _is_spent(found[0]):
+            self._size -= self._compiled.pop(key)[1]
+            found = None
         if found is None:
             size = max(grammar.size, _LEAST_SIZE)
             found = self._compiled[key] = self._compiler.submit(self._compile, grammar, own), size
@@ -242,12 +295,12 @@ class Grammars:
         if tokenizer is None:
             raise InvalidGrammar(f"This model's answers cannot follow a grammar: {self._fault}.")
         try:
-            matcher = LLMatcher(tokenizer, definition(grammar), log_level=0, limits=LIMITS)
+            compiled = Compiled(tokenizer, definition(grammar))
         except (ValueError, TypeError, KeyError, AssertionError) as fault:
             raise InvalidGrammar(f"The grammar is not valid: {fault}") from None
-        if matcher.is_error():
-            raise InvalidGrammar(f"The grammar is not valid: {' '.join(matcher.get_error().split())[:500]}")
-        return Compiled(tokenizer, matcher)
+        if compiled.matcher.is_error():
+            raise InvalidGrammar(f"The grammar is not valid: {' '.join(compiled.matcher.get_error().split())[:500]}")
+        return compiled
 
     def _own_tokenizer(self, adapter: AdapterRef) -> LLTokenizer | None:
         if self._base is None:
@@ -271,6 +324,10 @@ class Grammars:
             if "too small" not in str(fault):
                 raise
             return LLTokenizer(source, eos_token=self._eos)  # some have more tokens than the model has logits
+
+
+def _is_spent(compiled: Future[Compiled]) -> bool:
+    return compiled.done() and compiled.exception() is None and compiled.result().spent
 
 
 def _make_all(works: Iterable[tuple[Constraint, Seq[int], int]]) -> None:
