@@ -103,6 +103,33 @@ message['content'] + '<|end|>' }}{% endif %}{% endfor %}\
 {{- '\n<｜DSML｜parameter name="' + k + '" string="' + ('true' if v is string else 'false') + '">' }}\
 {{- (v if v is string else v | tojson) + '</｜DSML｜parameter>' }}{%- endfor %}{{- '\n</｜DSML｜invoke>' }}\
 {%- endfor %}{{- '\n</｜DSML｜function_calls>' }}{%- endif %}{{- eos_token }}{%- endfor %}""",
+    "kimi_k2": """{%- if tools %}{{- '<|im_system|>tool_declare<|im_middle|>' + tools | tojson + '<|im_end|>' }}\
+{%- endif %}{%- for m in messages %}{{- '<|im_' + m.role + '|>' + (m.name or m.role) + '<|im_middle|>' }}\
+{%- if m.role == 'tool' %}{{- '## Return of ' + m.tool_call_id + '\n' }}{%- endif %}{{- m.content }}\
+{%- if m.tool_calls %}{{- '<|tool_calls_section_begin|>' }}{%- for call in m.tool_calls %}{{- '<|tool_call_begin|>' }}\
+{{- call['id'] + '<|tool_call_argument_begin|>' + call['function']['arguments'] | tojson + '<|tool_call_end|>' }}\
+{%- endfor %}{{- '<|tool_calls_section_end|>' }}{%- endif %}{{- '<|im_end|>' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<|im_assistant|>assistant<|im_middle|>' }}{%- endif %}""",
+    "minimax_m2": """{%- set begin = '<minimax:tool_call>' %}{%- for tool in tools or [] %}\
+{{- '<tool>' + tool.function | tojson + '</tool>' }}{%- endfor %}{%- for m in messages %}{{- ']~b]' + m.role + '\n' }}\
+{{- m.content }}{%- if m.tool_calls %}{{- '\n' + begin + '\n' }}{%- for call in m.tool_calls %}\
+{{- '<invoke name="' + call.function.name + '">\n' }}{%- for k, v in call.function.arguments | items %}\
+{{- '<parameter name="' + k + '">' + (v if v is string else v | tojson) + '</parameter>\n' }}{%- endfor %}\
+{{- '</invoke>\n' }}{%- endfor %}{{- '</minimax:tool_call>' }}{%- endif %}{{- '[e~[\n' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- ']~b]assistant\n' }}{%- endif %}""",
+    "minimax_m3": """{%- set ns = ']<]minimax[>[' %}{%- for tool in tools or [] %}\
+{{- '<tool>' + tool.function | tojson + '</tool>' }}{%- endfor %}{%- for m in messages %}{{- ']~b]' + m.role + '\n' }}\
+{{- m.content }}{%- if m.tool_calls %}{{- '\n' + ns + '<tool_call>\n' }}{%- for call in m.tool_calls %}\
+{{- ns + '<invoke name="' + call.function.name + '">' }}{%- for k, v in call.function.arguments | items %}\
+{{- ns + '<' + k + '>' + (v if v is string else v | tojson) + ns + '</' + k + '>' }}{%- endfor %}\
+{{- ns + '</invoke>\n' }}{%- endfor %}{{- ns + '</tool_call>' }}{%- endif %}{{- '[e~[\n' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- ']~b]assistant\n' }}{%- endif %}""",
+    "minicpm3": """{%- for tool in tools or [] %}{{- tool.function.description }}{%- endfor %}{%- for m in messages %}\
+{{- '<|im_start|>' + m.role + '\n' }}{%- if m.tool_calls %}{{- '<|tool_call_start|>\n```python\n' }}\
+{%- for call in m.tool_calls %}{{- call.function.name + '(' }}{%- for k, v in call.function.arguments | items %}\
+{{- k + '=' + v | tojson }}{{- ',' if not loop.last }}{%- endfor %}{{- ')\n' }}{%- endfor %}\
+{{- '```\n<|tool_call_end|>\n' }}{%- endif %}{{- m.content + '<|im_end|>\n' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}""",
 }
 
 _QWEN3_TURNS = """{%- set ns = namespace(last=messages|length - 1, open=true) %}{%- for message in messages[::-1] %}\

@@ -11,13 +11,20 @@ from server.text.tools.glm import GLM
 from server.text.tools.granite import GRANITE, PHI4
 from server.text.tools.harmony import HARMONY
 from server.text.tools.hermes import HERMES
+from server.text.tools.kimi import KIMI
 from server.text.tools.llama3_json import LLAMA3_JSON
+from server.text.tools.minicpm import MINICPM
+from server.text.tools.minimax import MINIMAX, MINIMAX_M3
 from server.text.tools.mistral import MISTRAL, MISTRAL_ARGS
 from server.text.tools.pythonic import LFM, PYTHONIC
 from server.text.tools.qwen3_coder import QWEN3_CODER
 
 _ALL = (
+    MINICPM,
     LFM,
+    KIMI,
+    MINIMAX_M3,
+    MINIMAX,
     HARMONY,
     DEEPSEEK_DSML,
     DEEPSEEK,
@@ -43,6 +50,8 @@ VLLM_NAMES = {  # of its parsers -> of the same formats here; those left out hav
     "deepseek_v32": "deepseek_dsml",
     "functiongemma": "gemma",
     "glm45": "glm",
+    "kimi_k2": "kimi",
+    "minimax_m2": "minimax",
     "glm47": "glm",
     "llama4_json": "llama3_json",
     "llama4_pythonic": "pythonic",

@@ -93,6 +93,7 @@ ENDS = (
     "<end_of_turn>",
     "<|end_of_text|>",
     "<turn|>",
+    "[e~[",
 )
 
 
