@@ -1,5 +1,16 @@
 """Chat templates of many families, shortened to how each writes tools, calls, results and thoughts."""
 
+_JSON_LIST = """{%- for tool in tools or [] %}{{- tool.function.description }}{%- endfor %}{%- for m in messages %}\
+{{- '<|im_start|>' + m.role + '\n' }}{%- if m.tool_calls %}{{- 'BEGIN[' }}{%- for call in m.tool_calls %}\
+{{- '{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson + '}' }}\
+{{- ', ' if not loop.last }}{%- endfor %}{{- ']END' }}{%- endif %}{{- m.content + '<|im_end|>\n' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+
+
+def _of_list(begin: str, end: str) -> str:
+    return _JSON_LIST.replace("BEGIN", begin).replace("END", end)
+
+
 TOOL_TEMPLATES = {
     "qwen2.5": """{%- if tools %}{{- '<|im_start|>system\n# Tools\n<tools>' }}{%- for tool in tools %}{{- "\n" }}\
 {{- tool | tojson }}{%- endfor %}{{- '\n</tools>\n<tool_call>\n{"name": <function-name>, "arguments": <args>}\n\
@@ -124,6 +135,18 @@ message['content'] + '<|end|>' }}{% endif %}{% endfor %}\
 {{- ns + '<' + k + '>' + (v if v is string else v | tojson) + ns + '</' + k + '>' }}{%- endfor %}\
 {{- ns + '</invoke>\n' }}{%- endfor %}{{- ns + '</tool_call>' }}{%- endif %}{{- '[e~[\n' }}{%- endfor %}\
 {%- if add_generation_prompt %}{{- ']~b]assistant\n' }}{%- endif %}""",
+    "hunyuan": _of_list("<tool_calls>", "</tool_calls>"),
+    "nemotron_nano": _of_list("<TOOLCALL>", "</TOOLCALL>"),
+    "command_r7b": _of_list("<|START_ACTION|>", "<|END_ACTION|>")
+    .replace('{"name"', '{"tool_call_id": "0", "tool_name"')
+    .replace("arguments\": '", "parameters\": '"),
+    "xlam": _of_list("", "") + '{# [{"name": "tool_call_name", ... #}',
+    "seed_oss": """{%- for tool in tools or [] %}{{- tool.function.description }}{%- endfor %}{%- for m in messages %}\
+{{- '<seed:bos>' + m.role + '\n' + m.content }}{%- for call in m.tool_calls or [] %}\
+{{- '\n<seed:tool_call>\n<function=' + call.function.name + '>\n' }}{%- for k, v in call.function.arguments | items %}\
+{{- '<parameter=' + k + '>' + v | string + '</parameter>\n' }}{%- endfor %}{{- '</function>\n</seed:tool_call>' }}\
+{%- endfor %}{{- '<seed:eos>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<seed:bos>assistant\n' }}\
+{%- endif %}""",
     "minicpm3": """{%- for tool in tools or [] %}{{- tool.function.description }}{%- endfor %}{%- for m in messages %}\
 {{- '<|im_start|>' + m.role + '\n' }}{%- if m.tool_calls %}{{- '<|tool_call_start|>\n```python\n' }}\
 {%- for call in m.tool_calls %}{{- call.function.name + '(' }}{%- for k, v in call.function.arguments | items %}\

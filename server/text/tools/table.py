@@ -17,7 +17,8 @@ from server.text.tools.minicpm import MINICPM
 from server.text.tools.minimax import MINIMAX, MINIMAX_M3
 from server.text.tools.mistral import MISTRAL, MISTRAL_ARGS
 from server.text.tools.pythonic import LFM, PYTHONIC
-from server.text.tools.qwen3_coder import QWEN3_CODER
+from server.text.tools.qwen3_coder import QWEN3_CODER, SEED
+from server.text.tools.tagged_list import COHERE, NEMOTRON, TOOL_CALLS, XLAM
 
 _ALL = (
     MINICPM,
@@ -31,11 +32,16 @@ _ALL = (
     GEMMA4,
     GEMMA,
     GLM,
+    SEED,
     QWEN3_CODER,
     MISTRAL_ARGS,
     MISTRAL,
     PHI4,
     GRANITE,
+    COHERE,
+    NEMOTRON,
+    TOOL_CALLS,
+    XLAM,
     PYTHONIC,
     LLAMA3_JSON,
     HERMES,
@@ -44,7 +50,9 @@ _FIELD = re.compile(r"""\[["']tools["']\]""")
 _TEXTS = re.compile(r"""'[^']*'|"[^"]*["]""")
 
 FORMATS = {each.name: each for each in _ALL}
-VLLM_NAMES = {  # of its parsers -> of the same formats here; those left out have the same name or no counterpart
+VLLM_NAMES = dict.fromkeys(
+    ("hunyuan_a13b", "jamba"), "tool_calls"
+) | {  # of its parsers -> of the same formats here; those left out have the same name or no counterpart
     "deepseek_v3": "deepseek",
     "deepseek_v31": "deepseek",
     "deepseek_v32": "deepseek_dsml",
@@ -53,6 +61,9 @@ VLLM_NAMES = {  # of its parsers -> of the same formats here; those left out hav
     "kimi_k2": "kimi",
     "minimax_m2": "minimax",
     "glm47": "glm",
+    "cohere_command": "cohere",
+    "nemotron_nano_v2": "nemotron",
+    "seed_oss": "seed",
     "llama4_json": "llama3_json",
     "llama4_pythonic": "pythonic",
     "openai": "harmony",

@@ -94,6 +94,7 @@ ENDS = (
     "<|end_of_text|>",
     "<turn|>",
     "[e~[",
+    "<seed:eos>",
 )
 
 

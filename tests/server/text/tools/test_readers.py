@@ -148,6 +148,34 @@ WRITTEN: list[tuple[str, str]] = [
         ']<]minimax[>[<invoke name="now">]<]minimax[>[</invoke>\n]<]minimax[>[</tool_call>',
     ),
     (
+        "tool_calls",
+        '<tool_calls>[{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}, "id": "0"}, '
+        '{"name": "now", "arguments": {}}]</tool_calls>',
+    ),
+    (
+        "tool_calls",
+        '<tool_calls>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n'
+        '{"name": "now", "arguments": {}}\n</tool_calls>',
+    ),
+    (
+        "nemotron",
+        '<TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}, {"name": "now"}]</TOOLCALL>',
+    ),
+    (
+        "cohere",
+        '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Rome", '
+        '"days": 2}},\n    {"tool_call_id": "1", "tool_name": "now", "parameters": {}}\n]<|END_ACTION|>',
+    ),
+    (
+        "xlam",
+        '[{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}, {"name": "now", "arguments": {}}]',
+    ),
+    (
+        "seed",
+        "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Rome</parameter>\n<parameter=days>2</parameter>\n"
+        "</function>\n</seed:tool_call>\n<seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>",
+    ),
+    (
         "minicpm",
         '<|tool_call_start|>\n```python\nget_weather(city="Rome",days=2)\nnow()\n```\n<|tool_call_end|>\n',
     ),
