@@ -293,9 +293,13 @@ def as_error(exc: Exception) -> LorakeetError:
 def error_response(error: LorakeetError, path: str = "") -> Response:
     """The error as an HTTP response, in the shape of that path. Its code goes into the access line."""
     note(code=error.code or error.type)
-    anthropic = path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
-    body = anthropic_body(error) if anthropic else error.body()
+    body = anthropic_body(error) if is_anthropic(path) else error.body()
     return JSONResponse(body, status_code=error.status, headers=error.headers)
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether answers there have Anthropic's shapes."""
+    return path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
 
 
 def anthropic_body(error: LorakeetError) -> dict[str, Any]:

@@ -195,7 +195,6 @@ class MessageMetadata(Body):
 
 _TOOLS: dict[str, type[Body]] = {"custom": MessageTool}
 _NAMES = (  # of the chat request's fields
-    ("response_format.json_schema", "output_config.format"),
     ("tool_choice.function", "tool_choice"),
     ("reasoning_effort", "output_config.effort"),
     ("max_completion_tokens", "max_tokens"),
@@ -222,6 +221,14 @@ class CountBody(_Cached):
     tool_choice: MessageToolChoice = MessageToolChoice(type="auto")
     thinking: Thinking = Thinking(type="disabled", budget_tokens=None)
     output_config: OutputConfig = OutputConfig()
+    output_format: JsonSchemaOutput | None = None  # the name that `output_config.format` had before
+
+    @model_validator(mode="after")
+    def _check_format(self) -> Self:
+        if self.output_format is not None and self.output_config.format is not None:
+            message = "`output_format` and `output_config.format` both say what the answer must be; give one."
+            raise InvalidRequest(message, param="output_format")
+        return self
 
     def chat(self) -> ChatBody:
         """The chat request that this is. Raises InvalidRequest."""
@@ -230,14 +237,14 @@ class CountBody(_Cached):
         except (ValidationError, LorakeetError) as fault:
             raise self.refusal(as_error(fault)) from None
 
-    @staticmethod
-    def refusal(error: LorakeetError) -> LorakeetError:
+    def refusal(self, error: LorakeetError) -> LorakeetError:
         """A refusal of that chat request, with the names of this body's fields."""
         tool, number, *rest = [*(error.param or "").split(".", 3), "", ""]
         if tool == "tools" and rest[0] == "function":
             schema = [(f"tools.{number}.function.parameters", f"tools.{number}.input_schema")]
             return renamed(error, [*schema, (f"tools.{number}.function", f"tools.{number}")])
-        return renamed(error, _NAMES)
+        form = "output_format" if self.output_format is not None else "output_config.format"
+        return renamed(error, [("response_format.json_schema", form), *_NAMES])
 
     def _chat(self) -> dict[str, Any]:
         messages = _joined(message for turn in self.messages for message in turn.chat())
@@ -245,7 +252,7 @@ class CountBody(_Cached):
             messages.insert(0, {"role": "system", "content": "\n".join(part.text for part in self.system)})
         choices = {"any": "required", "tool": {"type": "function", "function": {"name": self.tool_choice.name}}}
         continued = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
-        form = self.output_config.format
+        form = self.output_format or self.output_config.format
         schema = None if form is None else {"name": "output", "schema": form.schema_}
         return {
             "model": self.model,

@@ -28,6 +28,7 @@ from server.errors import (
     UnsupportedMediaType,
     as_error,
     error_response,
+    is_anthropic,
 )
 from server.logs import FIELDS, begin_notes
 from server.settings import Settings
@@ -137,7 +138,10 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)["X-Request-Id"] = self.request_id
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-Id"] = self.request_id
+            if is_anthropic(self._scope["path"]):
+                headers["Request-Id"] = self.request_id  # the name that its clients know
         await self._send(message)
 
     async def fail(self, error: LorakeetError) -> None:

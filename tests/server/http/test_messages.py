@@ -271,16 +271,24 @@ async def test_choices_and_formats_are_those_of_chat(served: Served) -> None:
         await made(served, tools=[WEATHER, other], tool_choice=choice)
         assert (served.engine.requests[-1].sampling.grammar is not None) == grammar, choice
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
-    await made(served, output_config={"format": {"type": "json_schema", "schema": schema}})
-    found = served.engine.requests[-1].sampling.grammar
-    assert found is not None
-    assert json.loads(found.text) == schema
+    form = {"type": "json_schema", "schema": schema}
+    for asked in ({"output_config": {"format": form}}, {"output_format": form}):
+        await made(served, **asked)
+        found = served.engine.requests[-1].sampling.grammar
+        assert found is not None
+        assert json.loads(found.text) == schema
 
 
 async def test_sampling_is_the_clients(served: Served) -> None:
     await made(served, temperature=0.5, top_p=0.5, top_k=7, metadata={"user_id": "x"}, service_tier="auto")
     sampling = served.engine.requests[-1].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens) == (0.5, 0.5, 7, 200)
+
+
+async def test_answers_and_refusals_have_an_id_under_anthropics_name(served: Served) -> None:
+    for response in (await post(served), await post(served, messages=[]), await post(served, "/count_tokens")):
+        assert response.headers["request-id"] == response.headers["x-request-id"]
+    assert "request-id" not in (await served.client.get("/v1/models")).headers
 
 
 async def test_tokens_are_counted_as_they_are_used(served: Served) -> None:
@@ -334,6 +342,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "schema": (
         {"output_config": {"format": {"type": "json_schema", "schema": {"type": "colour"}}}},
         "output_config.format.schema",
+    ),
+    "schema by its older name": (
+        {"output_format": {"type": "json_schema", "schema": {"type": "colour"}}},
+        "`output_format.schema` is not supported at `/type`",
+    ),
+    "two schemas": (
+        {
+            "output_config": {"format": {"type": "json_schema", "schema": {}}},
+            "output_format": {"type": "json_schema", "schema": {}},
+        },
+        "output_format",
     ),
     "container": ({"container": "c"}, "container"),
     "long prompt": ({"messages": [{"role": "user", "content": "漢" * 5000}]}, "context length"),
