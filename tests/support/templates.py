@@ -147,6 +147,12 @@ message['content'] + '<|end|>' }}{% endif %}{% endfor %}\
 {{- '<parameter=' + k + '>' + v | string + '</parameter>\n' }}{%- endfor %}{{- '</function>\n</seed:tool_call>' }}\
 {%- endfor %}{{- '<seed:eos>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<seed:bos>assistant\n' }}\
 {%- endif %}""",
+    "olmo3": """{%- for tool in tools or [] %}{{- tool.function.description }}{%- endfor %}{%- for m in messages %}\
+{{- '<|im_start|>' + m.role + '\n' }}{%- if m.tool_calls %}{{- '<function_calls>\n' }}{%- for call in m.tool_calls %}\
+{{- call.function.name + '(' }}{%- for k, v in call.function.arguments | items %}{{- k + '=' + v | tojson }}\
+{{- ', ' if not loop.last }}{%- endfor %}{{- ')\n' }}{%- endfor %}{{- '</function_calls>' }}{%- endif %}\
+{{- m.content + '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}\
+{%- endif %}""",
     "minicpm3": """{%- for tool in tools or [] %}{{- tool.function.description }}{%- endfor %}{%- for m in messages %}\
 {{- '<|im_start|>' + m.role + '\n' }}{%- if m.tool_calls %}{{- '<|tool_call_start|>\n```python\n' }}\
 {%- for call in m.tool_calls %}{{- call.function.name + '(' }}{%- for k, v in call.function.arguments | items %}\

@@ -13,9 +13,9 @@ from server.text.tools.harmony import HARMONY
 from server.text.tools.hermes import HERMES
 from server.text.tools.kimi import KIMI
 from server.text.tools.llama3_json import LLAMA3_JSON
-from server.text.tools.minicpm import MINICPM
 from server.text.tools.minimax import MINIMAX, MINIMAX_M3
 from server.text.tools.mistral import MISTRAL, MISTRAL_ARGS
+from server.text.tools.python_lines import MINICPM, OLMO3
 from server.text.tools.pythonic import LFM, PYTHONIC
 from server.text.tools.qwen3_coder import QWEN3_CODER, SEED
 from server.text.tools.tagged_list import COHERE, NEMOTRON, TOOL_CALLS, XLAM
@@ -41,6 +41,7 @@ _ALL = (
     COHERE,
     NEMOTRON,
     TOOL_CALLS,
+    OLMO3,
     XLAM,
     PYTHONIC,
     LLAMA3_JSON,

@@ -180,6 +180,10 @@ WRITTEN: list[tuple[str, str]] = [
         '<|tool_call_start|>\n```python\nget_weather(city="Rome",days=2)\nnow()\n```\n<|tool_call_end|>\n',
     ),
     (
+        "olmo3",
+        "<function_calls>\nget_weather(city='Rome', days=2)\nnow()\n</function_calls>",
+    ),
+    (
         "deepseek_dsml",
         '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get_weather">\n{"city": "Rome", "days": 2}\n</｜DSML｜invoke>\n'
         '<｜DSML｜invoke name="now">\n{}\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>',
