@@ -252,7 +252,7 @@ class CountBody(_Cached):
             messages.insert(0, {"role": "system", "content": "\n".join(part.text for part in self.system)})
         choices = {"any": "required", "tool": {"type": "function", "function": {"name": self.tool_choice.name}}}
         continued = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
-        form = self.output_config.format or self.output_format
+        form = self.output_format or self.output_config.format or self.output_format
         schema = None if form is None else {"name": "output", "schema": form.schema_, "strict": True}
         return {
             "model": self.model,

@@ -6,10 +6,10 @@ and the forced ones, which need no drawing; a run of forced tokens takes one for
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from server.messages.protocol import AdapterRef, Grammar, Sampling, ThoughtBudge
 Mask = NDArray[np.int32]  # [ceil(vocabulary / 32)]: bit i % 32 of word i // 32 allows token i
 
 _TOKENIZERS = 8  # cached tokenizers of adapters with added tokens: 60 MB each and more
+_LEXER_FULL = "lexer error"  # how llguidance's error begins
 _LEAST_SIZE = 1 << 20  # smallest size assumed for a compiled grammar, in bytes
 
 
@@ -60,15 +61,23 @@ class Constraint:
         matcher: at its beginning; owned by this object.
         stops: tokens that may end the text wherever the grammar lets it end, besides the tokenizer's own.
         thought: the token budget of a thought before the answer.
+        fresh: makes a matcher that shares nothing with others.
     """
 
     def __init__(
-        self, matcher: LLMatcher, tokenizer: LLTokenizer, stops: Seq[int], thought: ThoughtBudget | None = None
+        self,
+        matcher: LLMatcher,
+        tokenizer: LLTokenizer,
+        stops: Seq[int],
+        thought: ThoughtBudget | None = None,
+        fresh: Callable[[], LLMatcher] | None = None,
     ) -> None:
         self.forced: list[int] = []  # forced tokens not yet generated; the matcher has consumed them already
         self.stopped = False  # the text ends after the forced tokens
         self.error: str | None = None
         self._matcher = matcher
+        self._fresh = fresh
+        self._consumed: list[int] = []  # tokens that the matcher has consumed
         self._stops = frozenset(stops)
         self._mask_words = -(-tokenizer.vocab_size // 32)
         self._end_mask = self._bit_mask([*tokenizer.eos_tokens, *stops])
@@ -83,7 +92,7 @@ class Constraint:
         if self.forced:
             assert token == self.forced[0], "a forced token was drawn otherwise"
             del self.forced[0]
-        elif self._matcher.consume_token(token):
+        elif self._consume([token]):
             self._take_forced()
         elif token in self._stops:
             self.stopped = True
@@ -104,21 +113,42 @@ class Constraint:
             drafts = drafts[: max(0, self._thought.max_tokens - len(self._thought.tokens) - 1)]
         return drafts[: self._matcher.validate_tokens(drafts)] if drafts else drafts
 
+    def _consume(self, tokens: Seq[int]) -> bool:
+        """Give tokens to the matcher; return whether it accepts them."""
+        accepted = self._matcher.consume_tokens(list(tokens))
+        if accepted:
+            self._consumed += tokens
+        elif self._renew():
+            return self._consume(tokens)
+        return accepted
+
+    def _renew(self) -> bool:
+        """Replace a matcher with a full lexer by a new one of this sequence alone; return whether that worked.
+
+        Sequences of one compiled grammar share a lexer. It grows with each sequence's text, and is unusable beyond its
+        limit.
+        """
+        if self._fresh is None or not self._matcher.is_error() or _LEXER_FULL not in self._matcher.get_error():
+            return False
+        self._matcher, self._fresh = self._fresh(), None
+        self._matcher.consume_tokens(self._consumed)
+        return not self._matcher.is_error()
+
     def _end_thought_if_due(self) -> None:
         """Force the end of a thought with an exhausted budget."""
         if self._thought is None or self.forced:
             return
         due = self._thought.must_end()
         if due:
-            self._matcher.consume_tokens(self._thought.closing_tokens)
+            self._consume(self._thought.closing_tokens)
             self.forced += self._thought.closing_tokens
             self._take_forced()
         if due is not False:
             self._thought = None
 
     def _take_forced(self) -> None:
-        while forced := self._matcher.compute_ff_tokens():
-            self._matcher.consume_tokens(forced)
+        while (forced := self._matcher.compute_ff_tokens()) or self._renew():
+            self._consume(forced)
             self.forced += forced
         self.stopped = self._matcher.is_stopped() and not self._matcher.is_error()
 
@@ -149,6 +179,9 @@ class Constraint:
             if not self.forced:
                 self._matcher.consume_token(drafts[index])
                 walked += 1
+        if self._renew():
+            self._make_masks(drafts, skipped)
+            return
         if walked:
             self._matcher.rollback(walked)
         if self._matcher.is_error():
@@ -173,16 +206,33 @@ class Constraint:
         return mask.view(np.int32)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compiled:
-    """A compiled grammar over one tokenizer."""
+    """A compiled grammar over one tokenizer.
+
+    Attributes:
+        spent: its lexer is full: the next sequence is to begin with another.
+    """
 
     tokenizer: LLTokenizer
-    matcher: LLMatcher
+    defined: str
+    matcher: LLMatcher = field(init=False)
+    spent: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self.matcher = self._compile()
 
     def constraint(self, sampling: Sampling) -> Constraint:
         """Return a new constraint for one sequence."""
-        return Constraint(self.matcher.deep_copy(), self.tokenizer, sampling.stop_token_ids, sampling.thought)
+        matcher = self.matcher.deep_copy()
+        return Constraint(matcher, self.tokenizer, sampling.stop_token_ids, sampling.thought, self._fresh)
+
+    def _fresh(self) -> LLMatcher:
+        self.spent = True
+        return self._compile()
+
+    def _compile(self) -> LLMatcher:
+        return LLMatcher(self.tokenizer, self.defined, log_level=0, limits=LIMITS)
 
 
 class Grammars:
@@ -221,6 +271,9 @@ class Grammars:
         own = adapters[0] if len(adapters) == 1 and adapters[0].tokens else None
         key = (own.digest if own else "", grammar.kind, grammar.thought + grammar.text)
         found = self._compiled.get(key)
+        if found is not None and _is_spent(found[0]):
+            self._size -= self._compiled.pop(key)[1]
+            found = None
         if found is None:
             size = max(grammar.size, _LEAST_SIZE)
             found = self._compiled[key] = self._compiler.submit(self._compile, grammar, own), size
@@ -242,12 +295,12 @@ class Grammars:
         if tokenizer is None:
             raise InvalidGrammar(f"This model's answers cannot follow a grammar: {self._base_error}.")
         try:
-            matcher = LLMatcher(tokenizer, definition(grammar), log_level=0, limits=LIMITS)
+            compiled = Compiled(tokenizer, definition(grammar))
         except (ValueError, TypeError, KeyError, AssertionError) as fault:
             raise InvalidGrammar(f"The grammar is not valid: {fault}") from None
-        if matcher.is_error():
-            raise InvalidGrammar(f"The grammar is not valid: {' '.join(matcher.get_error().split())[:500]}")
-        return Compiled(tokenizer, matcher)
+        if compiled.matcher.is_error():
+            raise InvalidGrammar(f"The grammar is not valid: {' '.join(compiled.matcher.get_error().split())[:500]}")
+        return compiled
 
     def _own_tokenizer(self, adapter: AdapterRef) -> LLTokenizer | None:
         if self._base_tokenizer is None:
@@ -271,6 +324,10 @@ class Grammars:
             if "too small" not in str(fault):
                 raise
             return LLTokenizer(source, eos_token=self._eos)  # some tokenizers have more tokens than there are logits
+
+
+def _is_spent(compiled: Future[Compiled]) -> bool:
+    return compiled.done() and compiled.exception() is None and compiled.result().spent
 
 
 def _make_all_masks(works: Iterable[tuple[Constraint, Seq[int], int]]) -> None:

@@ -14,6 +14,8 @@ _TABLE = {
     "POST /v1/embeddings": "serve",
     "POST /v1/classify": "serve",
     "POST /v1/responses": "serve",
+    "POST /v1/responses/input_tokens": "serve",
+    "POST /v1/responses/compact": "serve",
     "GET /v1/responses/{id}": "serve",
     "GET /v1/responses/{id}/input_items": "serve",
     "POST /v1/responses/{id}/cancel": "serve",

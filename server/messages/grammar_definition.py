@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, cast
 from llguidance import LLMatcher, LLParserLimits, StructTag
 
 from server.messages.gbnf import as_lark
-from server.messages.grammar_schema import EXACT, exact, portable
+from server.messages.grammar_pattern import portable
+from server.messages.grammar_schema import EXACT, exact
 from server.messages.protocol import Grammar
 
 if TYPE_CHECKING:

@@ -10,12 +10,15 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from server.messages.grammar_branches import Branches, begins_document
+from server.messages.grammar_pattern import portable
+
 # llguidance's options for JSON that a schema's own `x-guidance` cannot override. Without `u` among the escapes, an
 # object's names have one spelling only.
 EXACT: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "json_allowed_escapes": 'nrbtf\\"'}
 
-_DATA = ("const", "enum", "default", "examples", "x-guidance")  # members that are not schemas
-_NAMED = ("properties", "patternProperties", "$defs", "definitions")  # mappings from names to schemas
+DATA = ("const", "enum", "default", "examples", "x-guidance")  # members that are not schemas
+NAMED = ("properties", "patternProperties", "$defs", "definitions")  # mappings from names to schemas
 _DATE = (
     r"(?:[0-9]{4}-(?:(?:0[13-9]|1[0-2])-[0-9]{2}|02-(?:[01][0-9]|2[0-8]))"
     r"|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
@@ -50,17 +53,24 @@ def exact(schema: Any) -> Any:
     """Return a schema as strict as this one or stricter. Raises ValueError for a keyword that cannot be enforced."""
     if isinstance(schema, Mapping) and not _REFERENCE.fullmatch(str(schema.get("$id", ""))):
         schema = {key: value for key, value in schema.items() if key != "$id"}  # a title, by which nothing can refer
-    return _exact(schema)
+    return _exact(schema, Branches(schema))
 
 
-def _exact(schema: Any) -> Any:
+def _exact(schema: Any, branches: Branches) -> Any:
     if isinstance(schema, list):
-        return [_exact(part) for part in schema]
+        return [_inner(part, branches) for part in schema]
     if not isinstance(schema, Mapping):
         return schema
     if "not" in schema and _allows_all(schema["not"]):
         return _NOTHING  # generators' way to forbid a member
-    made = {key: _member(key, value) for key, value in schema.items() if not _says_nothing(key, value, schema)}
+    made = {
+        key: _member(key, value, branches) for key, value in schema.items() if not _says_nothing(key, value, schema)
+    }
+    if isinstance(patterns := schema.get("patternProperties"), Mapping):
+        others = schema.get("additionalProperties", True)
+        made["patternProperties"] = {_of_names(name, others): _exact(part, branches) for name, part in patterns.items()}
+    if isinstance(schema.get("oneOf"), list) and branches.exclude_each_other(schema["oneOf"]):
+        of_any(made)
     least, required = schema.get("minProperties"), schema.get("required", [])
     if not isinstance(required, list):  # draft 3's boolean on a member: llguidance would ignore it
         raise ValueError("required: must be a list of names, of the object that has them")
@@ -74,6 +84,14 @@ def _exact(schema: Any) -> Any:
     if schema.get("type") != "integer":
         made |= {key: _beyond(made[key], away) for key, away in _ENDS.items() if key in made}
     return made
+
+
+def of_any(schema: dict[str, Any]) -> None:
+    """Make the branches of its `oneOf` those of an `anyOf`."""
+    alternatives = schema.pop("oneOf")
+    if "anyOf" in schema:
+        schema["allOf"] = [*schema.get("allOf", []), {"anyOf": schema["anyOf"]}]
+    schema["anyOf"] = alternatives
 
 
 def _says_nothing(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
@@ -123,67 +141,36 @@ def _within(key: str, bound: Any) -> Any:
     return min(bound, -_SMALLEST if -_SMALLEST < bound < 0 else _LARGEST)
 
 
-def _member(key: str, value: Any) -> Any:
-    if key in _DATA:
+def _member(key: str, value: Any, branches: Branches) -> Any:
+    if key in DATA:
         if key in ("const", "enum") and _CONTROL.search(json.dumps(value)):
             raise ValueError(f"{key}: control characters other than white space cannot be written")
         return value
     if key == "pattern" and isinstance(value, str):
-        return portable(value)
+        return portable(value, quoted=True)
     if key in _COUNTS and isinstance(value, float) and value.is_integer():
         return int(value)
-    if key in _NAMED and isinstance(value, Mapping):
-        rename = portable if key == "patternProperties" else str
-        return {rename(name): _exact(part) for name, part in value.items()}
-    return _exact(value)
+    if key == "patternProperties":
+        return value
+    if key in NAMED and isinstance(value, Mapping):
+        return {name: _inner(part, branches) for name, part in value.items()}
+    return _inner(value, branches)
 
 
-# --- patterns ---------------------------------------------------------------------------------------
-
-# Characters of a class in all regex engines, and in any of them: engines take classes as ASCII or as Unicode.
-_CLASSES = {
-    "s": (r" \t\n\r\f\v", r"\s\x1c-\x1f\x{feff}"),
-    "d": (r"0-9", r"0-9\p{N}"),
-    "w": (r"0-9A-Za-z_", r"0-9A-Za-z_\p{L}\p{M}\p{N}\p{Pc}\p{Alphabetic}\x{200c}\x{200d}"),
-}
-_DOT = r"[^\n\r\x{2028}\x{2029}]"
-_PART = re.compile(r"\\(?:[pPuxb]\{[^}]*\}|.)|\[\^?\]?|\]|\.|&&|--|~~|[*+?}]\+", re.DOTALL)
-_ESCAPES = re.compile(r"\\(?:[^A-Za-z0-9<>]|[bBfnrtv]|x[0-9A-Fa-f]?|u(\{[^}]*\})?|[pP]\{[^}]*\}|c|k|[0-9])", re.DOTALL)
+def _inner(schema: Any, branches: Branches) -> Any:
+    return _exact(schema, Branches(None) if begins_document(schema) else branches)
 
 
-def portable(pattern: str) -> str:
-    """Return a pattern in Rust's syntax whose matches match in all engines. Raises ValueError for ambiguous syntax."""
-    negated: bool | None = None  # whether the open class is negated; None outside classes
-
-    def rewritten(match: re.Match[str]) -> str:
-        nonlocal negated
-        part = match[0]
-        if part.startswith("["):
-            if negated is not None:
-                return "\\" + part
-            if part.endswith("]"):
-                raise ValueError(f"pattern: {part} is read in several ways; write [^\\s\\S], [\\s\\S] or [\\]...]")
-            negated = part == "[^"
-        elif part == "]":
-            negated = None
-        elif part[0] == "\\" and part[1] in "sSdDwW":
-            return _class(part[1], negated)
-        elif part[0] == "\\" and not _ESCAPES.fullmatch(part):
-            raise ValueError(f"pattern: {part} is no escape in ECMAScript")
-        elif negated is not None:
-            return part[0] + "\\" + part[1] if part in ("&&", "--", "~~") else part
-        elif part == ".":
-            return _DOT
-        elif part[-1] == "+" and part[0] != "\\":
-            raise ValueError(f"pattern: {part} is read in several ways")
-        return part
-
-    return _PART.sub(rewritten, pattern)
-
-
-def _class(name: str, negated: bool | None) -> str:
-    r"""Return the characters of `\d` and its like; a negated class excludes those that any engine would exclude."""
-    narrow, wide = _CLASSES[name.lower()]
-    if name.islower():
-        return f"[{wide if negated else narrow}]"
-    return f"[^{narrow if negated else wide}]"
+def _of_names(pattern: str, others: Any) -> str:
+    """A pattern of an object's names, where those that do not match it may be these `others`."""
+    if others is False:
+        return portable(pattern, quoted=True)
+    wide = portable(pattern, quoted=True, wide=True)
+    if not _allows_all(others):  # a name must be the one or the other
+        end = re.sub(r"(?<!\\)\.\*$", "", pattern)
+        if portable(end) != portable(end, wide=True):
+            raise ValueError(
+                f"patternProperties: names that match {pattern} in some engines only are neither these nor others; "
+                "beside additionalProperties write [0-9] for \\d, and the like"
+            )
+    return wide

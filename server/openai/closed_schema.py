@@ -21,8 +21,8 @@ _CHOOSING = {"anyOf", "$ref"}
 def closed(schema: Schema) -> dict[str, Any]:
     """Return the schema with `additionalProperties: false` in each object that names members and does not set it.
 
-    Every match of the result also matches `schema`. Where parts of `schema` are joined (`allOf` and its like) only the outermost
-    object is closed, since a part need not name all members of the whole.
+    Every match of the result also matches `schema`. In a schema that combines parts (`allOf` and its like) only the
+    outermost object is closed, since a part need not name all members of the whole.
     """
     parts = list(_parts(schema))
     if any(_joins(part) for part in parts):

@@ -127,6 +127,13 @@ class DeletedResponse(_Object, frozen=True, kw_only=True):
     deleted: Literal[True] = True
 
 
+class InputCount(_Object, frozen=True, kw_only=True):
+    """How many tokens the prompt has."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
 class InputItems(_Object, frozen=True, kw_only=True):
     """Messages, calls, call outputs and thoughts; those of earlier responses in the chain come first."""
 

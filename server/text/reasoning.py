@@ -9,7 +9,7 @@ from typing import Any
 from server.text.tools.grammar import as_lark
 from server.text.tools.source import Parser, Reader, Source, Step
 
-_FIELDS = ("reasoning_content", "reasoning", "thinking")  # templates' names for a message's thought
+_FIELDS = ("reasoning_content", "reasoning", "thinking", "thought")  # templates' names for a message's thought
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ THINK = ReasoningFormat("think", ("<think>", "</think>"), "<think>", "</think>",
 # In the order of matching.
 _ALL = (
     ReasoningFormat("seed", ("<seed:think>",), "<seed:think>", "</seed:think>", "</seed:think>\n"),
+    ReasoningFormat("minimax_m3", ("<mm:think>",), "<mm:think>", "</mm:think>", "</mm:think>"),
+    ReasoningFormat("minicpm", ("<|thought_start|>",), "<|thought_start|>", "<|thought_end|>", "\n<|thought_end|>\n"),
     ReasoningFormat("mistral", ("[THINK]",), "[THINK]", "[/THINK]", "[/THINK]"),
     ReasoningFormat("gemma", ("<|channel>",), "<|channel>thought", "<channel|>", "\n<channel|>"),
     ReasoningFormat(

@@ -1,5 +1,16 @@
 """Chat templates of many families, shortened to their formats of tools, calls, results and thoughts."""
 
+_JSON_LIST = """{%- for tool in tools or [] %}{{- tool.function.description }}{%- endfor %}{%- for m in messages %}\
+{{- '<|im_start|>' + m.role + '\n' }}{%- if m.tool_calls %}{{- 'BEGIN[' }}{%- for call in m.tool_calls %}\
+{{- '{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson + '}' }}\
+{{- ', ' if not loop.last }}{%- endfor %}{{- ']END' }}{%- endif %}{{- m.content + '<|im_end|>\n' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+
+
+def _of_list(begin: str, end: str) -> str:
+    return _JSON_LIST.replace("BEGIN", begin).replace("END", end)
+
+
 TOOL_TEMPLATES = {
     "qwen2.5": """{%- if tools %}{{- '<|im_start|>system\n# Tools\n<tools>' }}{%- for tool in tools %}{{- "\n" }}\
 {{- tool | tojson }}{%- endfor %}{{- '\n</tools>\n<tool_call>\n{"name": <function-name>, "arguments": <args>}\n\
@@ -103,6 +114,51 @@ message['content'] + '<|end|>' }}{% endif %}{% endfor %}\
 {{- '\n<｜DSML｜parameter name="' + k + '" string="' + ('true' if v is string else 'false') + '">' }}\
 {{- (v if v is string else v | tojson) + '</｜DSML｜parameter>' }}{%- endfor %}{{- '\n</｜DSML｜invoke>' }}\
 {%- endfor %}{{- '\n</｜DSML｜function_calls>' }}{%- endif %}{{- eos_token }}{%- endfor %}""",
+    "kimi_k2": """{%- if tools %}{{- '<|im_system|>tool_declare<|im_middle|>' + tools | tojson + '<|im_end|>' }}\
+{%- endif %}{%- for m in messages %}{{- '<|im_' + m.role + '|>' + (m.name or m.role) + '<|im_middle|>' }}\
+{%- if m.role == 'tool' %}{{- '## Return of ' + m.tool_call_id + '\n' }}{%- endif %}{{- m.content }}\
+{%- if m.tool_calls %}{{- '<|tool_calls_section_begin|>' }}{%- for call in m.tool_calls %}{{- '<|tool_call_begin|>' }}\
+{{- call['id'] + '<|tool_call_argument_begin|>' + call['function']['arguments'] | tojson + '<|tool_call_end|>' }}\
+{%- endfor %}{{- '<|tool_calls_section_end|>' }}{%- endif %}{{- '<|im_end|>' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<|im_assistant|>assistant<|im_middle|>' }}{%- endif %}""",
+    "minimax_m2": """{%- set begin = '<minimax:tool_call>' %}{%- for tool in tools or [] %}\
+{{- '<tool>' + tool.function | tojson + '</tool>' }}{%- endfor %}{%- for m in messages %}{{- ']~b]' + m.role + '\n' }}\
+{{- m.content }}{%- if m.tool_calls %}{{- '\n' + begin + '\n' }}{%- for call in m.tool_calls %}\
+{{- '<invoke name="' + call.function.name + '">\n' }}{%- for k, v in call.function.arguments | items %}\
+{{- '<parameter name="' + k + '">' + (v if v is string else v | tojson) + '</parameter>\n' }}{%- endfor %}\
+{{- '</invoke>\n' }}{%- endfor %}{{- '</minimax:tool_call>' }}{%- endif %}{{- '[e~[\n' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- ']~b]assistant\n' }}{%- endif %}""",
+    "minimax_m3": """{%- set ns = ']<]minimax[>[' %}{%- for tool in tools or [] %}\
+{{- '<tool>' + tool.function | tojson + '</tool>' }}{%- endfor %}{%- for m in messages %}{{- ']~b]' + m.role + '\n' }}\
+{{- m.content }}{%- if m.tool_calls %}{{- '\n' + ns + '<tool_call>\n' }}{%- for call in m.tool_calls %}\
+{{- ns + '<invoke name="' + call.function.name + '">' }}{%- for k, v in call.function.arguments | items %}\
+{{- ns + '<' + k + '>' + (v if v is string else v | tojson) + ns + '</' + k + '>' }}{%- endfor %}\
+{{- ns + '</invoke>\n' }}{%- endfor %}{{- ns + '</tool_call>' }}{%- endif %}{{- '[e~[\n' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- ']~b]assistant\n' }}{%- endif %}""",
+    "hunyuan": _of_list("<tool_calls>", "</tool_calls>"),
+    "nemotron_nano": _of_list("<TOOLCALL>", "</TOOLCALL>"),
+    "command_r7b": _of_list("<|START_ACTION|>", "<|END_ACTION|>")
+    .replace('{"name"', '{"tool_call_id": "0", "tool_name"')
+    .replace("arguments\": '", "parameters\": '"),
+    "xlam": _of_list("", "") + '{# [{"name": "tool_call_name", ... #}',
+    "seed_oss": """{%- for tool in tools or [] %}{{- tool.function.description }}{%- endfor %}{%- for m in messages %}\
+{{- '<seed:bos>' + m.role + '\n' + m.content }}{%- for call in m.tool_calls or [] %}\
+{{- '\n<seed:tool_call>\n<function=' + call.function.name + '>\n' }}{%- for k, v in call.function.arguments | items %}\
+{{- '<parameter=' + k + '>' + v | string + '</parameter>\n' }}{%- endfor %}{{- '</function>\n</seed:tool_call>' }}\
+{%- endfor %}{{- '<seed:eos>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<seed:bos>assistant\n' }}\
+{%- endif %}""",
+    "olmo3": """{%- for tool in tools or [] %}{{- tool.function.description }}{%- endfor %}{%- for m in messages %}\
+{{- '<|im_start|>' + m.role + '\n' }}{%- if m.tool_calls %}{{- '<function_calls>\n' }}{%- for call in m.tool_calls %}\
+{{- call.function.name + '(' }}{%- for k, v in call.function.arguments | items %}{{- k + '=' + v | tojson }}\
+{{- ', ' if not loop.last }}{%- endfor %}{{- ')\n' }}{%- endfor %}{{- '</function_calls>' }}{%- endif %}\
+{{- m.content + '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}\
+{%- endif %}""",
+    "minicpm3": """{%- for tool in tools or [] %}{{- tool.function.description }}{%- endfor %}{%- for m in messages %}\
+{{- '<|im_start|>' + m.role + '\n' }}{%- if m.tool_calls %}{{- '<|tool_call_start|>\n```python\n' }}\
+{%- for call in m.tool_calls %}{{- call.function.name + '(' }}{%- for k, v in call.function.arguments | items %}\
+{{- k + '=' + v | tojson }}{{- ',' if not loop.last }}{%- endfor %}{{- ')\n' }}{%- endfor %}\
+{{- '```\n<|tool_call_end|>\n' }}{%- endif %}{{- m.content + '<|im_end|>\n' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}""",
 }
 
 _QWEN3_TURNS = """{%- set ns = namespace(last=messages|length - 1, open=true) %}{%- for message in messages[::-1] %}\

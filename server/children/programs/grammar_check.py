@@ -15,11 +15,11 @@ import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
 from server.children.forked import serve_forked
+from server.children.programs.grammar_culprit import culprit, keywords_of
 from server.messages.grammar_definition import LIMITS, definition
 from server.messages.protocol import Grammar
 
 _BYTES = LLTokenizer("byte")
-_SEARCHED_LAST = ("$defs", "definitions")  # members that others refer to are searched last
 
 
 def _run_order(order: dict[str, Any]) -> dict[str, Any]:
@@ -29,11 +29,19 @@ def _run_order(order: dict[str, Any]) -> dict[str, Any]:
     error = _error(grammar)
     if error is None:
         return {"size": max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)}
-    answer: dict[str, Any] = {"error": " ".join(error.split())}
+    answer: dict[str, Any] = {"error": _reworded(" ".join(error.split()))}
     if grammar.kind == "json":
         with contextlib.suppress(TimeoutError):
-            answer["path"] = culprit(json.loads(grammar.text), _refusal_test(error, start + order["seconds"]))
+            is_refused = _refusal_test(error, start + order["seconds"])
+            answer["path"] = culprit(json.loads(grammar.text), is_refused, keywords_of(error))
     return answer
+
+
+def _reworded(error: str) -> str:
+    """Reword an error for the author of the schema, without llguidance's options."""
+    if error.startswith("oneOf constraints"):
+        return "oneOf: branches that may overlap cannot be told apart; anyOf can be followed"
+    return error
 
 
 def _resident() -> int:
@@ -63,53 +71,17 @@ def _error_at_start(matcher: LLMatcher) -> str | None:
 
 def _refusal_test(error: str, until: float) -> Callable[[Any], bool]:
     """Return a test whether a schema is refused for the same reason; it raises TimeoutError after `until`."""
-    kind = error.partition(":")[0].split("'")[0]
+    kind, keywords = error.partition(":")[0].split("'")[0], set(keywords_of(error))
 
     def is_refused(schema: Any) -> bool:
         if time.monotonic() > until:
             raise TimeoutError
         found = _error(Grammar("json", json.dumps(schema)))
-        return found is not None and found.startswith(kind)
+        if found is None or not keywords:
+            return found is not None and found.startswith(kind)
+        return not keywords.isdisjoint(keywords_of(found))
 
     return is_refused
-
-
-def culprit(schema: Any, is_refused: Callable[[Any], bool]) -> list[str]:
-    """Return the path to the first part that makes a schema refused: refused with it and the parts before it, accepted
-    without it."""
-    path: list[str] = []
-    part = schema
-    while isinstance(part, dict | list) and part:
-        members = _members(part)
-        fewest, most = 0, len(members)  # bounds of the number of leading members that are refused
-        while fewest < most:
-            count = (fewest + most) // 2
-            _keep(part, members[:count])
-            if is_refused(schema):
-                most = count
-            else:
-                fewest = count + 1
-        _keep(part, members[:fewest])
-        if not fewest:
-            break
-        key, part = members[fewest - 1]
-        path.append(str(key))
-    return path
-
-
-def _members(part: dict[str, Any] | list[Any]) -> list[tuple[Any, Any]]:
-    """Return the part's members with their keys, scalars first, since these determine the meaning of the others."""
-    if isinstance(part, list):
-        return list(enumerate(part))
-    return sorted(part.items(), key=lambda item: (item[0] in _SEARCHED_LAST, isinstance(item[1], dict | list)))
-
-
-def _keep(part: dict[str, Any] | list[Any], members: list[tuple[Any, Any]]) -> None:
-    if isinstance(part, list):
-        part[:] = [member for _, member in members]
-    else:
-        part.clear()
-        part.update(members)
 
 
 if __name__ == "__main__":

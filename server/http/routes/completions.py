@@ -51,7 +51,7 @@ async def create_completion(request: Request, body: CompletionBody) -> Answer:
 
 
 async def _answer(services: Services, caller: Caller, body: CompletionBody, send: Send) -> None:
-    services.admission.check_size(len(body.prompt) * body.n)
+    services.admission.check_size(len(body.prompt) * body.n, "n" if len(body.prompt) < body.n else "prompt")
     async with open_target(
         services, caller, body.model, body.adapter_id, adapters=body.adapters, user=body.user
     ) as target:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from adapters.storage.versions import UnknownAdapter, Version
-from server.errors import ModelNotFound, PermissionDenied
+from server.errors import ModelNotFound, NotFound, PermissionDenied
 from server.http.objects.common import DeletedObject, ListObject
 from server.http.objects.models import ModelCard, ModelDetails
 from server.http.operations import OPENING, Operation
@@ -52,6 +52,8 @@ async def list_models(request: Request, query: ModelsQuery) -> Response:
 async def get_model(request: Request) -> Response:
     """Get one model by id: the base, an adapter, or a version of it as `name@digest prefix`."""
     services, asked = services_of(request), request.path_params["id"]
+    if not asked:
+        raise NotFound("No model is named behind `/v1/models/`; the list of all is at `/v1/models`.", param="id")
     if asked in services.settings.base_aliases:
         return JSONResponse(_base_card(services) | services.text.details())
     if "@" in asked:

@@ -12,15 +12,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Send
 
-from server.errors import InvalidRequest, LorakeetError, TooManyRequests, as_error
+from server.errors import InvalidRequest, LorakeetError, NotFound, TooManyRequests, as_error
 from server.http.answer import Answer, encode_json, send_events, send_json, unless_gone
 from server.http.operations import OPENING, Operation
 from server.http.paging import Query, Whole, WindowQuery, window
 from server.openai.chat import Chat, ChatBody, open_chat
 from server.openai.response_body import ResponseBody
 from server.openai.response_input import Item, ItemReference, as_item
-from server.openai.response_objects import DeletedResponse, InputItems, ResponseEvent, ResponseObject
+from server.openai.response_objects import DeletedResponse, InputCount, InputItems, ResponseEvent, ResponseObject
 from server.openai.responses import ResponseWriter
+from server.openai.target import open_target
 from server.responses.running import Followed, Running
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import Caller
@@ -179,6 +180,26 @@ async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObje
         drain.leave()
 
 
+async def count_input_tokens(request: Request, body: ResponseBody) -> Response:
+    """How many tokens the prompt of a response would have; none is made."""
+    services, caller = services_of(request), caller_of(request)
+    work = await asyncio.to_thread(_work, services, caller, body)
+    try:
+        chat = work.chat
+        async with open_target(
+            services, caller, chat.model, chat.adapter_id, adapters=chat.adapters, user=chat.user, task="any"
+        ) as target:
+            _, ids = await chat.encode(target.text, services.engine_info.max_model_len)
+    except LorakeetError as error:
+        raise body.refusal(error) from None
+    return _json(InputCount(input_tokens=len(ids)))
+
+
+async def compact_response(request: Request) -> Response:
+    """Say that there is no such thing here."""
+    raise NotFound("`/v1/responses/compact` is not served: send fewer items, or a summary of them.", code="unsupported")
+
+
 async def get_response(request: Request, query: RetrieveQuery) -> Response | Answer:
     """Get a stored response; with `stream`, its events, if it was created with `background` and `stream`."""
     responses, tenant, id_ = services_of(request).responses, caller_of(request).tenant, request.path_params["id"]
@@ -243,6 +264,8 @@ routes = [
         events=ResponseEvent,
         refuses=(*OPENING, TooManyRequests),
     ),
+    Operation("POST", "/v1/responses/input_tokens", count_input_tokens, answers=InputCount, refuses=OPENING),
+    Operation("POST", "/v1/responses/compact", compact_response, answers=dict[str, Any], refuses=(NotFound,)),
     Operation("GET", "/v1/responses/{id}", get_response, answers=ResponseObject, events=ResponseEvent),
     Operation("GET", "/v1/responses/{id}/input_items", list_input_items, answers=InputItems),
     Operation("POST", "/v1/responses/{id}/cancel", cancel_response, answers=ResponseObject),

@@ -38,7 +38,10 @@ def leading(read: Reader) -> Reader:
 
 
 def json_call(source: Source, known: Collection[str] | None = None) -> Step[None]:
-    """Read `{"name": ..., "arguments": {...}}`, in any order. Also accept `parameters`, and JSON in a string."""
+    """Read `{"name": ..., "arguments": {...}}`, in any order. Also accept `parameters`, and JSON in a string.
+
+    Cohere's `tool_name` is a name.
+    """
     name, early, written = None, None, False
     yield from source.expect("{")
     while True:
@@ -50,7 +53,7 @@ def json_call(source: Source, known: Collection[str] | None = None) -> Step[None
         if key == "function" and is_object:
             yield from json_call(source, known)
             name, written = "", True
-        elif key in ("name", "function") and name is None:
+        elif key in ("name", "function", "tool_name") and name is None:
             name = yield from source.json()
             source.begin(name, known)
             if early is not None:

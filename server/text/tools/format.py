@@ -1,5 +1,6 @@
 """Formats of tool calls."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from server.text.tools.source import Reader
@@ -9,17 +10,27 @@ from server.text.tools.source import Reader
 class Frame:
     """The layout of calls with JSON arguments: `begin`, calls with a `separator` between them, `end`.
 
-    A call is `head`, the function's name, `middle`, the arguments, `tail`.
+    A call is `head`, the function's name, behind `number` (where there is such) the call's number, `middle`, the
+    arguments, `tail`.
     """
 
     head: str
     middle: str
     tail: str
     begin: str = ""
+    number: str = ""
     separator: str = ""
     end: str = ""
     marker: str = ""  # the beginning of `begin` + `head`, which identifies calls in free text
     free: str = ""  # without a marker: the regex of an answer without calls
+
+    def written(self, calls: Iterable[tuple[str, str]]) -> str:
+        """Calls, as names and arguments."""
+        texts = [
+            f"{self.head}{name}{f'{self.number}{i}' if self.number else ''}{self.middle}{arguments}{self.tail}"
+            for i, (name, arguments) in enumerate(calls)
+        ]
+        return self.begin + self.separator.join(texts) + self.end
 
 
 # Fields of a `Frame` with calls as objects in a JSON list.
@@ -36,6 +47,7 @@ class ToolFormat:
         frame: of calls enforced by a grammar; the reader reads these, too.
         markers: texts that the reader needs, so special tokens among them must be decoded.
         id_length: the only length of calls' ids that the template accepts; None: any.
+        id_form: of ids by which the model is told the `{name}` of a call, and its `{number}` in the conversation.
         arguments_as_text: whether the template takes arguments as text, where others take an object.
     """
 
@@ -45,4 +57,5 @@ class ToolFormat:
     frame: Frame
     markers: tuple[str, ...] = ()
     id_length: int | None = None
+    id_form: str = ""
     arguments_as_text: bool = False

@@ -70,8 +70,9 @@ def calls_grammar(
     more = f"({written(frame.separator + frame.head)} call)*" if several else ""
     rules.append(f"calls: {first} call {more} {written(frame.end)}")
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
+    number = f"{written(frame.number)} /[0-9]{{1,4}}/ " if frame.number else ""
     for i, (name, schema) in enumerate(functions):
-        rules.append(f"call_{i}: {written(name + frame.middle)} arguments_{i} {written(frame.tail)}")
+        rules.append(f"call_{i}: {written(name)} {number}{written(frame.middle)} arguments_{i} {written(frame.tail)}")
         rules.append(f"arguments_{i}: {_json(schema)}")
     start = "start: calls" + (f" | {other}" if other else "")
     return "\n".join(["%llguidance {}", start, *rules]) + "\n"

@@ -44,14 +44,15 @@ def for_template(
     if "tool_calls" not in template:
         chat = _with_calls_as_text(chat, tool_format.frame)
     named: dict[Any, str] = {}
+    ids = _Ids(tool_format)
     for message in chat:
         named |= {call.get("id"): call["function"]["name"] for call in message.get("tool_calls") or ()}
         if message["role"] == "tool" and (name := named.get(message.get("tool_call_id"))) is not None:
             message.setdefault("name", name)  # some templates require a name
         if message.get("tool_calls"):
-            message["tool_calls"] = [_call(call, tool_format) for call in message["tool_calls"]]
+            message["tool_calls"] = [_call(call, tool_format, ids) for call in message["tool_calls"]]
         if "tool_call_id" in message:
-            message["tool_call_id"] = _id(message["tool_call_id"], tool_format.id_length)
+            message["tool_call_id"] = ids.of_result(message["tool_call_id"])
     if tools and re.search(r"""message(\.tools\b|\[["']tools["']\])""", template):
         chat = _with_system(chat, "")
         chat[0]["tools"] = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
@@ -104,26 +105,42 @@ def _with_results_in_order(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return ordered
 
 
-def _call(call: Mapping[str, Any], tool_format: ToolFormat) -> dict[str, Any]:
+def _call(call: Mapping[str, Any], tool_format: ToolFormat, ids: "_Ids") -> dict[str, Any]:
     function = dict(call["function"])
     if not tool_format.arguments_as_text:
         function["arguments"] = json.loads(function["arguments"])
-    return {**call, "id": _id(call["id"], tool_format.id_length), "function": function}
+    return {**call, "id": ids.of_call(call["id"], function["name"]), "function": function}
 
 
-def _id(id_: str, length: int | None) -> str:
-    """Return the id, replaced by a hash if it does not have the length that the template requires."""
-    if length is None or (len(id_) == length and id_.isalnum()):
-        return id_
-    return blake2b(id_.encode()).hexdigest()[:length]
+class _Ids:
+    """Ids of calls as the template takes them."""
+
+    def __init__(self, tool_format: ToolFormat) -> None:
+        self._length, self._form = tool_format.id_length, tool_format.id_form
+        self._formed: dict[Any, str] = {}
+        self._count = 0
+
+    def of_call(self, id_: str, name: str) -> str:
+        """Of the conversation's next call."""
+        if self._form:
+            self._formed[id_] = self._form.format(name=name, number=self._count)
+            self._count += 1
+        return self.of_result(id_)
+
+    def of_result(self, id_: str) -> str:
+        """Of an earlier call."""
+        if id_ in self._formed:
+            return self._formed[id_]
+        if self._length is None or (len(id_) == self._length and id_.isalnum()):
+            return id_
+        return blake2b(id_.encode()).hexdigest()[: self._length]
 
 
 def _with_calls_as_text(chat: list[dict[str, Any]], frame: Frame) -> list[dict[str, Any]]:
     for message in chat:
         functions = [call["function"] for call in message.pop("tool_calls", ())]
         if functions:
-            calls = [f"{frame.head}{f['name']}{frame.middle}{f['arguments']}{frame.tail}" for f in functions]
-            text = frame.begin + frame.separator.join(calls) + frame.end
+            text = frame.written((each["name"], each["arguments"]) for each in functions)
             message["content"] = "\n".join(filter(None, [message["content"], text]))
     return chat
 

@@ -8,10 +8,11 @@ from server.text.tools.source import Source, Step
 
 
 def _calls(source: Source, known: Collection[str] | None) -> Step[None]:
-    yield from listed(source, lambda: _call(source, known))
+    yield from listed(source, lambda: python_call(source, known))
 
 
-def _call(source: Source, known: Collection[str] | None) -> Step[None]:
+def python_call(source: Source, known: Collection[str] | None) -> Step[None]:
+    """`get_weather(city="Rome", days=2)`, of a function that is `known` if these are given."""
     if (yield from source.peek()) == "{":  # the layout under a grammar
         yield from json_call(source, known)
         return

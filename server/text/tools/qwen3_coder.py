@@ -1,23 +1,29 @@
-"""Qwen3-Coder: `<tool_call><function=NAME><parameter=KEY>value</parameter></function></tool_call>`."""
+"""Qwen3-Coder: `<tool_call><function=NAME><parameter=KEY>value</parameter></function></tool_call>`; Seed-OSS alike."""
+
+from dataclasses import replace
 
 from server.text.tools.calls import json_call, marked, typed
 from server.text.tools.format import ToolFormat
 from server.text.tools.hermes import FRAME
 from server.text.tools.source import Malformed, Source, Step
 
-_CALL, _FUNCTION = "<tool_call>", "<function="
+_FUNCTION = "<function="
 
 
-def _call(source: Source, marker: str) -> Step[None]:
-    if marker == _CALL:
-        yield from source.space()
-    if (yield from source.next()) == "{":  # the layout under a grammar
-        yield from json_call(source)
-    else:
-        if marker == _CALL:
-            yield from source.expect(_FUNCTION)
-        yield from _function(source)
-    yield from source.accept("</tool_call>")
+def _format(name: str, signs: tuple[str, ...], begin: str, end: str) -> ToolFormat:
+    def call(source: Source, marker: str) -> Step[None]:
+        if marker == begin:
+            yield from source.space()
+        if (yield from source.next()) == "{":  # how a grammar has it written
+            yield from json_call(source)
+        else:
+            if marker == begin:
+                yield from source.expect(_FUNCTION)
+            yield from _function(source)
+        yield from source.accept(end)
+
+    frame = replace(FRAME, head=f'{begin}\n{{"name": "', tail=f"}}\n{end}", marker=begin)
+    return ToolFormat(name, signs, marked(call, begin, _FUNCTION), frame, (begin, end))
 
 
 def _function(source: Source) -> Step[None]:
@@ -38,6 +44,5 @@ def _function(source: Source) -> Step[None]:
         raise Malformed
 
 
-QWEN3_CODER = ToolFormat(
-    "qwen3_coder", (_FUNCTION,), marked(_call, _CALL, _FUNCTION), FRAME, ("<tool_call>", "</tool_call>")
-)
+QWEN3_CODER = _format("qwen3_coder", (_FUNCTION,), "<tool_call>", "</tool_call>")
+SEED = _format("seed", ("<seed:tool_call>",), "<seed:tool_call>", "</seed:tool_call>")

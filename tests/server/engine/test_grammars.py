@@ -296,6 +296,23 @@ def test_one_that_grows_beyond_its_limits_ends_its_request_alone(
     assert answers["free"].finish_reason == "length"
 
 
+@pytest.mark.parametrize("at_once", [1, 6])
+def test_answers_that_fit_one_by_one_never_fill_a_grammar_for_those_after_them(
+    at_once: int, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "LIMITS", LLParserLimits(max_lexer_states=200))
+    grammar = Grammar("regex", f"(a|b|ab|ba)*a(a|b){{90}}(c|d){{{at_once}}}")  # almost every text has states of its own
+    begun = engine.grammars.compile(grammar, []).result()
+    for first in range(0, 6, at_once):
+        seeds = range(first, first + at_once)
+        asked = [constrained(f"{at_once}/{seed}", grammar, seed=seed, max_tokens=40) for seed in seeds]
+        for answer in run(engine, asked).values():
+            assert answer.error is None
+            assert answer.finish_reason == "length"
+    assert begun.spent
+    assert engine.grammars.compile(grammar, []).result() is not begun
+
+
 def test_compiled_grammars_are_kept_within_their_budget(shallow_dir: Path) -> None:
     kept = grammars.Grammars(shallow_dir, VOCAB, [2], budget=3 << 20, priority="normal")
     one = kept.compile(Grammar("regex", "a"), [])

@@ -93,6 +93,8 @@ ENDS = (
     "<end_of_turn>",
     "<|end_of_text|>",
     "<turn|>",
+    "[e~[",
+    "<seed:eos>",
 )
 
 

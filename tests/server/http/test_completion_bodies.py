@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "stop with a number": ({"stop": ["a", 1]}, "stop"),
     "too many stops": ({"stop": ["a"] * 17}, "stop"),
     "too long a stop": ({"stop": "a" * 1025}, "stop"),
-    "too many prompts": ({"prompt": ["a"] * 1025}, "n"),
+    "too many prompts": ({"prompt": ["a"] * 1025}, "prompt"),
     "too many samples of prompts": ({"prompt": ["a"] * 9, "n": 128}, "n"),
     "logit_bias key": ({"logit_bias": {"x": 1}}, "logit_bias"),
     "logit_bias value": ({"logit_bias": {"1": 101}}, "logit_bias.1"),
@@ -231,3 +231,16 @@ async def test_other_methods_and_paths_have_the_same_shape(served: Served) -> No
         response = await served.client.request(method, path)
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_a_path_that_names_no_model_tells_where_the_list_is(served: Served) -> None:
+    response = await served.client.get("/v1/models/")
+    assert response.status_code == 404
+    assert "`/v1/models`" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("prompts", "n", "param"), [(5000, 1, "prompt"), (5000, 2, "prompt"), (100, 128, "n")])
+async def test_more_answers_than_may_ever_wait_name_the_field(served: Served, prompts: int, n: int, param: str) -> None:
+    response = await complete(served, prompt=["a"] * prompts, n=n)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param

@@ -286,6 +286,12 @@ async def test_sampling_is_the_clients(served: Served) -> None:
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens) == (0.5, 0.5, 7, 200)
 
 
+async def test_answers_and_refusals_have_an_id_under_anthropics_name(served: Served) -> None:
+    for response in (await post(served), await post(served, messages=[]), await post(served, "/count_tokens")):
+        assert response.headers["request-id"] == response.headers["x-request-id"]
+    assert "request-id" not in (await served.client.get("/v1/models")).headers
+
+
 async def test_tokens_are_counted_as_they_are_used(served: Served) -> None:
     served.engine.cached_tokens = 0
     asked = {"system": "Be brief.", "tools": [WEATHER]}

@@ -406,3 +406,24 @@ HARMLESS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", HARMLESS)
 async def test_what_clients_send_and_nothing_depends_on_is_accepted(served: Served, name: str) -> None:
     await made(served, **HARMLESS[name])
+
+
+async def test_the_tokens_of_an_input_are_counted(served: Served) -> None:
+    earlier = await made(served, store=True)
+    for asked in ({"instructions": "Be brief.", "tools": [WEATHER]}, {"previous_response_id": earlier["id"]}):
+        used = (await made(served, **asked))["usage"]["input_tokens"]
+        requests = len(served.engine.requests)
+        response = await served.client.post("/v1/responses/input_tokens", json={"model": BASE, "input": "Hi"} | asked)
+        assert response.json() == {"object": "response.input_tokens", "input_tokens": used}
+        assert len(served.engine.requests) == requests
+    response = await served.client.post("/v1/responses/input_tokens", json={"model": BASE, "input": [{"type": "x"}]})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "input.0.type"
+    response = await served.client.post("/v1/responses/input_tokens", json={"model": "none", "input": "Hi"})
+    assert response.status_code == 404
+
+
+async def test_no_input_is_made_shorter(served: Served) -> None:
+    response = await served.client.post("/v1/responses/compact", json={"model": BASE, "input": "Hi"})
+    assert response.status_code == 404
+    assert "/v1/responses/compact" in response.json()["error"]["message"]

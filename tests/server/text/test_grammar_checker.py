@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from server.children.helper import Helpers, HelperTimeout
-from server.children.programs.grammar_check import culprit
+from server.children.programs.grammar_culprit import culprit
 from server.errors import InvalidRequest, Unavailable
 from server.messages.protocol import INVALID_GRAMMAR, Grammar
 from server.text.grammar_checker import GrammarChecker
@@ -69,12 +69,39 @@ async def test_a_good_one_gets_its_size_and_is_known_from_then_on(
 DEEP = {"type": "object", "properties": {"a": {"type": "array", "items": {"$ref": "#/$defs/b"}}}}
 REFUSED: dict[str, tuple[Any, str]] = {
     "uniqueItems": ({"type": "array", "uniqueItems": True}, "/uniqueItems"),
-    "deep in it": (DEEP | {"$defs": {"b": {"anyOf": [{}, {"not": {"const": 1}}]}}}, "/$defs/b/anyOf/1/not/const"),
+    "deep in it": (DEEP | {"$defs": {"b": {"anyOf": [{}, {"not": {"const": 1}}]}}}, "/$defs/b/anyOf/1/not"),
     "a regex": ({"properties": {"x": {"type": "string", "pattern": "(?=a)"}}}, "/properties/x/pattern"),
     "a format": ({"items": {"type": "string", "format": "regex"}}, "/items/format"),
     "a reference abroad": ({"properties": {"x": {"$ref": "http://example.com/"}}}, "/properties/x/$ref"),
     "a reference to nothing": ({"properties": {"x": {"$ref": "#/$defs/y"}}}, "/properties/x/$ref"),
-    "branches that overlap": ({"oneOf": [{"type": "string"}, {"maxLength": 2}]}, "/oneOf/1"),
+    "branches that overlap": ({"oneOf": [{"type": "string"}, {"maxLength": 2}]}, "/oneOf"),
+    "in a definition, of many": (
+        {
+            "properties": {"a": {"$ref": "#/$defs/a"}, "z": {"$ref": "#/$defs/z"}},
+            "$defs": {
+                "a": {"items": {"oneOf": [{"type": "string"}, {"$ref": "#/$defs/b"}]}},
+                "b": {"type": "object", "properties": {"uniqueItems": {"$ref": "#/$defs/c"}}},
+                "c": {"oneOf": [{"type": "integer"}, {"$ref": "#/$defs/d"}]},
+                "d": {"oneOf": [{"type": "string"}, {"const": "oneOf"}]},
+                "z": {"type": "string"},
+            },
+        },
+        "/$defs/d/oneOf",
+    ),
+    "behind a reference": (
+        {
+            "properties": {"a": {"$ref": "#/definitions/a"}},
+            "definitions": {"a": {"items": {"uniqueItems": True, "items": {"$ref": "#/definitions/b"}}}, "b": {}},
+        },
+        "/definitions/a/items/uniqueItems",
+    ),
+    "a keyword that some may have": (
+        {
+            "properties": {"a": {"format": "email"}, "b": {"$ref": "#/$defs/b"}},
+            "$defs": {"a": {"minProperties": 1}, "b": {"items": {"format": "regex"}}, "c": {"format": "regex"}},
+        },
+        "/$defs/b/items/format",
+    ),
     "a wrong type": ({"type": "strin"}, "/type"),
     "nothing fits": (
         {"type": "object", "properties": {"x": False}, "required": ["x"]},

@@ -35,6 +35,8 @@ from tests.support.tiny import CHAT_TEMPLATE, _tokenizer
 WRITTEN = [
     ("think", "<think>\nRome\n or Paris?\n</think>\n\nIt is\n Rome."),
     ("think", "\n<think>Rome\n or Paris?</think>It is\n Rome."),
+    ("minimax_m3", "<mm:think>Rome\n or Paris?</mm:think>It is\n Rome."),
+    ("minicpm", "<|thought_start|>\nRome\n or Paris?\n<|thought_end|>\nIt is\n Rome."),
     ("seed", "<seed:think>Rome\n or Paris?</seed:think>\nIt is\n Rome."),
     ("mistral", "[THINK]Rome\n or Paris?[/THINK]It is\n Rome."),
     ("gemma", "<|channel>thought\nRome\n or Paris?\n<channel|>It is\n Rome."),

@@ -48,9 +48,7 @@ def follows(name: str, kind: str, text: str, answer: Any = None, *, required: bo
 
 def written(name: str, *calls: tuple[str, Any]) -> str:
     """As the format has it."""
-    frame = FORMATS[name].frame
-    parts = [f"{frame.head}{function}{frame.middle}{json.dumps(value)}{frame.tail}" for function, value in calls]
-    return frame.begin + frame.separator.join(parts) + frame.end
+    return FORMATS[name].frame.written((function, json.dumps(value)) for function, value in calls)
 
 
 ONE = ("get_weather", {"city": 'R}"o', "unit": "C"})

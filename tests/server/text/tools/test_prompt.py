@@ -61,6 +61,16 @@ async def rendered(template: str, messages: list[dict[str, Any]], tools: list[di
         ("gemma4", "gemma4"),
         ("gpt_oss", "harmony"),
         ("deepseek_v3.2", "deepseek_dsml"),
+        ("kimi_k2", "kimi"),
+        ("olmo3", "olmo3"),
+        ("hunyuan", "tool_calls"),
+        ("nemotron_nano", "nemotron"),
+        ("command_r7b", "cohere"),
+        ("xlam", "xlam"),
+        ("seed_oss", "seed"),
+        ("minimax_m2", "minimax"),
+        ("minimax_m3", "minimax_m3"),
+        ("minicpm3", "minicpm"),
     ],
 )
 def test_a_format_is_recognised_from_the_template(name: str, tool_format: str) -> None:
@@ -98,6 +108,16 @@ def test_marks_of_other_families(sign: str, tool_format: str) -> None:
         ("gemma4", '<|tool_call>call:get_weather{city:<|"|>Rome<|"|>}<tool_call|>'),
         ("gpt_oss", ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>'),
         ("deepseek_v3.2", '<｜DSML｜parameter name="city" string="true">Rome</｜DSML｜parameter>'),
+        ("hunyuan", '<tool_calls>[{"name": "get_weather", "arguments": {"city": "Rome"}}]</tool_calls>'),
+        ("nemotron_nano", '<TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Rome"}}]</TOOLCALL>'),
+        ("command_r7b", '{"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Rome"}}'),
+        ("xlam", '[{"name": "get_weather", "arguments": {"city": "Rome"}}]'),
+        ("seed_oss", "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Rome</parameter>\n</function>\n"),
+        ("olmo3", '<function_calls>\nget_weather(city="Rome")\n</function_calls>'),
+        ("kimi_k2", '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Rome"}<|'),
+        ("minimax_m2", '<invoke name="get_weather">\n<parameter name="city">Rome</parameter>\n</invoke>'),
+        ("minimax_m3", "]<]minimax[>[<city>Rome]<]minimax[>[</city>]<]minimax[>[</invoke>"),
+        ("minicpm3", '<|tool_call_start|>\n```python\nget_weather(city="Rome")\n```\n<|tool_call_end|>\n'),
     ],
 )
 async def test_history_and_tools_in_the_template_s_own_way(name: str, expected: str) -> None:
@@ -116,6 +136,18 @@ async def test_results_come_in_the_order_of_their_calls(template: str | None) ->
     in_order = await rendered(source, [HISTORY[0], calls, of_a, of_b], [WEATHER])
     assert in_order.index("<a>") < in_order.index("<b>")
     assert await rendered(source, [HISTORY[0], calls, of_b, of_a], [WEATHER]) == in_order
+
+
+async def test_ids_that_tell_the_model_the_function_are_made_of_it() -> None:
+    """Kimi's template writes a call as its id and its arguments."""
+    calls = [CALL, CALL | {"id": "b", "function": {"name": "now", "arguments": "{}"}}]
+    results = [HISTORY[2], {"role": "tool", "content": "noon", "tool_call_id": "b"}]
+    chat = [HISTORY[0], HISTORY[1] | {"tool_calls": calls}, *results, *HISTORY]
+    prompt = await rendered(TOOL_TEMPLATES["kimi_k2"], chat, [WEATHER])
+    begun = [part.partition("<|tool_call_argument_begin|>")[0] for part in prompt.split("<|tool_call_begin|>")[1:]]
+    assert begun == ["functions.get_weather:0", "functions.now:1", "functions.get_weather:2"]
+    returned = [part.partition("<")[0] for part in prompt.split("## Return of ")[1:]]
+    assert returned == [f"{id_}\n{text}" for id_, text in zip(begun, ["sunny", "noon", "sunny"], strict=True)]
 
 
 async def test_results_have_the_name_of_their_function() -> None:

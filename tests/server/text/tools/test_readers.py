@@ -121,6 +121,69 @@ WRITTEN: list[tuple[str, str]] = [
         '<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
     ),
     (
+        "kimi",
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+        '{"city": "Rome", "days": 2}<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>'
+        "{}<|tool_call_end|><|tool_calls_section_end|>",
+    ),
+    (
+        "kimi",
+        "<|tool_calls_section_begin|>\n<|tool_call_begin|> get_weather:12 <|tool_call_argument_begin|>"
+        ' {"city": "Rome", "days": 2} <|tool_call_end|>\n<|tool_call_begin|>now<|tool_call_argument_begin|>{}',
+    ),
+    (
+        "minimax",
+        '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Rome</parameter>\n'
+        '<parameter name="days">2</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
+    ),
+    (
+        "minimax",
+        '<minimax:tool_call><invoke name="get_weather">{"city": "Rome", "days": 2}</invoke></minimax:tool_call>'
+        '<minimax:tool_call><invoke name="now">{}</invoke></minimax:tool_call>',
+    ),
+    (
+        "minimax_m3",
+        ']<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name="get_weather">]<]minimax[>[<city>Rome]<]minimax[>[</city>'
+        "]<]minimax[>[<days>2]<]minimax[>[</days>]<]minimax[>[</invoke>\n"
+        ']<]minimax[>[<invoke name="now">]<]minimax[>[</invoke>\n]<]minimax[>[</tool_call>',
+    ),
+    (
+        "tool_calls",
+        '<tool_calls>[{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}, "id": "0"}, '
+        '{"name": "now", "arguments": {}}]</tool_calls>',
+    ),
+    (
+        "tool_calls",
+        '<tool_calls>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n'
+        '{"name": "now", "arguments": {}}\n</tool_calls>',
+    ),
+    (
+        "nemotron",
+        '<TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}, {"name": "now"}]</TOOLCALL>',
+    ),
+    (
+        "cohere",
+        '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Rome", '
+        '"days": 2}},\n    {"tool_call_id": "1", "tool_name": "now", "parameters": {}}\n]<|END_ACTION|>',
+    ),
+    (
+        "xlam",
+        '[{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}, {"name": "now", "arguments": {}}]',
+    ),
+    (
+        "seed",
+        "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Rome</parameter>\n<parameter=days>2</parameter>\n"
+        "</function>\n</seed:tool_call>\n<seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>",
+    ),
+    (
+        "minicpm",
+        '<|tool_call_start|>\n```python\nget_weather(city="Rome",days=2)\nnow()\n```\n<|tool_call_end|>\n',
+    ),
+    (
+        "olmo3",
+        "<function_calls>\nget_weather(city='Rome', days=2)\nnow()\n</function_calls>",
+    ),
+    (
         "deepseek_dsml",
         '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get_weather">\n{"city": "Rome", "days": 2}\n</｜DSML｜invoke>\n'
         '<｜DSML｜invoke name="now">\n{}\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>',
@@ -216,7 +279,7 @@ def test_python_s_literals_of_any_text(city: str, tags: list[str], at: list[int]
     assert calls(read("pythonic", *cut(text, at))) == [("get_weather", {"city": city, "tags": tags, "days": None})]
 
 
-@pytest.mark.parametrize("name", ["qwen3_coder", "glm"])
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm", "minimax"])
 @settings(max_examples=80, deadline=None)
 @given(city=st.text(max_size=20).filter(lambda text: "</" not in text), at=st.lists(st.integers(0, 999), max_size=6))
 def test_bare_text_stays_text_where_the_schema_says_so(name: str, city: str, at: list[int]) -> None:
@@ -225,8 +288,11 @@ def test_bare_text_stays_text_where_the_schema_says_so(name: str, city: str, at:
         "<parameter=tags>[1, {{}}]</parameter></function>",
         "glm": "get_weather<arg_key>city</arg_key><arg_value>{}</arg_value><arg_key>tags</arg_key>"
         "<arg_value>[1, {{}}]</arg_value>",
+        "minimax": '<invoke name="get_weather"><parameter name="city">{}</parameter>'
+        '<parameter name="tags">[1, {{}}]</parameter></invoke>',
     }
-    text = f"<tool_call>{pair[name].format(city)}</tool_call>"
+    block = "minimax:tool_call" if name == "minimax" else "tool_call"
+    text = f"<{block}>{pair[name].format(city)}</{block}>"
     assert calls(read(name, *cut(text, at))) == [("get_weather", {"city": city, "tags": [1, {}]})]
 
 
@@ -294,6 +360,13 @@ def test_arguments_come_in_pieces_before_their_end() -> None:
     ]
     assert parser.feed('ome"') == [Arguments('ome"')]
     assert parser.feed("}}") == [Arguments("}")]
+
+
+def test_lists_and_objects_in_tags() -> None:
+    mark = "]<]minimax[>["
+    text = f"""{mark}<tool_call>{mark}<invoke name="get_weather">{mark}<tags>{mark}<item>a{mark}</item>\
+{mark}<item>{mark}<n>1{mark}</n>{mark}<on>true{mark}</on>{mark}</item>{mark}</tags>{mark}</invoke>{mark}</tool_call>"""
+    assert calls(read("minimax_m3", *text)) == [("get_weather", {"tags": ["a", {"n": 1, "on": True}]})]
 
 
 def test_text_around_calls() -> None:
