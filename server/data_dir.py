@@ -33,11 +33,11 @@ def locked(data_dir: Path) -> Iterator[None]:
             raise SettingError(f"--data-dir: another server is using {data_dir}") from None
         except OSError as fault:
             log.warning("no lock file can be made in %s (%s)", data_dir, fault.strerror)
-            _lock_itself(data_dir, held)
+            _lock_directory(data_dir, held)
         yield
 
 
-def _lock_itself(data_dir: Path, held: contextlib.ExitStack) -> None:
+def _lock_directory(data_dir: Path, held: contextlib.ExitStack) -> None:
     """Lock the directory instead of a file in it, on a read-only disk."""
     with as_setting_error():
         descriptor = os.open(data_dir, os.O_RDONLY)

@@ -73,11 +73,11 @@ class Setting:
         if isinstance(value, str | Path) and _NOT_UTF8.search(str(value)):
             raise ValueError(f"{str(value)!r} is not UTF-8")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            least, most = self.bounds or (value, value)
-            if not value >= least:
-                raise ValueError(f"{value} is less than {least}")
-            if not value <= most:
-                raise ValueError(f"{value} is more than {most}")
+            lowest, highest = self.bounds or (value, value)
+            if not value >= lowest:
+                raise ValueError(f"{value} is less than {lowest}")
+            if not value <= highest:
+                raise ValueError(f"{value} is more than {highest}")
         return value
 
 
@@ -180,10 +180,10 @@ def _field(
         repeatable: whether several values may be given.
         vllm: vLLM's flag for it, an alias.
     """
-    made = callable(default)
+    is_factory = callable(default)
     row = Setting(
         help=help,
-        default=MISSING if made else default,
+        default=MISSING if is_factory else default,
         default_text=default_text or _default_text(default, parse),
         parse=parse,
         choices=tuple(choices) if choices else None,
@@ -191,7 +191,7 @@ def _field(
         repeatable=repeatable,
         aliases=(vllm,) if vllm else (),
     )
-    if made:
+    if is_factory:
         return field(default_factory=default, metadata={"setting": row})
     return field(default=default, metadata={"setting": row}, repr=not secret)
 

@@ -38,7 +38,7 @@ class Discovery:
         self._engine = engine
         self._publisher = publisher
         self._hub = hub
-        self._importing = asyncio.Lock()
+        self._import_lock = asyncio.Lock()
         self._ignored: dict[str, object] = {}  # name -> signature of the files refused or deleted
         self._fetching: dict[str, asyncio.Task[bool]] = {}  # by name
         self._retry_at: dict[str, float] = {}  # name -> time of the next attempt on the hub
@@ -52,7 +52,7 @@ class Discovery:
             self._publisher.check_name(name)
         except AdapterError:
             return False
-        async with self._importing:
+        async with self._import_lock:
             if root is not None and await self._import(tenant, name, root):
                 return True
         return reference is not None and await self._fetch(tenant, name, reference)
@@ -91,7 +91,7 @@ class Discovery:
             log.warning("--adapter-dir: the directory cannot be read yet: %s", fault)
             return
         for directory in directories:
-            async with self._importing:
+            async with self._import_lock:
                 await self._import(tenant, directory.name, root)
 
     async def _fetch(self, tenant: str, name: str, reference: Reference) -> bool:

@@ -83,7 +83,7 @@ class Publisher:
         self._outline = outline
         self._text = text
         self._checker = checker
-        self._forgetting: set[asyncio.Task[None]] = set()
+        self._forget_tasks: set[asyncio.Task[None]] = set()
         self._workers = thread_pool(_CONCURRENT_CHANGES, "publisher", settings.background_priority)
 
     async def close(self) -> None:
@@ -174,11 +174,13 @@ class Publisher:
 
     def _check_vocabulary(self, spec: AdapterSpec, base: Ready) -> None:
         """Raise AdapterError for an adapter with fewer tokens than the tokenizer can produce."""
-        have, size = base.vocab_size + spec.variants.new_tokens, 0
+        rows, vocabulary = base.vocab_size + spec.variants.new_tokens, 0
         if self._text is not None and spec.variants.new_tokens < 0:
-            size = max(self._text.tokenizer.get_vocab().values(), default=-1) + 1
-        if have < size:
-            raise AdapterError(f"the weights have {have} tokens, fewer than the {size} of the tokenizer", "weights")
+            vocabulary = max(self._text.tokenizer.get_vocab().values(), default=-1) + 1
+        if rows < vocabulary:
+            raise AdapterError(
+                f"the weights have {rows} tokens, fewer than the {vocabulary} of the tokenizer", "weights"
+            )
 
     async def rebuild(self, version: Version) -> None:
         """Rebuild a leased version's damaged files from its own config and weights.
@@ -331,8 +333,8 @@ class Publisher:
         for digest in digests:
             if not self._store.is_answering(digest):
                 task = asyncio.create_task(self._engine.forget(digest))
-                self._forgetting.add(task)
-                task.add_done_callback(self._forgetting.discard)
+                self._forget_tasks.add(task)
+                task.add_done_callback(self._forget_tasks.discard)
 
 
 def outline_of(files: Outline, base: Ready) -> Outline:

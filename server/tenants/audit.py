@@ -164,8 +164,8 @@ def _hour(entry: Entry) -> str:
 
 def _merge(page: bytes, entries: list[Entry]) -> bytes:
     """Return the page with these entries added, each once."""
-    there = {entry.id for entry in _read(page)}
-    fresh = {entry.id: entry for entry in sorted(entries, key=lambda entry: entry.time) if entry.id not in there}
+    present = {entry.id for entry in _read(page)}
+    fresh = {entry.id: entry for entry in sorted(entries, key=lambda entry: entry.time) if entry.id not in present}
     return page + b"".join(msgspec.json.encode(entry) + b"\n" for entry in fresh.values())
 
 

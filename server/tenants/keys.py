@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 TENANT_ID = re.compile("[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?")
 FLUSH_SECONDS = 60.0  # between writes of keys' last uses, so at most this much of them is lost in a crash
 _ID_LENGTH = len("lk-01234567")
-_NOTHING = bytes(32)  # compared with an unknown id's secret, so that the comparison takes as long
+_EMPTY_DIGEST = bytes(32)  # compared with an unknown id's secret, so that the comparison takes as long
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +61,9 @@ class Tenants:
         self._store = TenantStore(database, shared)
         self._shared = shared is not None
         self._poll_seconds = poll_seconds / 2
-        self._static = [_hash(key.encode()) for key in static_keys]
+        self._static_digests = [_hash(key.encode()) for key in static_keys]
         self._changing = threading.Lock()
-        self.requires_key = bool(self._static)
+        self.requires_key = bool(self._static_digests)
         self._last_used: dict[str, int] = {}  # key -> Unix time of its last use, not yet written
         self._records = {TENANT: DEFAULT_RECORD}
         self.tenants: dict[str, Tenant] = {TENANT: DEFAULT_RECORD.tenant}
@@ -76,17 +76,17 @@ class Tenants:
 
     async def start(self) -> None:
         """Read all tenants and keys. Raises RemoteUnavailable."""
-        await asyncio.to_thread(self._read)
+        await asyncio.to_thread(self._load)
 
-    def _read(self) -> None:
+    def _load(self) -> None:
         for id_, record in self._store.load().items():
             self._apply(id_, record)
 
     async def follow(self) -> None:
         """Poll other servers' changes until cancelled."""
         if self._shared:
-            look = partial(asyncio.to_thread, self.poll)
-            await run_periodically(look, self._poll_seconds, "polling keys in the object store", RemoteUnavailable)
+            poll = partial(asyncio.to_thread, self.poll)
+            await run_periodically(poll, self._poll_seconds, "polling keys in the object store", RemoteUnavailable)
 
     def poll(self) -> None:
         """Apply other servers' changes once. Raises RemoteUnavailable."""
@@ -134,9 +134,9 @@ class Tenants:
         """Return the caller with this secret; None for an unknown, revoked or expired one. Uses memory only."""
         digest = _hash(secret)
         # All comparisons are made, so that the time taken reveals nothing about the keys.
-        static = [hmac.compare_digest(digest, known) for known in self._static]
+        static = [hmac.compare_digest(digest, known) for known in self._static_digests]
         id_ = secret[:_ID_LENGTH].decode("latin-1")
-        stored, caller = self._callers.get(id_, (_NOTHING, None))
+        stored, caller = self._callers.get(id_, (_EMPTY_DIGEST, None))
         key = self.keys.get(id_)
         if hmac.compare_digest(digest, stored) and key is not None and key.valid(now := time.time()):
             self._last_used[id_] = int(now)
@@ -272,7 +272,7 @@ class Tenants:
                 return record
             others = self.keys | {id_: other.key for id_, other in record.keys.items()}
             others.pop(key.id)
-            if not self._static and not any(map(_lasting_operator, others.values())):
+            if not self._static_digests and not any(map(_lasting_operator, others.values())):
                 message = "This is the operator's last key; create another one first."
                 raise Conflict(message, param="id", code="last_key")
             return record.with_key(replace_fields(stored, key=replace_fields(stored.key, revoked_at=int(time.time()))))

@@ -94,17 +94,17 @@ class Allowance:
 
         Raises TooManyRequests when they do not fit now, PermissionDenied when they never can.
         """
-        most = self.limits.device_rows
-        if most is None or not rows:
+        limit = self.limits.device_rows
+        if limit is None or not rows:
             return
         kind, count = _largest(rows)
-        if count > most:
+        if count > limit:
             message = f"This adapter and those that you have pinned take {count} rows of {kind} on the device;"
-            raise PermissionDenied(f"{message} your limit is {most}.", code="device_rows_exceeded")
+            raise PermissionDenied(f"{message} your limit is {limit}.", code="device_rows_exceeded")
         kind, count = _largest({**self._rows, **rows})
-        if count > most:
+        if count > limit:
             message = f"With adapters that you use at present this one takes {count} rows of {kind} on the device;"
-            raise self._too_many(f"{message} your limit is {most}.", 1)
+            raise self._too_many(f"{message} your limit is {limit}.", 1)
 
     def take(self, sequences: int, prompt_tokens: int, rows: Rows = NO_ROWS) -> None:
         """Count a starting request; each of its sequences must `end`."""

@@ -12,14 +12,14 @@ _EXPECTED = (RemoteUnavailable, DatabaseBusy, OSError)
 log = logging.getLogger(__name__)
 
 
-async def send_periodically(seconds: float, *sends: Callable[[], None]) -> None:
-    """Call `sends` periodically, and once more when cancelled. After a fault the next call sends the rest, also after a
-    restart."""
+async def send_periodically(seconds: float, *send_functions: Callable[[], None]) -> None:
+    """Call the functions periodically, and once more when cancelled. After a fault the next call sends the rest, also
+    after a restart."""
     outage = False
     try:
         while True:
             try:
-                await _send(*sends)
+                await _send(*send_functions)
                 outage = False
             except Exception as fault:
                 if not outage:
@@ -30,13 +30,13 @@ async def send_periodically(seconds: float, *sends: Callable[[], None]) -> None:
     finally:
         if not outage:
             try:
-                await _send(*sends)
+                await _send(*send_functions)
             except _EXPECTED as fault:
                 log.warning(
                     "the last usage and audit entries are sent to the object store at the next start: %s", fault
                 )
 
 
-async def _send(*sends: Callable[[], None]) -> None:
-    for send in sends:
+async def _send(*send_functions: Callable[[], None]) -> None:
+    for send in send_functions:
         await asyncio.to_thread(send)

@@ -26,7 +26,7 @@ VALUES: dict[str, Any] = {
     "dependentRequired": {"a": ["b"]},
     "unevaluatedProperties": False,
 }
-BESIDE = {"if": {"then": {"required": ["b"]}}}
+OPTIONAL_FILES = {"if": {"then": {"required": ["b"]}}}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_thousand_finished_answers_are_valid(engine: Engine, tokenizer: Tokeni
 
 @pytest.mark.parametrize("keyword", UNSUPPORTED)
 def test_unsupported_keywords_are_refused_by_name(keyword: str) -> None:
-    part = {keyword: VALUES.get(keyword, {})} | BESIDE.get(keyword, {})
+    part = {keyword: VALUES.get(keyword, {})} | OPTIONAL_FILES.get(keyword, {})
     answer = checked({"type": "object", "properties": {"a": part}})
     assert answer["path"][:2] == ["properties", "a"]
     assert answer["path"][2] in part

@@ -121,7 +121,7 @@ OTHERS = {
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 # Bodies of routes with an object in the path.
-BESIDE: dict[str, dict[str, Any]] = {
+OPTIONAL_FILES: dict[str, dict[str, Any]] = {
     "promote": {"digest": "{digest}"},
     "merge": {"to": "checkpoint"},
     "share": {"tenants": ["acme"]},
@@ -167,7 +167,7 @@ def asked(operation: Operation) -> list[tuple[str, dict[str, Any] | None]]:
     rest = operation.path.removeprefix(path).replace("{file}", "model.safetensors")
     body = None
     if operation.method == "POST":
-        body = BESIDE.get(operation.path) or BESIDE.get(operation.path.rpartition("/")[2])
+        body = OPTIONAL_FILES.get(operation.path) or OPTIONAL_FILES.get(operation.path.rpartition("/")[2])
     return [(f"{path.partition('{')[0]}{{{KINDS[path]}}}{rest}", body)]
 
 

@@ -216,8 +216,8 @@ async def test_a_busy_machine_refuses_nothing_for_good(
 async def test_a_child_that_sleeps_is_late_and_one_that_works_is_at_its_limit() -> None:
     outcomes = []
     for work, seconds in (("import time; time.sleep(30)", 0.5), ("while True: pass", 60)):
-        code = f"from server.children.forked import _answer\ndef work(_):\n    {work}\n"
-        code += f"print(_answer(work, {seconds}, 1, 64 << 20, b'{{}}').decode())"
+        code = f"from server.children.forked import _fork_and_run\ndef work(_):\n    {work}\n"
+        code += f"print(_fork_and_run(work, {seconds}, 1, 64 << 20, b'{{}}').decode())"
         ended = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", code], capture_output=True, check=True)
         outcomes.append(next(iter(json.loads(ended.stdout))))
     assert outcomes == ["late", "limit"]
