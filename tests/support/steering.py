@@ -172,6 +172,12 @@ class Life:
             await self._cancel_all()
             await self._serving.aclose()
 
+    def ended_one(self, task: asyncio.Task[Any]) -> None:
+        """One of its tasks is over; how, nobody is told by a dead server."""
+        self.tasks.discard(task)
+        if self.dead and not task.cancelled():
+            task.exception()
+
     async def kill(self) -> None:
         """As by SIGKILL."""
         self.dead = True
@@ -378,17 +384,12 @@ async def fleet(root: Path, count: int, seed: int, **settings: Any) -> AsyncIter
         task = asyncio.Task(work, loop=loop, **options)
         if (life := _LIFE.get()) is not None:
             life.tasks.add(task)
-            task.add_done_callback(life.tasks.discard)
+            task.add_done_callback(life.ended_one)
         return task
-
-    def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if not isinstance(context.get("exception"), Killed):
-            loop.default_exception_handler(context)
 
     with pytest.MonkeyPatch.context() as patch:
         _patch(patch)
         loop.set_task_factory(factory)
-        loop.set_exception_handler(report)
         try:
             for place in range(count):
                 await steered.open(place)
@@ -403,7 +404,6 @@ async def fleet(root: Path, count: int, seed: int, **settings: Any) -> AsyncIter
             raise
         finally:
             loop.set_task_factory(None)
-            loop.set_exception_handler(None)
 
 
 def _patch(patch: pytest.MonkeyPatch) -> None:
