@@ -25,7 +25,7 @@ from adapters.storage.database import DatabaseBusy, UnknownCursorError
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter
 from server.logs import add_log_fields
 
-_ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors
+ANTHROPIC_PATH = "/v1/messages"  # where answers and errors have Anthropic's shapes, and below
 _TYPE_ERRORS = ("literal_error", "model_type", "dict_type", "list_type", "string_type", "int_type", "float_type")
 _NOT_OBJECT = ("model_type", "model_attributes_type", "dict_type")  # their messages speak of pydantic and Python
 _ANTHROPIC_TYPES = {
@@ -306,13 +306,9 @@ def as_error(exc: Exception) -> LorakeetError:
 def error_response(error: LorakeetError, path: str = "") -> Response:
     """Return the error as an HTTP response, in the path's format, and note its code for the access line."""
     add_log_fields(code=error.code or error.type)
-    body = anthropic_body(error) if is_anthropic(path) else error.body()
+    anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+    body = anthropic_body(error) if anthropic else error.body()
     return JSONResponse(body, status_code=error.status, headers=error.headers)
-
-
-def is_anthropic(path: str) -> bool:
-    """Whether answers on this path have Anthropic's shapes."""
-    return path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
 
 
 def anthropic_body(error: LorakeetError) -> dict[str, Any]:

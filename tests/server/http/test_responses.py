@@ -258,7 +258,7 @@ async def test_formats_and_choices_are_those_of_chat(served: Served) -> None:
     await post(served, text={"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}})
     grammar = served.engine.requests[-1].sampling.grammar
     assert grammar is not None
-    assert json.loads(grammar.text) == schema
+    assert json.loads(grammar.text) == schema | {"additionalProperties": False}
     await post(served, text={"format": {"type": "json_object"}})
     grammar = served.engine.requests[-1].sampling.grammar
     assert grammar is not None
