@@ -34,6 +34,12 @@ WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {"name": "get_weather", "description": "The weather.", "parameters": WEATHER_SCHEMA},
 }
+NAMELESS: dict[str, Any] = {
+    "name": "go",
+    "description": "-",
+    "parameters": {"type": "object", "properties": {"a": {"type": "string", "maxLength": 4}}, "required": ["a"]}
+    | {"additionalProperties": False},
+}
 NOW: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
 STRICT: dict[str, Any] = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
 CALLS = (
@@ -269,7 +275,7 @@ async def test_of_some_allowed_tools_the_model_is_told_alone(served: Served) -> 
         "allowed_tools": {"mode": "required", "tools": [bad | {"function": {"name": "bad"}}]},
     }
     error = (await chat(served, tools=[NOW, bad], tool_choice=choice)).json()["error"]
-    assert error["param"] == "tools.1.function.parameters.properties.a.not.type"
+    assert error["param"] == "tools.1.function.parameters.properties.a.not"
 
 
 def function(**fields: Any) -> list[Any]:
@@ -372,6 +378,18 @@ async def following(tmp_path: Path, engine: Engine) -> AsyncIterator[Served]:
         yield served
 
 
+@pytest.fixture(scope="module")
+def roomy_engine(model_dir: Path, cache_dir: Path) -> Engine:
+    return load_engine(model_dir, cache_dir, max_model_len=512)
+
+
+@pytest.fixture
+async def roomy(tmp_path: Path, roomy_engine: Engine) -> AsyncIterator[Served]:
+    kind = type("Following", (FollowingEngine,), {"engine": roomy_engine, "arrived": {}})
+    async with serving(tmp_path, engine=kind, context=512) as served:
+        yield served
+
+
 @pytest.fixture
 def client(following: Served) -> openai.AsyncOpenAI:
     http = httpx2.AsyncClient(transport=httpx2.ASGITransport(following.app))
@@ -396,6 +414,25 @@ async def test_required_calls_parse_and_validate(following: Served) -> None:
             check(call)
             names.add(call["function"]["name"])
     assert names == {"get_weather", "now"}
+
+
+@pytest.mark.parametrize("template", TOOL_TEMPLATES)
+async def test_required_calls_of_every_format_parse_and_validate(roomy: Served, template: str) -> None:
+    use_template(roomy, TOOL_TEMPLATES[template].replace("tojson(indent=4)", "tojson"))
+    body: dict[str, Any] = {"n": 4, "seed": 5, "temperature": 1.3, "max_tokens": 160, "tool_choice": "required"}
+    body |= {"messages": [{"role": "user", "content": "?"}], "tools": [{"type": "function", "function": NAMELESS}]}
+    choices = (await chat(roomy, **body)).json()["choices"]
+    chunks = events(await chat(roomy, stream=True, **body))
+    for choice in choices:
+        calls = [[call["function"]["name"], call["function"]["arguments"]] for call in choice["message"]["tool_calls"]]
+        streamed = assembled(chunks, choice["index"])
+        assert (streamed["tool_calls"], streamed["content"]) == (calls, choice["message"]["content"])
+        assert streamed["finish_reason"] == choice["finish_reason"]
+        assert choice["message"]["content"] is None
+        for name, arguments in calls if choice["finish_reason"] == "tool_calls" else calls[:-1]:
+            assert name == "go"
+            assert jsonschema_rs.is_valid(NAMELESS["parameters"], json.loads(arguments))
+    assert any(choice["message"]["tool_calls"] for choice in choices)
 
 
 @pytest.mark.slow

@@ -340,6 +340,9 @@ def test_calls_and_nothing_else_are_cut_short_without_text(name: str) -> None:
     for length in range(len(text)):
         events = read(name, text[:length], ends=False, calls_only=True)
         assert not any(isinstance(event, Text) for event in events)
+        if length < len(frame.begin):  # in the middle of a character
+            half = text[:length] + "\N{REPLACEMENT CHARACTER}"
+            assert Parser(FORMATS[name].reader, PARAMETERS, calls_only=True).feed(half, last=True, cut=True) == []
 
 
 @pytest.mark.parametrize("text", ["I look", "a < b", 'See <tool_call> ! {"a"', "<tool_call>no", "1 <tool"])
