@@ -55,7 +55,7 @@ class Batches(Worker[Batch]):
 
     Args:
         directory: holds the input file and the answers of batches while they run.
-        at_once: most concurrent requests of all batches together.
+        max_concurrent: most concurrent requests of all batches together.
         limits: of one batch.
 
     Attributes:
@@ -69,7 +69,7 @@ class Batches(Worker[Batch]):
         files: FileStore,
         metrics: BatchMetrics,
         *,
-        at_once: int,
+        max_concurrent: int,
         limits: Limits,
     ) -> None:
         super().__init__(store)
@@ -80,7 +80,7 @@ class Batches(Worker[Batch]):
         self._files = files
         self._metrics = metrics
         self._limits = limits
-        self._places = asyncio.Semaphore(at_once)
+        self._places = asyncio.Semaphore(max_concurrent)
         self._alone = asyncio.Lock()  # held by a request that may have caused an engine's death, while it is retried
         self._checking = asyncio.Lock()
         self._stops: dict[str, asyncio.Event] = {}
@@ -88,7 +88,7 @@ class Batches(Worker[Batch]):
 
     # --- lifecycle ------------------------------------------------------------------------------------
 
-    def _sort_out(self) -> None:
+    def _clean_up_at_start(self) -> None:
         aside = self._directory.parent / lost.LOST_AND_FOUND
         lost.ensure_directory(self._directory, aside)
         known = self.store.statuses()
@@ -98,7 +98,7 @@ class Batches(Worker[Batch]):
         unknown = [path for path in left if path.name not in known]
         lost.remove_or_set_aside(unknown, self._pending, aside / self._directory.name, self.store.database.path.name)
 
-    async def heed(self, batch: Batch) -> None:
+    async def status_changed(self, batch: Batch) -> None:
         if stop := self._stops.get(batch.id):
             stop.set()
 
@@ -111,7 +111,7 @@ class Batches(Worker[Batch]):
     async def create(self, caller: Caller, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
         """Record a batch and start it."""
         batch = await asyncio.to_thread(self._create, caller, endpoint, file, metadata)
-        self.go_on(batch)
+        self.enqueue(batch)
         return batch
 
     def _create(self, caller: Caller, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
@@ -136,7 +136,7 @@ class Batches(Worker[Batch]):
 
     async def cancel(self, batch: Batch) -> Batch:
         """Cancel a batch. Raises BatchStateError when it has ended or is finalizing."""
-        moved = await asyncio.to_thread(self.store.steer, batch, "cancelling")
+        moved = await asyncio.to_thread(self.store.move_for_client, batch, "cancelling")
         if stop := self._stops.get(batch.id):
             stop.set()
         return moved
@@ -148,12 +148,12 @@ class Batches(Worker[Batch]):
 
     # --- one batch ---------------------------------------------------------------------------------------
 
-    def begin(self, batches: Sequence[Batch]) -> None:
+    def start_tasks(self, batches: Sequence[Batch]) -> None:
         self._stops.update((batch.id, asyncio.Event()) for batch in batches)
-        super().begin(batches)
+        super().start_tasks(batches)
 
-    def _ended(self, batch_id: str) -> None:
-        super()._ended(batch_id)
+    def _task_ended(self, batch_id: str) -> None:
+        super()._task_ended(batch_id)
         self._stops.pop(batch_id, None)
         self._journals.pop(batch_id, None)
 
@@ -180,10 +180,10 @@ class Batches(Worker[Batch]):
                 break
         else:
             return  # the lease is lost: another server runs it
-        await self.clear(batch.id)
-        await asyncio.to_thread(self.store.forget, batch.id)
+        await self.remove_files(batch.id)
+        await asyncio.to_thread(self.store.delete_files, batch.id)
 
-    async def clear(self, id_: str) -> None:
+    async def remove_files(self, id_: str) -> None:
         await asyncio.to_thread(lost.rename_and_remove, self._directory / id_)
 
     async def _move(self, batch: Batch, status: Status, **changes: object) -> Batch:

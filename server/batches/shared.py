@@ -19,7 +19,7 @@ from adapters.storage.leases import LeaseLost
 from adapters.storage.versions import RemoteUnavailable
 from server.batches.rows import ANSWERS, INPUT
 from server.batches.store import FINAL, Batch, BatchStateError, BatchStore, Status
-from server.finetune.shared import Shared, place
+from server.finetune.shared import Shared, list_position
 from server.tenants.caller import Caller
 
 if TYPE_CHECKING:
@@ -54,25 +54,25 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         *,
         number: int | None = None,
     ) -> Batch:
-        return super().create(caller, endpoint, input_file, metadata, number=number or place())
+        return super().create(caller, endpoint, input_file, metadata, number=number or list_position())
 
     def share(self, batch: Batch, directory: Path) -> None:
         """Upload a new batch for other servers; its row is removed when that fails."""
         try:
             self._bucket.put_file(self._object(batch.id, INPUT), directory / INPUT)
-            self._send_new(batch.id, parts=[])
+            self._upload_new(batch.id, parts=[])
         except BaseException:
-            self._never(batch.id)
+            self._remove_unshared(batch.id)
             raise
 
     def share_all(self) -> None:
         """Upload batches created before the server used a store, with their answers so far."""
-        for batch in self.never_shared():
+        for batch in self.unshared_records():
             directory, parts = self._directory / batch.id, list[dict[str, Any]]()
-            if batch.goes_on:
+            if batch.has_work:
                 self._bucket.put_file(self._object(batch.id, INPUT), directory / INPUT)
                 parts = [part for name in ANSWERS.values() if (part := self._part(batch.id, name, 0, 1)) is not None]
-            self._send_new(batch.id, parts=parts)
+            self._upload_new(batch.id, parts=parts)
 
     def move(self, batch: Batch, status: Status, **changes: Any) -> Batch:
         """Change the status. All answers are in the store before it is `finalizing`: a successor has no rows to run."""
@@ -80,8 +80,8 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
             self._answered.add(batch.id)
         return self._change(batch, self._moving(status, changes), changes)
 
-    def steer(self, batch: Batch, status: Status) -> Batch:
-        return self._change(batch, self._moving(status, {}), {}, anybody=True)
+    def move_for_client(self, batch: Batch, status: Status) -> Batch:
+        return self._change(batch, self._moving(status, {}), {}, by_any_server=True)
 
     def complete(self, batch: Batch) -> None:
         """Upload the answered lines first, so that a server that takes over writes the same files."""
@@ -89,7 +89,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         try:
             self.send(batch.id)
         except LeaseLost:
-            raise BatchStateError(f"{batch.id} is another server's now.") from None
+            raise BatchStateError(f"{batch.id} is now held by another server.") from None
 
     def _moving(self, status: Status, changes: Mapping[str, Any]) -> Callable[["Content"], "Content"]:
         def change(content: "Content") -> "Content":
@@ -97,8 +97,8 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
 
         return change
 
-    def take_up(self, but: Collection[str] = ()) -> list[Batch]:
-        taken = super().take_up(but)
+    def claim(self, excluding: Collection[str] = ()) -> list[Batch]:
+        taken = super().claim(excluding)
         for batch in taken:
             self._prepared.discard(batch.id)
         return taken
@@ -159,7 +159,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
     def _copy(self, content: "Content", changes: Mapping[str, Any] | None = None, *, claimed: bool = False) -> bool:
         return self._copy_row(content, changes)
 
-    def forget(self, id_: str, but: Sequence[str] = ()) -> None:
+    def delete_files(self, id_: str, keep: Sequence[str] = ()) -> None:
         self._answered.discard(id_)
         if self.leases.holds(id_):
-            super().forget(id_, but)
+            super().delete_files(id_, keep)

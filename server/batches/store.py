@@ -68,7 +68,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     error_file: str | None = None
 
     @property
-    def goes_on(self) -> bool:
+    def has_work(self) -> bool:
         """Whether it is unfinished."""
         return self.status not in FINAL
 
@@ -133,7 +133,7 @@ class BatchStore(RecordTable[Batch, Status]):
 
     # --- sharing among servers: overridden by `SharedBatches` -----------------------------------------
 
-    def steer(self, batch: Batch, status: Status) -> Batch:
+    def move_for_client(self, batch: Batch, status: Status) -> Batch:
         """Change the status on a client's behalf, even if another server runs the batch."""
         return self.move(batch, status)
 
@@ -146,5 +146,5 @@ class BatchStore(RecordTable[Batch, Status]):
     def complete(self, batch: Batch) -> None:
         """All requests have their lines; there will be files of them. Raises BatchStateError."""
 
-    def forget(self, id_: str) -> None:
+    def delete_files(self, id_: str) -> None:
         """Delete the uploaded files of its directory."""

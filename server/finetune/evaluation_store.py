@@ -44,7 +44,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     deaths: int = 0  # of engines with one of its sequences in flight
 
     @property
-    def goes_on(self) -> bool:
+    def has_work(self) -> bool:
         """Whether it is unfinished."""
         return self.status == "running"
 

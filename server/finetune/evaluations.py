@@ -94,7 +94,7 @@ class Evaluations(Worker[Evaluation]):
     """The worker on evaluations; each starts from its beginning, also after a change of servers.
 
     Args:
-        at_once: most sequences in the engine, of all evaluations together.
+        max_concurrent: most sequences in the engine, of all evaluations together.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Evaluations(Worker[Evaluation]):
         engine: EngineClient,
         text: TextProcessor,
         *,
-        at_once: int,
+        max_concurrent: int,
     ) -> None:
         super().__init__(store)
         self.store = store
@@ -113,7 +113,7 @@ class Evaluations(Worker[Evaluation]):
         self._registry = registry
         self._engine = engine
         self._text = text
-        self._slots = asyncio.Semaphore(at_once)
+        self._slots = asyncio.Semaphore(max_concurrent)
 
     # --- client operations --------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class Evaluations(Worker[Evaluation]):
         """Record an evaluation and start it."""
         create = partial(self.store.create, tenant, model=model, adapter=adapter, digest=digest, file=file)
         evaluation = await asyncio.to_thread(create, max_examples=max_examples)
-        self.go_on(evaluation)
+        self.enqueue(evaluation)
         return evaluation
 
     async def delete(self, tenant: str, evaluation_id: str) -> None:
@@ -134,8 +134,8 @@ class Evaluations(Worker[Evaluation]):
             await asyncio.to_thread(self._delete_files, evaluation)  # first, or nobody would know of them
             await asyncio.to_thread(self.store.delete, evaluation_id)
         except BaseException:
-            if evaluation.goes_on:
-                self.go_on(evaluation)
+            if evaluation.has_work:
+                self.enqueue(evaluation)
             raise
 
     # --- lifecycle -------------------------------------------------------------------------------------------

@@ -94,8 +94,8 @@ class JobManager(Worker[Job]):
 
     # --- lifecycle ------------------------------------------------------------------------------------
 
-    def _sort_out(self) -> None:
-        restore.sort_out(self._jobs, self._directory, self._pending)
+    def _clean_up_at_start(self) -> None:
+        restore.clean_up_at_start(self._jobs, self._directory, self._pending)
 
     async def wait_for_news(self, seconds: float) -> None:
         """Wait for a change of any job, for at most `seconds`."""
@@ -111,7 +111,7 @@ class JobManager(Worker[Job]):
     async def create(self, tenant: str, spec: JobSpec, initial: Path | None = None) -> Job:
         """Record a job and start it. `initial`: files of the adapter version to continue from."""
         job = await asyncio.to_thread(self._create, tenant, spec, initial)
-        self.go_on(job)
+        self.enqueue(job)
         self._announce()
         return job
 
@@ -125,7 +125,7 @@ class JobManager(Worker[Job]):
             directory.mkdir(parents=True)
             if initial is not None:
                 copy_initial(initial, directory)
-            restore.note(directory, restore.JOB, job)
+            restore.write_record(directory, restore.JOB, job)
             sync(directory)
             sync(self._directory)
             self._database.after_commit(undo.pop_all)
@@ -189,7 +189,7 @@ class JobManager(Worker[Job]):
             await asyncio.wait({task})
         status: Status = "validating_files" if now.start is None else "queued"
         resumed = await self._move(job, status, "Job resumed", asked=True, expected="paused", waits_for_space=False)
-        self.go_on(resumed)
+        self.enqueue(resumed)
         return resumed
 
     def estimated_finish(self, job: Job) -> int | None:
@@ -208,24 +208,24 @@ class JobManager(Worker[Job]):
         await self.abandon(job.id)
         return False
 
-    async def heed(self, job: Job) -> None:
+    async def status_changed(self, job: Job) -> None:
         self._announce()
         if job.status in FINAL or job.status == "pausing":
             await self._let_go(job, save=job.status == "pausing")
         elif job.status != "running":
             await self.abandon(job.id)
 
-    async def clear(self, id_: str) -> None:
+    async def remove_files(self, id_: str) -> None:
         await asyncio.to_thread(lost.rename_and_remove, self._directory / id_)
 
     async def _clean_up(self, job: Job) -> None:
         """Remove the files needed to resume; published adapters are stored elsewhere."""
-        await self.clear(job.id)
-        await asyncio.to_thread(self._jobs.forget, job.id)
+        await self.remove_files(job.id)
+        await asyncio.to_thread(self._jobs.delete_files, job.id)
 
     async def _move(self, job: Job, status: Status, message: str, *, asked: bool = False, **changes: Any) -> Job:
         """Change a job's status. `asked`: on a client's behalf, even if another server works on the job."""
-        move: Callable[..., Job] = self._jobs.steer if asked else self._jobs.move
+        move: Callable[..., Job] = self._jobs.move_for_client if asked else self._jobs.move
         moved = await asyncio.to_thread(move, job, status, message, **changes)
         self._announce()
         return moved
@@ -268,14 +268,14 @@ class JobManager(Worker[Job]):
             job = await self._move(job, "queued", "The server restarted; the job is queued again")
         directory = self._directory / job.id
         directory.mkdir(parents=True, exist_ok=True)
-        await asyncio.to_thread(self._jobs.fetch, job.id, directory, job.inputs)
+        await asyncio.to_thread(self._jobs.download_files, job.id, directory, job.inputs)
         if job.start is None:
             start, taught = await self._preparation.start_message(
                 job, await engine_up(self._engine), directory, partial(self._ask_memory, job)
             )
             message = "Files validated, moving job to queued state"
             job = await self._move(job, "queued", message, start=start, **taught)
-            await asyncio.to_thread(restore.note, directory, restore.JOB, job)
+            await asyncio.to_thread(restore.write_record, directory, restore.JOB, job)
         elif job.status == "validating_files":  # resumed by a server that did not know yet that they were validated
             job = await self._move(job, "queued", "Files validated, moving job to queued state")
         async with self._slots.take(job.tenant):

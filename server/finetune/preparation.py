@@ -103,7 +103,7 @@ class Preparation:
         )
         files = [train_data] if valid_data is None else [train_data, valid_data]
         inputs = {file.name: await asyncio.to_thread(file_hash, file) for file in files}
-        await asyncio.to_thread(self._jobs.put, job.id, directory, inputs)
+        await asyncio.to_thread(self._jobs.upload_files, job.id, directory, inputs)
         formats = {"tool_format": train.tool_format, "reasoning_format": train.reasoning_format}
         return start, {"stop_tokens": list(train.stop_tokens), "inputs": {**job.inputs, **inputs}} | formats
 

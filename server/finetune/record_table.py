@@ -23,7 +23,7 @@ class Record(Protocol):
     @property
     def created_at(self) -> int: ...
     @property
-    def goes_on(self) -> bool: ...  # whether there is work to do
+    def has_work(self) -> bool: ...  # whether there is work to do
 
 
 R = TypeVar("R", bound=Record)
@@ -125,9 +125,9 @@ class RecordTable(Generic[R, S]):
             ).fetchall()
         return self._readable(rows)
 
-    def take_up(self, but: Collection[str] = ()) -> list[R]:
-        """Return the records for this server to start work on, without the ids in `but`."""
-        return [record for record in self.unfinished() if record.goes_on and record.id not in but]
+    def claim(self, excluding: Collection[str] = ()) -> list[R]:
+        """Return the records for this server to start work on, without the ids in `excluding`."""
+        return [record for record in self.unfinished() if record.has_work and record.id not in excluding]
 
     def ended(self, record: R) -> bool:
         """Whether a record has ended."""

@@ -61,7 +61,7 @@ def sharing_of(served: Served) -> sharing.Sharing:
 
 
 def has_room(served: Served, most: int) -> None:
-    sharing_of(served).records._most = most
+    sharing_of(served).records._max_held = most
 
 
 async def ask(served: Served, method: str, path: str, **options: Any) -> Any:
