@@ -1,7 +1,7 @@
 """Batches shared by several servers in an object store; the rows in the local database are a copy.
 
 `batches/<id>.json` is a batch, its lease, and the list of its answers' parts; `batch-files/<id>/` has its file and
-these parts. A server that takes a batch over runs only rows without an answer in any part.
+these parts. The next lease holder runs only rows without an answer in any part.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         return super().create(caller, endpoint, input_file, metadata, number=number or list_position())
 
     def share(self, batch: Batch, directory: Path) -> None:
-        """Upload a new batch for other servers; its row is removed when that fails."""
+        """Upload a new batch for other servers; its row is removed if that fails."""
         try:
             self._bucket.put_file(self._object(batch.id, INPUT), directory / INPUT)
             self._upload_new(batch.id, parts=[])
@@ -84,7 +84,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         return self._change(batch, self._moving(status, {}), {}, by_any_server=True)
 
     def complete(self, batch: Batch) -> None:
-        """Upload the answered lines first, so that a server that takes over writes the same files."""
+        """Upload all answers first, so that another lease holder writes the same files."""
         self._answered.add(batch.id)
         try:
             self.send(batch.id)
@@ -98,10 +98,10 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         return change
 
     def claim(self, excluding: Collection[str] = ()) -> list[Batch]:
-        taken = super().claim(excluding)
-        for batch in taken:
+        claimed = super().claim(excluding)
+        for batch in claimed:
             self._prepared.discard(batch.id)
-        return taken
+        return claimed
 
     def prepare(self, batch: Batch, directory: Path) -> None:
         """Copy the answers from the store, once for each lease: other servers may have added some."""
@@ -120,7 +120,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
                 for part in found["parts"]:
                     if part["file"] == name:
                         if (read := self._bucket.read(self._object(batch.id, part["name"]))) is None:
-                            raise RemoteUnavailable(f"{part['name']} of {batch.id} is not there")
+                            raise RemoteUnavailable(f"{part['name']} of {batch.id} is missing")
                         file.write(read.content)
                 os.fsync(file.fileno())
         self._prepared.add(batch.id)
@@ -131,10 +131,10 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         if id_ not in self._prepared or content["record"]["status"] in FINAL:
             return content
         parts = list(content["parts"])
-        soon = id_ in self._answered or content["lease"]["count"] % _PART_RENEWALS == 0
+        flush = id_ in self._answered or content["lease"]["count"] % _PART_RENEWALS == 0
         for name in ANSWERS.values():
             sent = sum(part["bytes"] for part in parts if part["file"] == name)
-            if (part := self._part(id_, name, sent, 1 if soon else _PART_BYTES)) is not None:
+            if (part := self._part(id_, name, sent, 1 if flush else _PART_BYTES)) is not None:
                 parts.append(part)
         counts = {
             key: sum(part["lines"] for part in parts if part["file"] == ANSWERS[good])
@@ -142,10 +142,10 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         }
         return content | {"parts": parts, "record": content["record"] | counts}
 
-    def _part(self, id_: str, name: str, sent: int, least: int) -> dict[str, Any] | None:
-        """Upload the complete lines after the first `sent` bytes of a file; None when there are under `least` bytes."""
+    def _part(self, id_: str, name: str, sent: int, min_bytes: int) -> dict[str, Any] | None:
+        """Upload the complete lines after the first `sent` bytes of a file; None below `min_bytes`."""
         path = self._directory / id_ / name
-        if not path.exists() or path.stat().st_size - sent < least:
+        if not path.exists() or path.stat().st_size - sent < min_bytes:
             return None
         with path.open("rb") as file:
             file.seek(sent)

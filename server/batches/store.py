@@ -141,10 +141,10 @@ class BatchStore(RecordTable[Batch, Status]):
         """Upload a new batch, with the files in its directory, for other servers."""
 
     def prepare(self, batch: Batch, directory: Path) -> None:
-        """Bring the files needed to continue into its directory."""
+        """Download the files needed to continue into the batch's directory."""
 
     def complete(self, batch: Batch) -> None:
-        """All requests have their lines; there will be files of them. Raises BatchStateError."""
+        """Prepare to publish the files, once every request has its line. Raises BatchStateError."""
 
     def delete_files(self, id_: str) -> None:
-        """Delete the uploaded files of its directory."""
+        """Delete the files uploaded from the batch's directory."""

@@ -63,7 +63,7 @@ class RecordTable(Generic[R, S]):
         self._final = sorted(final)
 
     def add(self, record: R, number: int | None = None) -> None:
-        """Add a row; joins the current transaction, if any. `number`: its place in lists, the last by default."""
+        """Add a row; joins the current transaction, if any. `number`: its position in lists, the last by default."""
         with self.database.transaction() as connection:
             connection.execute(
                 f"INSERT INTO {self._table} (number, id, tenant, status, record) VALUES (?, ?, ?, ?, ?)",
@@ -126,7 +126,7 @@ class RecordTable(Generic[R, S]):
         return self._readable(rows)
 
     def claim(self, excluding: Collection[str] = ()) -> list[R]:
-        """Return the records for this server to start work on, without the ids in `excluding`."""
+        """Return the records that this server should start work on, without the ids in `excluding`."""
         return [record for record in self.unfinished() if record.has_work and record.id not in excluding]
 
     def ended(self, record: R) -> bool:
@@ -140,7 +140,7 @@ class RecordTable(Generic[R, S]):
         return self._readable(rows)
 
     def holds(self, id_: str) -> bool:
-        """Whether a record is this server's to work on."""
+        """Whether this server may work on a record."""
         return True
 
     def counts(self) -> dict[S, int]:

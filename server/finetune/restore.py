@@ -46,7 +46,7 @@ def open_or_rebuild(data_dir: Path, busy_seconds: float) -> Database:
 def restore_files(database: Database, paths: Iterable[Path]) -> Iterable[str]:
     """Restore the rows of files in their place; yields the ids of restored files."""
     for path in paths:
-        row = files.recorded(path.parent, path.name)
+        row = files.read_record(path.parent, path.name)
         if row is not None and row["id"] == path.name:
             with database.transaction() as connection:
                 files.insert(connection, row)

@@ -159,7 +159,7 @@ class Shared(RecordTable[R, S]):
             self._removed(record.key)
 
     def unshared_records(self) -> Iterator[R]:
-        """Yield records that the store has never had, with their place in lists now the same at all servers."""
+        """Yield records that the store has never had, after setting their final position in lists."""
         for record in self.all():
             if self._stored.knows(record.id) or self._stored.fetch(record.id).version is not None:
                 continue
@@ -171,18 +171,18 @@ class Shared(RecordTable[R, S]):
     # --- working on a record -------------------------------------------------------------------------
 
     def claim(self, excluding: Collection[str] = ()) -> list[R]:
-        """Claim unleased records, as many as this server may hold: first for the tenant with the fewest here."""
-        unfinished, taken = self.unfinished(), []
+        """Claim unleased records, as many as this server may hold: first for the tenant with the fewest leases."""
+        unfinished, claimed = self.unfinished(), []
         free = [record for record in unfinished if record.has_work and self.leases.is_free(record.id)]
         waiting = [record for record in free if record.id not in excluding]
-        at_work = Counter(record.tenant for record in unfinished if self.leases.holds(record.id))
+        held = Counter(record.tenant for record in unfinished if self.leases.holds(record.id))
         while waiting and len(self.leases.held_keys()) < self._max_held:
-            waiting.remove(first := min(waiting, key=lambda record: at_work[record.tenant]))
+            waiting.remove(first := min(waiting, key=lambda record: held[record.tenant]))
             with contextlib.suppress(LeaseLost), self._changing_both(first.id):
                 self._copy(self.leases.claim(first.id), claimed=True)
-                at_work[first.tenant] += 1
-                taken.append(super().get(first.tenant, first.id))
-        return taken
+                held[first.tenant] += 1
+                claimed.append(super().get(first.tenant, first.id))
+        return claimed
 
     def holds(self, id_: str) -> bool:
         return self.leases.holds(id_)
@@ -264,8 +264,8 @@ class Shared(RecordTable[R, S]):
     def delete_files(self, id_: str, keep: Sequence[str] = ()) -> None:
         kept = {self._object(id_, hash_) for hash_ in keep}
         with contextlib.suppress(RemoteUnavailable):  # retried by the next call
-            there = [entry.path for entry in self._bucket.list(self._object(id_, "").rstrip("/"))]
-            self._bucket.delete([path for path in there if path not in kept])
+            existing = [entry.path for entry in self._bucket.list(self._object(id_, "").rstrip("/"))]
+            self._bucket.delete([path for path in existing if path not in kept])
 
     def remove_orphans(self, seconds: float) -> int:
         """Remove old unneeded objects of finished records, and old tombstones; return the count of objects."""
@@ -282,5 +282,5 @@ class Shared(RecordTable[R, S]):
 
 
 def list_position(created_at: int | None = None) -> int:
-    """Return a record's place in lists, the same at all servers: the last by default, or that of `created_at`."""
+    """Return a record's position in lists, the same at all servers: the last by default, or that of `created_at`."""
     return time.time_ns() if created_at is None else created_at * 10**9 + random.randrange(10**9)

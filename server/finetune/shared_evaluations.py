@@ -43,7 +43,7 @@ class SharedEvaluations(Shared[Evaluation, Status], EvaluationStore):
         for evaluation in self.unshared_records():
             self._upload_new(evaluation.id)
 
-    def settle(self, evaluation: Evaluation) -> None:
+    def save(self, evaluation: Evaluation) -> None:
         changed = {"record": msgspec.to_builtins(evaluation)}
         self._change(evaluation, lambda content: content | changed, {})
 

@@ -93,9 +93,9 @@ class SharedFiles(FileStore):
             self._bucket.get_file(_path(shared), source)
         return shared
 
-    def _unshare(self, file_id: str, *, known: bool) -> None:
+    def _unshare(self, file_id: str, *, maybe_stored: bool) -> None:
         with suppress(RemoteUnavailable):
-            if not known:
+            if not maybe_stored:
                 self._forget(file_id)
         self._records.forget(file_id)  # its state in the store is unknown
 
@@ -119,16 +119,16 @@ class SharedFiles(FileStore):
             self._import(record)
             return super().get(tenant, file_id)
 
-    def fetched(self, tenant: str, file_id: str) -> StoredFile:
+    def fetch(self, tenant: str, file_id: str) -> StoredFile:
         stored = self.get(tenant, file_id)
         if not stored.path.exists() and (row := self._records.fetch(file_id).content) is not None:
             with self.staging() as staging:
                 copy = staging / file_id
                 self._bucket.get_file(_path(row), copy)
                 if digest_of(copy) != row["digest"]:
-                    log.error("%s in the object store is not what was uploaded", file_id)
+                    log.error("the bytes of %s in the object store do not match its digest", file_id)
                     raise UnknownFileError(file_id)
-                self._note(row)
+                self._write_record(row)
                 copy.rename(stored.path)
         return stored
 

@@ -72,10 +72,10 @@ class SharedJobs(Shared[Job, Status], JobStore):
         """Also delete log objects that the job's record does not name, left by failed attempts."""
         super().delete_files(id_, keep)
         with contextlib.suppress(RemoteUnavailable), self._writing[id_]:
-            there = [entry.path for entry in self._bucket.list(f"job-logs/{id_}")]
+            existing = [entry.path for entry in self._bucket.list(f"job-logs/{id_}")]
             if self.leases.seconds_left(id_) > 0 and (found := self._stored.fetch(id_).content) is not None:
                 named = {segment["name"] for segment in found["segments"]}
-                self._bucket.delete([path for path in there if path not in named])
+                self._bucket.delete([path for path in existing if path not in named])
 
     def remove_orphans(self, seconds: float) -> int:
         def named(content: "Content | None") -> list[str]:
@@ -85,11 +85,11 @@ class SharedJobs(Shared[Job, Status], JobStore):
         return count + super().remove_orphans(seconds)
 
     def claim(self, excluding: Collection[str] = ()) -> list[Job]:
-        taken = super().claim(excluding)
+        claimed = super().claim(excluding)
         if self._ledger is not None:
-            for job in taken:
+            for job in claimed:
                 self._ledger.note_trained(job.id, job.trained_tokens or 0)
-        return taken
+        return claimed
 
     def move(
         self, job: Job, status: Status, message: str | None = None, *, expected: Status | None = None, **changes: Any
@@ -139,9 +139,9 @@ class SharedJobs(Shared[Job, Status], JobStore):
         job = self._decoder.decode(row["record"])
         if "record" in content:
             job = _with_status_of(job, self._read(content))
-        there = {event["id"] for event in content["tail"]} | {segment["last"] for segment in content["segments"]}
-        known = max((place for place, event in enumerate(new, start=1) if event["id"] in there), default=0)
-        tail = [*content["tail"], *(json.loads(event["record"]) for event in new[known:])]
+        stored = {event["id"] for event in content["tail"]} | {segment["last"] for segment in content["segments"]}
+        sent = max((count for count, event in enumerate(new, start=1) if event["id"] in stored), default=0)
+        tail = [*content["tail"], *(json.loads(event["record"]) for event in new[sent:])]
         segments = content["segments"]
         if len(tail) > _TAIL:
             name = f"job-logs/{job_id}/{uuid.uuid4().hex}.json"
@@ -193,8 +193,8 @@ class SharedJobs(Shared[Job, Status], JobStore):
         with self.database.transaction(removing=True) as connection:
             query = "SELECT number, id, record FROM events WHERE job = ? ORDER BY number"
             found = connection.execute(query, (job_id,)).fetchall()
-            whole = [one["count"] for one in content["segments"] if one["name"] not in segments]
-            at = sum(whole)
+            complete = [one["count"] for one in content["segments"] if one["name"] not in segments]
+            at = sum(complete)
             wanted = [event for rows in segments.values() for event in rows] + content["tail"]
             same = 0
             for event, row in zip(wanted, found[at:], strict=False):

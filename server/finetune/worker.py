@@ -1,4 +1,4 @@
-"""Base of the workers on records: one asyncio task per record at work here, alone or shared with other servers."""
+"""Base of the workers on records: one asyncio task per record that this server works on, alone or with other servers."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ class Worker(ABC, Generic[R]):
 
     Attributes:
         tasks: by record id.
-        sharing: set before `start` if there are several servers; it then decides which records are worked on here.
+        sharing: set before `start` if there are several servers; it then decides which records this server works on.
     """
 
     def __init__(self, records: RecordTable[R, Any]) -> None:
@@ -66,7 +66,7 @@ class Worker(ABC, Generic[R]):
             await asyncio.wait({task})
 
     async def status_changed(self, record: R) -> None:
-        """Handle a change of status, made elsewhere, of a record worked on here."""
+        """Handle another server's change of status of a record that this server works on."""
 
     async def remove_files(self, id_: str) -> None:
         """Remove an ended record's files from this disk."""

@@ -409,11 +409,11 @@ async def fleet(root: Path, count: int, seed: int, **settings: Any) -> AsyncIter
 def _patch(patch: pytest.MonkeyPatch) -> None:
     """Databases and buckets are those of the life that opened them; waits are short."""
     for module, name in (
-        (runner, "AGAIN_SECONDS"),
+        (runner, "RETRY_SECONDS"),
         (runner, "SPACE_SECONDS"),
         (evaluations, "SPACE_SECONDS"),
-        (store, "AGAIN_SECONDS"),
-        (store, "_KEEPING_SECONDS"),
+        (store, "RETRY_SECONDS"),
+        (store, "_STORING_SECONDS"),
         (usage, "RETRY_SECONDS"),
     ):
         patch.setattr(module, name, SOON)
