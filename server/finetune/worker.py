@@ -1,4 +1,4 @@
-"""Base of the workers on records: one asyncio task per record that this server works on, alone or with other servers."""
+"""Base of the workers on records: one asyncio task per record that this server works on."""
 
 import asyncio
 from abc import ABC, abstractmethod

@@ -82,8 +82,8 @@ class ResponseStore:
 
         Raises InvalidRequest for a response that is too large.
 
-        Storing a finished background response is retried until it succeeds. A cancelled caller still waits for a change in
-        progress to finish: the next step may be to delete the response.
+        Storing a finished background response is retried until it succeeds. A cancelled caller still waits for a change
+        in progress to finish: the next step may be to delete the response.
 
         events: of its stream, for a background response.
         """
