@@ -48,7 +48,7 @@ def lost_items(root: Path) -> Iterator[LostItem]:
             if kind == "versions":
                 names = [entry["name"] for entry in entries.read(path)]
             elif kind == "files":
-                names = [row["filename"]] if (row := files.recorded(root / FOLDERS[kind], path.name)) else []
+                names = [row["filename"]] if (row := files.read_record(root / FOLDERS[kind], path.name)) else []
             else:
                 names = [path.name] if (path / restore.JOB).exists() else []
             yield LostItem(path.name, kind, names, str(path))
@@ -84,7 +84,7 @@ def _remove(root: Path, chosen: list[LostItem]) -> None:
     for item in chosen:
         lost.remove(Path(item.path))
         if item.kind == "files":
-            lost.remove(files.record_of(root / FOLDERS["files"], item.id))
+            lost.remove(files.record_path(root / FOLDERS["files"], item.id))
 
 
 def _restore(root: Path, chosen: list[LostItem]) -> None:
@@ -143,5 +143,5 @@ def _verify_versions(root: Path) -> Iterator[Fault]:
 
 def _verify_files(root: Path) -> Iterator[Fault]:
     for path in lost.entries(root / FOLDERS["files"]):
-        if path.is_file() and not files.whole(path):
+        if path.is_file() and not files.is_intact(path):
             yield Fault(str(path), "its content differs from the upload", "upload it again")

@@ -169,18 +169,20 @@ def make_services(
 
 
 def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batches:
-    directory, at_once = settings.data_dir / "batches", settings.batch_requests
+    directory, max_concurrent = settings.data_dir / "batches", settings.batch_requests
     store, shared = BatchStore(tuning.database), None
     if settings.adapter_store is not None:
         from adapters.storage.bucket import Bucket
         from server.batches.shared import SharedBatches
 
         store = shared = SharedBatches(tuning.database, directory)
-        shared.join(Bucket(settings.adapter_store, settings.store_request_limits), settings.job_lease_seconds, at_once)
+        shared.connect(
+            Bucket(settings.adapter_store, settings.store_request_limits), settings.job_lease_seconds, max_concurrent
+        )
     body_limits = settings.max_body_bytes, settings.max_body_items, settings.max_body_depth
     limits = Limits(settings.batch_file_requests, *body_limits)
     batch_metrics = BatchMetrics(metrics.registry)
-    batches = Batches(directory, store, tuning.files, batch_metrics, at_once=at_once, limits=limits)
+    batches = Batches(directory, store, tuning.files, batch_metrics, max_concurrent=max_concurrent, limits=limits)
     if shared is not None:
         from server.finetune.sharing import Sharing
 
@@ -188,7 +190,7 @@ def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batche
             shared,
             batches,
             settings.store_poll_seconds / 2,
-            before=shared.share_all,
+            after_import=shared.share_all,
             remove_orphans=partial(shared.remove_orphans, settings.orphan_seconds),
             orphan_seconds=settings.orphan_seconds,
         )

@@ -52,9 +52,9 @@ def check(path: Path, endpoint: str, limits: Limits) -> tuple[int, list[Fault]]:
     """Return the number of rows, and the file's faults; without faults it can be `read`."""
     faults: list[Fault] = []
     seen: set[str] = set()
-    for line, text, whole in _lines(path, limits.body_bytes + _ENVELOPE):
+    for line, text, complete in _lines(path, limits.body_bytes + _ENVELOPE):
         try:
-            if not whole:
+            if not complete:
                 message = f"a request has at most {limits.body_bytes} bytes (--max-body-bytes)"
                 raise _Faulty("line_too_long", message)
             most = limits.body_items + _ENVELOPE_ITEMS
@@ -110,7 +110,7 @@ def _checked(text: bytes, endpoint: str, max_depth: int) -> str:
 
 
 def _lines(path: Path, longest: int = sys.maxsize - 1) -> Iterator[tuple[int, bytes, bool]]:
-    """Yield each non-blank line: its number, its bytes, and whether it is whole.
+    """Yield each non-blank line: its number, its bytes, and whether it is complete.
 
     Only the first `longest` bytes of a line are held in memory at once.
     """
@@ -119,13 +119,13 @@ def _lines(path: Path, longest: int = sys.maxsize - 1) -> Iterator[tuple[int, by
         while text := file.readline(longest + 1):
             number += 1
             rest = text
-            whole = len(text) <= longest or text.endswith(b"\n")
-            while not whole and rest and not rest.endswith(b"\n"):
+            complete = len(text) <= longest or text.endswith(b"\n")
+            while not complete and rest and not rest.endswith(b"\n"):
                 rest = file.readline(_SKIPPED)
             if number == 1:
                 text = text.removeprefix(BYTE_ORDER_MARK)
-            if (stripped := text.strip()) or not whole:
-                yield number, stripped, whole
+            if (stripped := text.strip()) or not complete:
+                yield number, stripped, complete
 
 
 class Journal:
@@ -142,13 +142,13 @@ class Journal:
         for good, path in self.paths.items():
             path.touch()
             with path.open("r+b") as file:
-                whole = 0
+                complete_bytes = 0
                 for text in file:
                     if text.endswith(b"\n"):
-                        whole += len(text)
+                        complete_bytes += len(text)
                         self.counts[good] += 1
                         self.done.add(_NAMED.decode(text).custom_id)
-                file.truncate(whole)
+                file.truncate(complete_bytes)
             sync(path)
 
     def add(self, custom_id: str, response: dict[str, Any] | None, error: dict[str, str] | None) -> bool:

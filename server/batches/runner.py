@@ -34,8 +34,8 @@ from server.tenants.caller import Caller
 log = logging.getLogger("lorakeet.batches")
 
 RESULTS = "batch_output"
-AGAIN = (429, 503)  # statuses of answers after which a row is retried
-AGAIN_SECONDS = 1.0
+RETRIED_STATUSES = (429, 503)  # statuses of answers after which a row is retried
+RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Batches(Worker[Batch]):
 
     Args:
         directory: holds the input file and the answers of batches while they run.
-        at_once: most concurrent requests of all batches together.
+        max_concurrent: most concurrent requests of all batches together.
         limits: of one batch.
 
     Attributes:
@@ -69,7 +69,7 @@ class Batches(Worker[Batch]):
         files: FileStore,
         metrics: BatchMetrics,
         *,
-        at_once: int,
+        max_concurrent: int,
         limits: Limits,
     ) -> None:
         super().__init__(store)
@@ -80,15 +80,15 @@ class Batches(Worker[Batch]):
         self._files = files
         self._metrics = metrics
         self._limits = limits
-        self._places = asyncio.Semaphore(at_once)
-        self._alone = asyncio.Lock()  # held by a request that may have caused an engine's death, while it is retried
+        self._request_slots = asyncio.Semaphore(max_concurrent)
+        self._retry_lock = asyncio.Lock()  # one request at a time is retried after an engine's death it may have caused
         self._checking = asyncio.Lock()
         self._stops: dict[str, asyncio.Event] = {}
         self._journals: dict[str, Journal] = {}
 
     # --- lifecycle ------------------------------------------------------------------------------------
 
-    def _sort_out(self) -> None:
+    def _clean_up_at_start(self) -> None:
         aside = self._directory.parent / lost.LOST_AND_FOUND
         lost.ensure_directory(self._directory, aside)
         known = self.store.statuses()
@@ -98,7 +98,7 @@ class Batches(Worker[Batch]):
         unknown = [path for path in left if path.name not in known]
         lost.remove_or_set_aside(unknown, self._pending, aside / self._directory.name, self.store.database.path.name)
 
-    async def heed(self, batch: Batch) -> None:
+    async def status_changed(self, batch: Batch) -> None:
         if stop := self._stops.get(batch.id):
             stop.set()
 
@@ -111,7 +111,7 @@ class Batches(Worker[Batch]):
     async def create(self, caller: Caller, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
         """Record a batch and start it."""
         batch = await asyncio.to_thread(self._create, caller, endpoint, file, metadata)
-        self.go_on(batch)
+        self.enqueue(batch)
         return batch
 
     def _create(self, caller: Caller, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
@@ -122,7 +122,7 @@ class Batches(Worker[Batch]):
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
             self._pending.mark(batch.id)
             directory.mkdir(parents=True)
-            _same_file(file.path, directory / INPUT)  # the client may delete the original
+            _link_or_copy(file.path, directory / INPUT)  # the client may delete the original
             sync(directory)
             sync(self._directory)
             self.store.database.after_commit(undo.pop_all)
@@ -136,7 +136,7 @@ class Batches(Worker[Batch]):
 
     async def cancel(self, batch: Batch) -> Batch:
         """Cancel a batch. Raises BatchStateError when it has ended or is finalizing."""
-        moved = await asyncio.to_thread(self.store.steer, batch, "cancelling")
+        moved = await asyncio.to_thread(self.store.move_for_client, batch, "cancelling")
         if stop := self._stops.get(batch.id):
             stop.set()
         return moved
@@ -148,12 +148,12 @@ class Batches(Worker[Batch]):
 
     # --- one batch ---------------------------------------------------------------------------------------
 
-    def begin(self, batches: Sequence[Batch]) -> None:
+    def start_tasks(self, batches: Sequence[Batch]) -> None:
         self._stops.update((batch.id, asyncio.Event()) for batch in batches)
-        super().begin(batches)
+        super().start_tasks(batches)
 
-    def _ended(self, batch_id: str) -> None:
-        super()._ended(batch_id)
+    def _task_ended(self, batch_id: str) -> None:
+        super()._task_ended(batch_id)
         self._stops.pop(batch_id, None)
         self._journals.pop(batch_id, None)
 
@@ -174,16 +174,16 @@ class Batches(Worker[Batch]):
                 await asyncio.sleep(SPACE_SECONDS)
             except Exception:
                 log.exception("batch %s failed", batch.id)
-                ours = Fault("server_error", "The batch failed because of a fault in the server.")
+                reason = Fault("server_error", "The batch failed because of a fault in the server.")
                 with contextlib.suppress(BatchStateError):
-                    await self._move(batch, "failed", faults=[ours])
+                    await self._move(batch, "failed", faults=[reason])
                 break
         else:
             return  # the lease is lost: another server runs it
-        await self.clear(batch.id)
-        await asyncio.to_thread(self.store.forget, batch.id)
+        await self.remove_files(batch.id)
+        await asyncio.to_thread(self.store.delete_files, batch.id)
 
-    async def clear(self, id_: str) -> None:
+    async def remove_files(self, id_: str) -> None:
         await asyncio.to_thread(lost.rename_and_remove, self._directory / id_)
 
     async def _move(self, batch: Batch, status: Status, **changes: object) -> Batch:
@@ -201,8 +201,8 @@ class Batches(Worker[Batch]):
                 else:
                     await self._move(batch, "in_progress", total=total)
             case "in_progress":
-                journal = self._journals[batch.id] = await asyncio.to_thread(self._opened, directory)
-                if await self._answered(batch, journal):
+                journal = self._journals[batch.id] = await asyncio.to_thread(self._open_journal, directory)
+                if await self._answer_all(batch, journal):
                     await self._move(batch, "finalizing")
                 elif not self._stops[batch.id].is_set():  # set when cancelled
                     message = "The completion window ended before this request was answered."
@@ -213,11 +213,11 @@ class Batches(Worker[Batch]):
                 message = "The batch was cancelled before this request was answered."
                 await self._finish(batch, "cancelled", {"code": "batch_cancelled", "message": message})
 
-    def _opened(self, directory: Path) -> Journal:
+    def _open_journal(self, directory: Path) -> Journal:
         with raising_storage_full():
             return Journal(directory)
 
-    async def _answered(self, batch: Batch, journal: Journal) -> bool:
+    async def _answer_all(self, batch: Batch, journal: Journal) -> bool:
         """Answer all rows without an answer; False when stopped, or out of the batch's time."""
         answering = asyncio.create_task(self._answer_rows(batch, journal))
         stopped = asyncio.create_task(self._stops[batch.id].wait())
@@ -233,70 +233,70 @@ class Batches(Worker[Batch]):
             await asyncio.gather(answering, stopped, return_exceptions=True)
 
     async def _answer_rows(self, batch: Batch, journal: Journal) -> None:
-        under_way: set[asyncio.Task[None]] = set()
+        in_flight: set[asyncio.Task[None]] = set()
         left = rows.read(self._directory / batch.id / INPUT)
         try:
             while (row := await asyncio.to_thread(_next, left, journal)) is not None:
-                await self._places.acquire()
+                await self._request_slots.acquire()
                 task = asyncio.create_task(self._answer_row(batch, row, journal))
-                task.add_done_callback(lambda _: self._places.release())
-                under_way.add(task)
-                for done in [one for one in under_way if one.done()]:
-                    under_way.remove(done)
+                task.add_done_callback(lambda _: self._request_slots.release())
+                in_flight.add(task)
+                for done in [one for one in in_flight if one.done()]:
+                    in_flight.remove(done)
                     done.result()
-            await asyncio.gather(*under_way)
+            await asyncio.gather(*in_flight)
         finally:
-            for task in under_way:
+            for task in in_flight:
                 task.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
+            await asyncio.gather(*in_flight, return_exceptions=True)
 
     async def _answer_row(self, batch: Batch, row: Row, journal: Journal) -> None:
         assert self.answer is not None
         deaths = 0
         while True:
-            async with self._alone if deaths else contextlib.nullcontext():
+            async with self._retry_lock if deaths else contextlib.nullcontext():
                 reply = await self.answer(batch.caller, batch.endpoint, row.body)
             deaths += reply.died
-            if deaths == MAX_DEATHS or (reply.status not in AGAIN and not reply.died):
+            if deaths == MAX_DEATHS or (reply.status not in RETRIED_STATUSES and not reply.died):
                 break
-            await asyncio.sleep(AGAIN_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS)
         response = {"status_code": reply.status, "request_id": new_id("req_"), "body": msgspec.Raw(reply.body)}
         if await asyncio.to_thread(journal.add, row.custom_id, response, None):
             self._metrics.ended("completed" if reply.status < 400 else "failed")
 
     async def _finish(self, batch: Batch, status: Status, unanswered: dict[str, str] | None = None) -> None:
         """Publish the answers as files. `unanswered`: the error for rows without an answer."""
-        finished = partial(self._finished, batch, status, unanswered)
-        for _ in range(await asyncio.to_thread(finished)):
+        write = partial(self._write_results, batch, status, unanswered)
+        for _ in range(await asyncio.to_thread(write)):
             self._metrics.ended(status)
 
-    def _finished(self, batch: Batch, status: Status, unanswered: dict[str, str] | None) -> int:
+    def _write_results(self, batch: Batch, status: Status, unanswered: dict[str, str] | None) -> int:
         """Do the work of `_finish`; return the number of rows without an answer."""
         directory = self._directory / batch.id
         # Reuse an open journal: a late answer is either added before its row is marked as unanswered, or dropped.
-        journal = self._journals.get(batch.id) or self._opened(directory)
+        journal = self._journals.get(batch.id) or self._open_journal(directory)
         count = 0
         if unanswered is not None and batch.total:  # total: the file has been checked
             for row in rows.read(directory / INPUT):
                 if row.custom_id not in journal.done:
                     count += journal.add(row.custom_id, None, unanswered)
         self.store.complete(batch)
-        made: dict[bool, str | None] = {True: None, False: None}
+        file_ids: dict[bool, str | None] = {True: None, False: None}
         with raising_storage_full(), self._files.staging() as staging:
             for good, path in journal.paths.items():
                 if journal.counts[good]:
-                    _same_file(path, staging / path.name)
+                    _link_or_copy(path, staging / path.name)
                     # A fixed id: repeating this after a crash makes no second file.
-                    made[good] = f"file-{batch.id.removeprefix('batch_')}{path.stem[0]}"
+                    file_ids[good] = f"file-{batch.id.removeprefix('batch_')}{path.stem[0]}"
                     self._files.add(
                         batch.tenant,
                         staging / path.name,
                         filename=f"{batch.id}_{path.name}",
                         purpose=RESULTS,
-                        file_id=made[good],
+                        file_id=file_ids[good],
                     )
         done = {"completed": journal.counts[True], "failed": journal.counts[False]}
-        self.store.move(batch, status, output_file=made[True], error_file=made[False], **done)
+        self.store.move(batch, status, output_file=file_ids[True], error_file=file_ids[False], **done)
         return count
 
 
@@ -305,7 +305,7 @@ def _next(left: Iterator[Row], journal: Journal) -> Row | None:
     return next((row for row in left if row.custom_id not in journal.done), None)
 
 
-def _same_file(source: Path, target: Path) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     """Link or copy a file to a second name, which outlives the first."""
     try:
         os.link(source, target)

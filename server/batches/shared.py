@@ -1,7 +1,7 @@
 """Batches shared by several servers in an object store; the rows in the local database are a copy.
 
 `batches/<id>.json` is a batch, its lease, and the list of its answers' parts; `batch-files/<id>/` has its file and
-these parts. A server that takes a batch over runs only rows without an answer in any part.
+these parts. The next lease holder runs only rows without an answer in any part.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from adapters.storage.leases import LeaseLost
 from adapters.storage.versions import RemoteUnavailable
 from server.batches.rows import ANSWERS, INPUT
 from server.batches.store import FINAL, Batch, BatchStateError, BatchStore, Status
-from server.finetune.shared import Shared, place
+from server.finetune.shared import Shared, list_position
 from server.tenants.caller import Caller
 
 if TYPE_CHECKING:
@@ -54,25 +54,25 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         *,
         number: int | None = None,
     ) -> Batch:
-        return super().create(caller, endpoint, input_file, metadata, number=number or place())
+        return super().create(caller, endpoint, input_file, metadata, number=number or list_position())
 
     def share(self, batch: Batch, directory: Path) -> None:
-        """Upload a new batch for other servers; its row is removed when that fails."""
+        """Upload a new batch for other servers; its row is removed if that fails."""
         try:
             self._bucket.put_file(self._object(batch.id, INPUT), directory / INPUT)
-            self._send_new(batch.id, parts=[])
+            self._upload_new(batch.id, parts=[])
         except BaseException:
-            self._never(batch.id)
+            self._remove_unshared(batch.id)
             raise
 
     def share_all(self) -> None:
         """Upload batches created before the server used a store, with their answers so far."""
-        for batch in self.never_shared():
+        for batch in self.unshared_records():
             directory, parts = self._directory / batch.id, list[dict[str, Any]]()
-            if batch.goes_on:
+            if batch.has_work:
                 self._bucket.put_file(self._object(batch.id, INPUT), directory / INPUT)
                 parts = [part for name in ANSWERS.values() if (part := self._part(batch.id, name, 0, 1)) is not None]
-            self._send_new(batch.id, parts=parts)
+            self._upload_new(batch.id, parts=parts)
 
     def move(self, batch: Batch, status: Status, **changes: Any) -> Batch:
         """Change the status. All answers are in the store before it is `finalizing`: a successor has no rows to run."""
@@ -80,16 +80,16 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
             self._answered.add(batch.id)
         return self._change(batch, self._moving(status, changes), changes)
 
-    def steer(self, batch: Batch, status: Status) -> Batch:
-        return self._change(batch, self._moving(status, {}), {}, anybody=True)
+    def move_for_client(self, batch: Batch, status: Status) -> Batch:
+        return self._change(batch, self._moving(status, {}), {}, by_any_server=True)
 
     def complete(self, batch: Batch) -> None:
-        """Upload the answered lines first, so that a server that takes over writes the same files."""
+        """Upload all answers first, so that another lease holder writes the same files."""
         self._answered.add(batch.id)
         try:
             self.send(batch.id)
         except LeaseLost:
-            raise BatchStateError(f"{batch.id} is another server's now.") from None
+            raise BatchStateError(f"{batch.id} is now held by another server.") from None
 
     def _moving(self, status: Status, changes: Mapping[str, Any]) -> Callable[["Content"], "Content"]:
         def change(content: "Content") -> "Content":
@@ -97,11 +97,11 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
 
         return change
 
-    def take_up(self, but: Collection[str] = ()) -> list[Batch]:
-        taken = super().take_up(but)
-        for batch in taken:
+    def claim(self, excluding: Collection[str] = ()) -> list[Batch]:
+        claimed = super().claim(excluding)
+        for batch in claimed:
             self._prepared.discard(batch.id)
-        return taken
+        return claimed
 
     def prepare(self, batch: Batch, directory: Path) -> None:
         """Copy the answers from the store, once for each lease: other servers may have added some."""
@@ -120,7 +120,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
                 for part in found["parts"]:
                     if part["file"] == name:
                         if (read := self._bucket.read(self._object(batch.id, part["name"]))) is None:
-                            raise RemoteUnavailable(f"{part['name']} of {batch.id} is not there")
+                            raise RemoteUnavailable(f"{part['name']} of {batch.id} is missing")
                         file.write(read.content)
                 os.fsync(file.fileno())
         self._prepared.add(batch.id)
@@ -131,10 +131,10 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         if id_ not in self._prepared or content["record"]["status"] in FINAL:
             return content
         parts = list(content["parts"])
-        soon = id_ in self._answered or content["lease"]["count"] % _PART_RENEWALS == 0
+        flush = id_ in self._answered or content["lease"]["count"] % _PART_RENEWALS == 0
         for name in ANSWERS.values():
             sent = sum(part["bytes"] for part in parts if part["file"] == name)
-            if (part := self._part(id_, name, sent, 1 if soon else _PART_BYTES)) is not None:
+            if (part := self._part(id_, name, sent, 1 if flush else _PART_BYTES)) is not None:
                 parts.append(part)
         counts = {
             key: sum(part["lines"] for part in parts if part["file"] == ANSWERS[good])
@@ -142,10 +142,10 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         }
         return content | {"parts": parts, "record": content["record"] | counts}
 
-    def _part(self, id_: str, name: str, sent: int, least: int) -> dict[str, Any] | None:
-        """Upload the complete lines after the first `sent` bytes of a file; None when there are under `least` bytes."""
+    def _part(self, id_: str, name: str, sent: int, min_bytes: int) -> dict[str, Any] | None:
+        """Upload the complete lines after the first `sent` bytes of a file; None below `min_bytes`."""
         path = self._directory / id_ / name
-        if not path.exists() or path.stat().st_size - sent < least:
+        if not path.exists() or path.stat().st_size - sent < min_bytes:
             return None
         with path.open("rb") as file:
             file.seek(sent)
@@ -159,7 +159,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
     def _copy(self, content: "Content", changes: Mapping[str, Any] | None = None, *, claimed: bool = False) -> bool:
         return self._copy_row(content, changes)
 
-    def forget(self, id_: str, but: Sequence[str] = ()) -> None:
+    def delete_files(self, id_: str, keep: Sequence[str] = ()) -> None:
         self._answered.discard(id_)
         if self.leases.holds(id_):
-            super().forget(id_, but)
+            super().delete_files(id_, keep)

@@ -68,7 +68,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     error_file: str | None = None
 
     @property
-    def goes_on(self) -> bool:
+    def has_work(self) -> bool:
         """Whether it is unfinished."""
         return self.status not in FINAL
 
@@ -133,7 +133,7 @@ class BatchStore(RecordTable[Batch, Status]):
 
     # --- sharing among servers: overridden by `SharedBatches` -----------------------------------------
 
-    def steer(self, batch: Batch, status: Status) -> Batch:
+    def move_for_client(self, batch: Batch, status: Status) -> Batch:
         """Change the status on a client's behalf, even if another server runs the batch."""
         return self.move(batch, status)
 
@@ -141,10 +141,10 @@ class BatchStore(RecordTable[Batch, Status]):
         """Upload a new batch, with the files in its directory, for other servers."""
 
     def prepare(self, batch: Batch, directory: Path) -> None:
-        """Bring the files needed to continue into its directory."""
+        """Download the files needed to continue into the batch's directory."""
 
     def complete(self, batch: Batch) -> None:
-        """All requests have their lines; there will be files of them. Raises BatchStateError."""
+        """Prepare to publish the files, once every request has its line. Raises BatchStateError."""
 
-    def forget(self, id_: str) -> None:
-        """Delete the uploaded files of its directory."""
+    def delete_files(self, id_: str) -> None:
+        """Delete the files uploaded from the batch's directory."""

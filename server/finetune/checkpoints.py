@@ -50,7 +50,7 @@ class CheckpointAdapters:
         name = None if checkpoint.kind == "state" else f"{job.model_name}:ckpt-step-{checkpoint.metrics.step}"
         try:
             hashes = await asyncio.to_thread(_sync_and_hash, directory)
-            await asyncio.to_thread(self._jobs.put, job.id, directory, hashes)
+            await asyncio.to_thread(self._jobs.upload_files, job.id, directory, hashes)
             if name is not None:
                 await self._publish(job, name, directory)
             if checkpoint.kind == "final":
@@ -74,7 +74,7 @@ class CheckpointAdapters:
             await self._publisher.publish(job.tenant, name, staging, fine_tuned=True, from_training=learned)
 
     def _commit(self, job: Job, checkpoint: Checkpoint, name: str | None, hashes: dict[str, str]) -> None:
-        with self._jobs.at_once():
+        with self._jobs.grouped_changes():
             self._jobs.add_checkpoint(
                 job,
                 metrics=checkpoint.metrics,
@@ -86,12 +86,12 @@ class CheckpointAdapters:
             if checkpoint.kind == "final":
                 self._succeed(job, checkpoint.trained_tokens)
         resumable = self._jobs.resumable(job.id)
-        restore.note(Path(checkpoint.directory), restore.CHECKPOINT, resumable[0])
+        restore.write_record(Path(checkpoint.directory), restore.CHECKPOINT, resumable[0])
         for old in resumable[KEPT_CHECKPOINTS:]:
             shutil.rmtree(self._here(job, old), ignore_errors=True)
         if checkpoint.kind != "final":
             kept = [kept.hashes for kept in resumable[:KEPT_CHECKPOINTS]]
-            self._jobs.forget(job.id, [hash_ for files in (*kept, job.inputs) for hash_ in files.values()])
+            self._jobs.delete_files(job.id, [hash_ for files in (*kept, job.inputs) for hash_ in files.values()])
 
     def _succeed(self, job: Job, trained_tokens: int) -> None:
         """Write the result file and the job's success, in the open transaction."""
@@ -115,7 +115,7 @@ class CheckpointAdapters:
         for kept in self._jobs.resumable(job.id)[:KEPT_CHECKPOINTS]:
             root, directory = self._directory / job.id, self._here(job, kept)
             at = directory.relative_to(root)
-            self._jobs.fetch(job.id, root, {str(at / name): hash_ for name, hash_ in kept.hashes.items()})
+            self._jobs.download_files(job.id, root, {str(at / name): hash_ for name, hash_ in kept.hashes.items()})
             with contextlib.suppress(OSError):
                 if {name: file_hash(directory / name) for name in kept.hashes} == kept.hashes:
                     return str(directory)

@@ -92,19 +92,19 @@ def encode(example: Example, tokenizer: Tokenizer, *, completions_only: bool = T
     """
     match example:
         case TextExample():
-            tokens = _ended(_opened(example.text, tokenizer), tokenizer)
+            tokens = _with_eos(_with_bos(example.text, tokenizer), tokenizer)
             return [Encoded(tokens, [False] + [bool(example.text)] * (len(tokens) - 1))]
         case CompletionExample():
-            prompt = _opened(example.prompt, tokenizer)
+            prompt = _with_bos(example.prompt, tokenizer)
             answer = tokenizer.encode(example.completion, add_special_tokens=False) if example.completion else []
-            tokens = prompt + _ended(answer, tokenizer)
+            tokens = prompt + _with_eos(answer, tokenizer)
             trained = [not completions_only] * len(prompt) + [bool(answer)] * (len(tokens) - len(prompt))
             return [Encoded(tokens, [False, *trained[1:]])]
         case ChatExample():
             return _encode_chat(example, tokenizer, completions_only)
 
 
-def _opened(text: str, tokenizer: Tokenizer) -> list[int]:
+def _with_bos(text: str, tokenizer: Tokenizer) -> list[int]:
     """Return token ids with the tokenizer's special tokens, but no second BOS before a text that begins with one."""
     added = tokenizer.encode(text, add_special_tokens=True)
     plain = tokenizer.encode(text, add_special_tokens=False)
@@ -112,7 +112,7 @@ def _opened(text: str, tokenizer: Tokenizer) -> list[int]:
     return added[1:] if twice else added
 
 
-def _ended(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
+def _with_eos(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
     """Return the tokens with EOS appended, unless they end with one."""
     ends = bool(tokens) and tokens[-1] in tokenizer.eos_token_ids
     return tokens if ends else [*tokens, *tokenizer.eos_token_ids[:1]]
@@ -121,15 +121,15 @@ def _ended(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
 def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: bool) -> list[Encoded]:
     messages = example.shown_messages()
     render = partial(_render, tokenizer, tools=example.shown_tools())
-    whole = render(messages)
+    rendered = render(messages)
     if not completions_only:
-        tokens, _ = tokenizer.encode_with_offsets(whole)
+        tokens, _ = tokenizer.encode_with_offsets(rendered)
         return [Encoded(tokens, [False] + [True] * (len(tokens) - 1))]
     trained = [index for index, message in enumerate(example.messages) if message.trained]
     if len(trained) > FEW_TURNS:
-        if (spans := spans_by_exchange(whole, messages, set(trained), render)) is not None:
-            _check_kept(example, trained, [whole[start:end] for start, end in spans])
-            return [_mask_spans(whole, spans, tokenizer)]
+        if (spans := spans_by_exchange(rendered, messages, set(trained), render)) is not None:
+            _check_complete(example, trained, [rendered[start:end] for start, end in spans])
+            return [_mask_spans(rendered, spans, tokenizer)]
         if len(trained) > MAX_TURNS:
             reason = f"has {len(trained)} assistant turns; this chat template allows {MAX_TURNS}: divide the chat"
             raise DatasetError(reason, field="messages")
@@ -137,15 +137,15 @@ def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: b
         turns = trained_turns(messages, trained, render)
     except HiddenTurn as hidden:
         raise DatasetError("the model's chat template hides where this turn begins", field=str(hidden)) from hidden
-    _check_kept(example, trained, [through[start:] for through, start in turns])
-    if all(whole.startswith(through) for through, _ in turns):
-        return [_mask_spans(whole, [(start, len(through)) for through, start in turns], tokenizer)]
-    return [_mask_spans(through, [(start, len(through))], tokenizer) for through, start in turns]
+    _check_complete(example, trained, [prefix[start:] for prefix, start in turns])
+    if all(rendered.startswith(prefix) for prefix, _ in turns):
+        return [_mask_spans(rendered, [(start, len(prefix)) for prefix, start in turns], tokenizer)]
+    return [_mask_spans(prefix, [(start, len(prefix))], tokenizer) for prefix, start in turns]
 
 
-def _check_kept(example: ChatExample, trained: Sequence[int], said: Sequence[str]) -> None:
+def _check_complete(example: ChatExample, trained: Sequence[int], texts: Sequence[str]) -> None:
     """Raise DatasetError if the template leaves out a thought or a call."""
-    for index, text in zip(trained, said, strict=True):
+    for index, text in zip(trained, texts, strict=True):
         message = example.messages[index]
         if message.thought.strip() not in text:
             raise DatasetError(
@@ -200,17 +200,17 @@ def turn_ends(example: ChatExample, tokenizer: Tokenizer) -> list[int]:
         text = _render(tokenizer, shown, tools=example.shown_tools()).rstrip() if shown else ""
         special = tokenizer.special_tokens.items()
         return [id_ for id_, token in special if text.endswith(token) and token not in tokenizer.markers][:1]
-    said = "Ara ararauna"  # in place of the content: the text after it is the template's
+    placeholder = "Ara ararauna"  # in place of the content: the text after it is the template's
     trained = [message.role == "assistant" and message.weight != 0 for message in example.messages]
     messages = [
-        shown | ({"content": said} if counts else {})
+        shown | ({"content": placeholder} if counts else {})
         for shown, counts in zip(example.shown_messages(), trained, strict=True)
     ]
-    _, *behind = _render(tokenizer, messages, tools=example.shown_tools()).split(said)
+    _, *parts = _render(tokenizer, messages, tools=example.shown_tools()).split(placeholder)
     ends: list[int] = []
-    for rest in (text.strip() for text in behind):
+    for rest in (text.strip() for text in parts):
         ends += [id_ for id_, text in tokenizer.special_tokens.items() if rest.startswith(text)][:1]
-    if behind and not ends and len(ids := tokenizer.encode(behind[-1].strip(), add_special_tokens=False)) == 1:
+    if parts and not ends and len(ids := tokenizer.encode(parts[-1].strip(), add_special_tokens=False)) == 1:
         ends = ids
     return ends
 

@@ -44,7 +44,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     deaths: int = 0  # of engines with one of its sequences in flight
 
     @property
-    def goes_on(self) -> bool:
+    def has_work(self) -> bool:
         """Whether it is unfinished."""
         return self.status == "running"
 
@@ -54,7 +54,7 @@ class UnknownEvaluationError(LookupError):
 
 
 class EvaluationStateError(ValueError):
-    """The evaluation belongs to another server, or was deleted."""
+    """Another server holds the evaluation, or it was deleted."""
 
 
 class EvaluationStore(RecordTable[Evaluation, Status]):
@@ -83,8 +83,8 @@ class EvaluationStore(RecordTable[Evaluation, Status]):
 
     # --- sharing among servers: overridden by `SharedEvaluations` --------------------------------------
 
-    def settle(self, evaluation: Evaluation) -> None:
-        """Write an evaluation's state. Raises EvaluationStateError when this server has lost it."""
+    def save(self, evaluation: Evaluation) -> None:
+        """Write an evaluation's state. Raises EvaluationStateError if its lease is lost or it was deleted."""
         self.write(evaluation)
 
     def delete(self, evaluation_id: str) -> None:
@@ -92,7 +92,7 @@ class EvaluationStore(RecordTable[Evaluation, Status]):
         self.remove(evaluation_id)
 
     def has_results(self, evaluation: Evaluation) -> bool:
-        """Whether one has results, or may have: it has neither failed nor been deleted."""
+        """Whether an evaluation has results, or may still have some: it has neither failed nor been deleted."""
         try:
             return self.get(evaluation.tenant, evaluation.id).status != "failed"
         except UnknownEvaluationError:

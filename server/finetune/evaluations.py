@@ -49,7 +49,7 @@ from server.text.processor import TextProcessor
 log = logging.getLogger("lorakeet.finetune")
 
 RESULTS = "evaluation-results"
-_LATER = (503, 507)  # statuses of faults that go by: a store that is away, a disk that is full
+_RETRIED = (503, 507)  # statuses of temporary faults: an unavailable store, a full disk
 SPARE_TOKENS = 8  # beyond the expected answer, to detect longer ones
 
 
@@ -94,7 +94,7 @@ class Evaluations(Worker[Evaluation]):
     """The worker on evaluations; each starts from its beginning, also after a change of servers.
 
     Args:
-        at_once: most sequences in the engine, of all evaluations together.
+        max_concurrent: most sequences in the engine, of all evaluations together.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Evaluations(Worker[Evaluation]):
         engine: EngineClient,
         text: TextProcessor,
         *,
-        at_once: int,
+        max_concurrent: int,
     ) -> None:
         super().__init__(store)
         self.store = store
@@ -113,7 +113,7 @@ class Evaluations(Worker[Evaluation]):
         self._registry = registry
         self._engine = engine
         self._text = text
-        self._slots = asyncio.Semaphore(at_once)
+        self._slots = asyncio.Semaphore(max_concurrent)
 
     # --- client operations --------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class Evaluations(Worker[Evaluation]):
         """Record an evaluation and start it."""
         create = partial(self.store.create, tenant, model=model, adapter=adapter, digest=digest, file=file)
         evaluation = await asyncio.to_thread(create, max_examples=max_examples)
-        self.go_on(evaluation)
+        self.enqueue(evaluation)
         return evaluation
 
     async def delete(self, tenant: str, evaluation_id: str) -> None:
@@ -131,11 +131,11 @@ class Evaluations(Worker[Evaluation]):
         evaluation = await asyncio.to_thread(self.store.get, tenant, evaluation_id)
         await self.abandon(evaluation_id)
         try:
-            await asyncio.to_thread(self._delete_files, evaluation)  # first, or nobody would know of them
+            await asyncio.to_thread(self._delete_files, evaluation)  # first: its row is the only reference to them
             await asyncio.to_thread(self.store.delete, evaluation_id)
         except BaseException:
-            if evaluation.goes_on:
-                self.go_on(evaluation)
+            if evaluation.has_work:
+                self.enqueue(evaluation)
             raise
 
     # --- lifecycle -------------------------------------------------------------------------------------------
@@ -145,10 +145,10 @@ class Evaluations(Worker[Evaluation]):
             await self._advance(evaluation)
         finally:
             with contextlib.suppress(StorageFull, DatabaseBusy, RemoteUnavailable):
-                await run_in(None, partial(self._left, evaluation))
+                await run_in(None, partial(self._delete_unneeded_files, evaluation))
 
     async def _advance(self, evaluation: Evaluation) -> None:
-        """To its end, unless it becomes another server's."""
+        """Run an evaluation to its end, unless another server takes it over."""
         while True:
             try:
                 done = await self._evaluate(evaluation)
@@ -160,7 +160,7 @@ class Evaluations(Worker[Evaluation]):
                 done = replace(evaluation, status="failed", error=fault.error)
             except Exception as fault:
                 error = as_error(fault)
-                if error.status in _LATER:
+                if error.status in _RETRIED:
                     log.warning("evaluation %s waits: %s", evaluation.id, fault)
                     await asyncio.sleep(SPACE_SECONDS)
                     continue
@@ -171,14 +171,14 @@ class Evaluations(Worker[Evaluation]):
                 )
             if done.status != "running":
                 done = replace(done, finished_at=int(time.time()))
-            if not await self._settle(done) or done.status != "running":
+            if not await self._save(done) or done.status != "running":
                 return
 
-    async def _settle(self, evaluation: Evaluation) -> bool:
-        """Record its state, retrying until that is possible; False when this server has lost it."""
+    async def _save(self, evaluation: Evaluation) -> bool:
+        """Save an evaluation's state, retrying after outages; return False if its lease is lost or it was deleted."""
         while True:
             try:
-                await asyncio.to_thread(self.store.settle, evaluation)
+                await asyncio.to_thread(self.store.save, evaluation)
                 return True
             except EvaluationStateError:
                 return False
@@ -186,8 +186,8 @@ class Evaluations(Worker[Evaluation]):
                 log.warning("evaluation %s waits: %s", evaluation.id, fault)
             await asyncio.sleep(SPACE_SECONDS)
 
-    def _left(self, evaluation: Evaluation) -> None:
-        """Delete its files if it has failed for good, or was deleted in the meantime."""
+    def _delete_unneeded_files(self, evaluation: Evaluation) -> None:
+        """Delete an evaluation's files if it has failed, or was deleted in the meantime."""
         if not self.store.has_results(evaluation):
             self._delete_files(evaluation)
 
@@ -202,22 +202,22 @@ class Evaluations(Worker[Evaluation]):
         base = await engine_up(self._engine)
         examples = await asyncio.to_thread(self._read, evaluation, base)
         references: list[AdapterRef] = []
-        taught: Sequence[int] = ()
+        learned: Sequence[int] = ()
         adapted = None
         async with contextlib.AsyncExitStack() as held:
             if evaluation.adapter is not None and evaluation.digest is not None:
-                asked = f"{evaluation.adapter}@{evaluation.digest.removeprefix('sha256:')}"
+                name = f"{evaluation.adapter}@{evaluation.digest.removeprefix('sha256:')}"
                 try:
-                    version = await held.enter_async_context(self._registry.open(Caller(evaluation.tenant), asked))
+                    version = await held.enter_async_context(self._registry.open(Caller(evaluation.tenant), name))
                 except ModelNotFound:
                     message = f"The adapter {evaluation.adapter} no longer has that version."
                     raise JobFailedError("adapter_not_found", message, "model") from None
                 references = [AdapterRef(version.digest, str(version.path))]
-                taught = version.receipt.get("stop_token_ids", ())
+                learned = version.receipt.get("stop_token_ids", ())
             stops = {*base.eos_token_ids, *self._text.stop_tokens}
             plain = await self._answers(examples, _Model(evaluation.tenant, [], stops))
             if references:
-                model = _Model(evaluation.tenant, references, {*stops, *taught})
+                model = _Model(evaluation.tenant, references, {*stops, *learned})
                 adapted = await self._answers(examples, model)
         return replace(
             evaluation,
@@ -226,7 +226,7 @@ class Evaluations(Worker[Evaluation]):
             adapted=None if adapted is None else _score(examples, adapted),
             examples=len(examples),
             tokens=sum(len(example.trained) for example in examples),
-            result_files=[await self._keep(evaluation, self._rows(examples, stops, plain, adapted))],
+            result_files=[await self._write_results(evaluation, self._rows(examples, stops, plain, adapted))],
         )
 
     def _rows(
@@ -237,14 +237,14 @@ class Evaluations(Worker[Evaluation]):
             Row(
                 number,
                 self._text.decode(example.prompt, skip_special_tokens=False),
-                self._shown(example.answer, stops),
+                self._answer_text(example.answer, stops),
                 plain,
                 other,
             )
             for number, (example, plain, other) in enumerate(zip(examples, base, others, strict=True), start=1)
         ]
 
-    async def _keep(self, evaluation: Evaluation, rows: Sequence[Row]) -> str:
+    async def _write_results(self, evaluation: Evaluation, rows: Sequence[Row]) -> str:
         """Write the result file, retrying until the disk has space; return its id."""
         tenant, file_id = evaluation.tenant, _result_file(evaluation)
 
@@ -256,14 +256,14 @@ class Evaluations(Worker[Evaluation]):
 
         while True:
             try:
-                return await run_in(None, write)  # a cancelled caller deletes the written rows
+                return await run_in(None, write)  # a cancelled caller waits for the file, and deletes it
             except (OSError, StorageFull, DatabaseBusy, RemoteUnavailable) as fault:
-                log.warning("the rows of an evaluation wait for the disk: %s", type(fault).__name__)
+                log.warning("writing the results of an evaluation is retried: %s", type(fault).__name__)
             await asyncio.sleep(SPACE_SECONDS)
 
     def _read(self, evaluation: Evaluation, base: Ready) -> list[_Example]:
         try:
-            path = self._files.fetched(evaluation.tenant, evaluation.file).path
+            path = self._files.fetch(evaluation.tenant, evaluation.file).path
             with path.open("rb") as file:
                 tokenizer = TrainingTokenizer(self._text, base.eos_token_ids)
                 length = hyperparameters.max_seq_len(hyperparameters.TrainingOptions(), base) - SPARE_TOKENS
@@ -277,14 +277,14 @@ class Evaluations(Worker[Evaluation]):
 
     async def _answers(self, examples: Sequence[_Example], model: _Model) -> list[Answer]:
         """Run one model on all examples."""
-        examining = [asyncio.create_task(self._examine(example, model)) for example in examples]
+        runs = [asyncio.create_task(self._run_example(example, model)) for example in examples]
         try:
-            return await asyncio.gather(*examining)
+            return await asyncio.gather(*runs)
         finally:
-            for task in examining:
+            for task in runs:
                 task.cancel()
 
-    async def _examine(self, example: _Example, model: _Model) -> Answer:
+    async def _run_example(self, example: _Example, model: _Model) -> Answer:
         """Run one model on one example."""
         score = Sampling(max_tokens=0, temperature=0.0, prompt_logprobs=0)
         async with self._slots:
@@ -297,10 +297,10 @@ class Evaluations(Worker[Evaluation]):
             most = len(example.answer) + SPARE_TOKENS
             answer = Sampling(max_tokens=most, temperature=0.0, stop_token_ids=sorted(model.stops))
             outputs = await self._generate(example.prompt, model, answer)
-        given = self._shown([token for output in outputs for token in output.tokens], model.stops)
-        return Answer(loss, given, given == self._shown(example.answer, model.stops))
+        given = self._answer_text([token for output in outputs for token in output.tokens], model.stops)
+        return Answer(loss, given, given == self._answer_text(example.answer, model.stops))
 
-    def _shown(self, tokens: Sequence[int], stops: set[int]) -> str:
+    def _answer_text(self, tokens: Sequence[int], stops: set[int]) -> str:
         """Return an answer's text, without the tokens that end it."""
         return self._text.decode([token for token in tokens if token not in stops], skip_special_tokens=True).strip()
 

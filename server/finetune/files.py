@@ -101,10 +101,10 @@ class FileStore:
     ) -> StoredFile:
         """Add a staged file, which is moved. Raises OSError (on a full disk, for example) with nothing kept.
 
-        file_id: set when the file may have been added before, here or at another server. If it was deleted since, it is
-            as if that came now.
+        file_id: a fixed id, for a file that may have been added before, here or at another server. If that file was
+            deleted, this one is removed as well.
         """
-        known, file_id = file_id is not None, file_id or new_id("file-")
+        maybe_stored, file_id = file_id is not None, file_id or new_id("file-")
         target = self._root / file_id
         sync(source)
         size = source.stat().st_size
@@ -113,7 +113,7 @@ class FileStore:
         try:
             row = self._share(_row(stored) | {"digest": digest_of(source)}, source)
             source.rename(target)
-            self._note(row)
+            self._write_record(row)
             sync(self._root)
             with self._database.transaction() as connection:
                 insert(connection, row)
@@ -122,27 +122,27 @@ class FileStore:
             self._remove(target)
         except BaseException:
             self._remove(target)
-            self._unshare(file_id, known=known)
+            self._unshare(file_id, maybe_stored=maybe_stored)
             raise
         return stored
 
     def _share(self, row: dict[str, Any], source: Path) -> dict[str, Any]:
         """Upload a new file for other servers, if there are any; return its final row.
 
-        Raises UnknownFileError for one that had this id, and was deleted.
+        Raises UnknownFileError if a file with this id was deleted.
         """
         return row
 
-    def _unshare(self, file_id: str, *, known: bool) -> None:
-        """Undo `_share`. `known`: it may have been there before."""
+    def _unshare(self, file_id: str, *, maybe_stored: bool) -> None:
+        """Undo `_share`. `maybe_stored`: it may have been stored before."""
 
-    def _note(self, row: dict[str, Any]) -> None:
-        record = record_of(self._root, row["id"])
+    def _write_record(self, row: dict[str, Any]) -> None:
+        record = record_path(self._root, row["id"])
         record.parent.mkdir(exist_ok=True)
         write_synced(record, json.dumps(row).encode())
 
-    def fetched(self, tenant: str, file_id: str) -> StoredFile:
-        """Return a file, with its bytes brought to this disk. Raises UnknownFileError."""
+    def fetch(self, tenant: str, file_id: str) -> StoredFile:
+        """Return a file, after downloading its bytes if they are not on this disk. Raises UnknownFileError."""
         return self.get(tenant, file_id)
 
     def get(self, tenant: str, file_id: str) -> StoredFile:
@@ -178,7 +178,7 @@ class FileStore:
         self._remove(stored.path)
 
     def _remove(self, path: Path) -> None:
-        for doomed in (path, record_of(self._root, path.name)):
+        for doomed in (path, record_path(self._root, path.name)):
             doomed.unlink(missing_ok=True)
         self._pending.clear(path.name)
 
@@ -203,23 +203,23 @@ def insert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
     )
 
 
-def recorded(root: Path, file_id: str) -> dict[str, Any] | None:
+def read_record(root: Path, file_id: str) -> dict[str, Any] | None:
     """Return the row beside a file, with the digest of its bytes; None when missing or unreadable."""
     try:
-        row = json.loads(record_of(root, file_id).read_bytes())
+        row = json.loads(record_path(root, file_id).read_bytes())
     except (OSError, ValueError):
         return None
     return row if isinstance(row, dict) and all(column in row for column in COLUMNS) else None
 
 
-def record_of(root: Path, file_id: str) -> Path:
+def record_path(root: Path, file_id: str) -> Path:
     """Return the path of the record beside a file."""
     return root / RECORDS / f"{file_id}.json"
 
 
-def whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Whether a file's bytes match the recorded digest; True without one."""
-    row = recorded(path.parent, path.name)
+    row = read_record(path.parent, path.name)
     return row is None or row.get("digest") == digest_of(path)
 
 
@@ -231,7 +231,7 @@ def _report(row: Any) -> dict[str, Any]:
     try:
         report: dict[str, Any] = json.loads(row["report"])
     except ValueError as fault:
-        log.error("what was found in the file %s cannot be read: %s", row["id"], fault)
+        log.error("the report of the file %s cannot be read: %s", row["id"], fault)
         return {}
     return report
 

@@ -109,7 +109,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     inputs: dict[str, str] = {}  # files in its directory that other servers need -> hashes
 
     @property
-    def goes_on(self) -> bool:
+    def has_work(self) -> bool:
         """Whether there is work to do, now or once there is space."""
         return self.status not in FINAL and (self.status != "paused" or self.waits_for_space)
 
@@ -196,7 +196,7 @@ class JobStore(RecordTable[Job, Status]):
             insert = "INSERT OR IGNORE INTO checkpoints (id, job, step, served, record) VALUES (?, ?, ?, ?, ?)"
             for one in checkpoints:
                 connection.execute(insert, (one.id, job.id, one.metrics.step, one.name is not None, encode(one)))
-            self.add_event(job.id, "The job's row was lost or damaged; it is known again, and paused", level="warn")
+            self.add_event(job.id, "The job's row was lost or damaged; it was restored, and is paused", level="warn")
 
     def move(
         self, job: Job, status: Status, message: str | None = None, *, expected: Status | None = None, **changes: Any
@@ -214,7 +214,7 @@ class JobStore(RecordTable[Job, Status]):
                 self.add_event(job.id, message, level=level_of(status))
         return moved
 
-    def steer(self, job: Job, status: Status, message: str | None = None, **options: Any) -> Job:
+    def move_for_client(self, job: Job, status: Status, message: str | None = None, **options: Any) -> Job:
         """Change the status on a client's behalf, even if another server works on the job."""
         return self.move(job, status, message, **options)
 
@@ -341,7 +341,7 @@ class JobStore(RecordTable[Job, Status]):
     # --- sharing among servers: overridden by `SharedJobs` -------------------------------------------
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def grouped_changes(self) -> Iterator[None]:
         """Group several changes of a job into one transaction."""
         with self.database.transaction():
             yield
@@ -349,14 +349,14 @@ class JobStore(RecordTable[Job, Status]):
     def share(self, job: Job, directory: Path) -> None:
         """Upload a new job, with the files in its directory, for other servers."""
 
-    def put(self, job_id: str, root: Path, files: Mapping[str, str]) -> None:
+    def upload_files(self, job_id: str, root: Path, files: Mapping[str, str]) -> None:
         """Upload files of a job for other servers. `files`: paths below `root` -> hashes."""
 
-    def fetch(self, job_id: str, root: Path, files: Mapping[str, str]) -> None:
+    def download_files(self, job_id: str, root: Path, files: Mapping[str, str]) -> None:
         """Download a job's files that are missing here, as far as they are stored."""
 
-    def forget(self, job_id: str, but: Sequence[str] = ()) -> None:
-        """Delete a job's uploaded files, except those with the hashes in `but`."""
+    def delete_files(self, job_id: str, keep: Sequence[str] = ()) -> None:
+        """Delete a job's uploaded files, except those with the hashes in `keep`."""
 
 
 def event_row(message: str, level: str = "info", data: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from server.finetune.checkpoints import CheckpointAdapters
 from server.finetune.files import FileStore
 from server.finetune.jobs import FINAL, Job, JobError, JobFailedError, JobSpec, JobStateError, JobStore, Status
 from server.finetune.metrics import TrainingMetrics
-from server.finetune.preparation import Preparation, copy_initial, placed
+from server.finetune.preparation import Preparation, copy_initial, relocated
 from server.finetune.slots import FairSlots
 from server.finetune.wandb_runs import WandbRuns
 from server.finetune.worker import Worker
@@ -52,7 +52,7 @@ MAX_DEATHS = 2  # of engines training a job, without a checkpoint in between: it
 SPACE_SECONDS = 5.0  # between checks of a full disk
 _SPARE_BYTES = 1 << 20  # for rows of the database
 _BYTES_PER_PARAMETER = 24  # fp32: values, two moments, the adapter; its published file, and its packed rows
-_FULL = "The disk is full; the job is paused, and goes on when there is space"
+_FULL = "The disk is full; the job is paused until there is space"
 
 
 class JobManager(Worker[Job]):
@@ -87,32 +87,32 @@ class JobManager(Worker[Job]):
         self._metrics = metrics
         self._wandb = WandbRuns()
         self._slots = FairSlots(max_running)
-        self._steered: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by job id
+        self._client_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by job id
         self._training: set[str] = set()  # ids of jobs with a slot
-        self._pace: dict[str, float] = {}  # id -> moving average of seconds per step
-        self._news = asyncio.Event()
+        self._step_seconds: dict[str, float] = {}  # id -> moving average of seconds per step
+        self._changed = asyncio.Event()
 
     # --- lifecycle ------------------------------------------------------------------------------------
 
-    def _sort_out(self) -> None:
-        restore.sort_out(self._jobs, self._directory, self._pending)
+    def _clean_up_at_start(self) -> None:
+        restore.clean_up_at_start(self._jobs, self._directory, self._pending)
 
-    async def wait_for_news(self, seconds: float) -> None:
+    async def wait_for_change(self, seconds: float) -> None:
         """Wait for a change of any job, for at most `seconds`."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), seconds)
+            await asyncio.wait_for(self._changed.wait(), seconds)
 
-    def _announce(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
+    def _notify_change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     # --- client operations -----------------------------------------------------------------------------
 
     async def create(self, tenant: str, spec: JobSpec, initial: Path | None = None) -> Job:
         """Record a job and start it. `initial`: files of the adapter version to continue from."""
         job = await asyncio.to_thread(self._create, tenant, spec, initial)
-        self.go_on(job)
-        self._announce()
+        self.enqueue(job)
+        self._notify_change()
         return job
 
     def _create(self, tenant: str, spec: JobSpec, initial: Path | None) -> Job:
@@ -125,7 +125,7 @@ class JobManager(Worker[Job]):
             directory.mkdir(parents=True)
             if initial is not None:
                 copy_initial(initial, directory)
-            restore.note(directory, restore.JOB, job)
+            restore.write_record(directory, restore.JOB, job)
             sync(directory)
             sync(self._directory)
             self._database.after_commit(undo.pop_all)
@@ -137,69 +137,73 @@ class JobManager(Worker[Job]):
             raise
         return job
 
-    def _steering(self, job: Job) -> asyncio.Lock:
+    def _client_lock(self, job: Job) -> asyncio.Lock:
         """The lock that serialises clients' changes of a job: each status and its consequences are one unit."""
-        return self._steered.setdefault(job.id, asyncio.Lock())
+        return self._client_locks.setdefault(job.id, asyncio.Lock())
 
     async def cancel(self, job: Job) -> Job:
         """Cancel a job. Raises JobStateError when it has ended already."""
-        async with self._steering(job):
+        async with self._client_lock(job):
             return await self._cancel(job)
 
     async def _cancel(self, job: Job) -> Job:
-        cancelled = await self._move(job, "cancelled", "Fine-tuning job cancelled", asked=True, waits_for_space=False)
-        await self._let_go(cancelled, save=False)
+        cancelled = await self._move(
+            job, "cancelled", "Fine-tuning job cancelled", for_client=True, waits_for_space=False
+        )
+        await self._stop_work(cancelled, save=False)
         if job.id not in self._training:  # else its task cleans up once the engine has stopped the job
             await self._clean_up(job)
         return cancelled
 
     async def pause(self, job: Job) -> Job:
         """Pause a job: a waiting one at once, a running one once its step is saved. Raises JobStateError otherwise."""
-        async with self._steering(job):
+        async with self._client_lock(job):
             return await self._pause(job)
 
     async def _pause(self, job: Job) -> Job:
-        now = await self._now(job)
+        now = await self._reload(job)
         if now.waits_for_space:
             await self.abandon(job.id)
             return await asyncio.to_thread(self._jobs.update, job, waits_for_space=False)
         running = now.status == "running"
         status: Status = "pausing" if running else "paused"
-        moved = await self._move(job, status, f"Job {status}", asked=True)
-        if not await self._let_go(moved, save=True) and running:
+        moved = await self._move(job, status, f"Job {status}", for_client=True)
+        if not await self._stop_work(moved, save=True) and running:
             with contextlib.suppress(JobStateError):  # its task has paused it concurrently
                 return await self._move(job, "paused", "Job paused", expected="pausing")
-            return await self._now(job)
+            return await self._reload(job)
         return moved
 
     async def resume(self, job: Job) -> Job:
         """Resume a job. Raises JobStateError unless it is paused or pausing."""
-        async with self._steering(job):
+        async with self._client_lock(job):
             return await self._resume(job)
 
     async def _resume(self, job: Job) -> Job:
-        if (await self._now(job)).status == "pausing":
+        if (await self._reload(job)).status == "pausing":
             with contextlib.suppress(JobStateError):  # paused concurrently
-                return await self._move(job, "running", "Job resumed", asked=True)
-        now = await self._now(job)
+                return await self._move(job, "running", "Job resumed", for_client=True)
+        now = await self._reload(job)
         if now.waits_for_space:
             await self.abandon(job.id)
         elif now.status == "paused" and (task := self.tasks.get(job.id)):
-            await self._let_go(now, save=False)  # if another server paused it, the task may not know yet
+            await self._stop_work(now, save=False)  # if another server paused it, the task may not know yet
             await asyncio.wait({task})
         status: Status = "validating_files" if now.start is None else "queued"
-        resumed = await self._move(job, status, "Job resumed", asked=True, expected="paused", waits_for_space=False)
-        self.go_on(resumed)
+        resumed = await self._move(
+            job, status, "Job resumed", for_client=True, expected="paused", waits_for_space=False
+        )
+        self.enqueue(resumed)
         return resumed
 
     def estimated_finish(self, job: Job) -> int | None:
         """Return the Unix time of the estimated end, while the job runs and its pace is known."""
-        pace = self._pace.get(job.id)
+        pace = self._step_seconds.get(job.id)
         if job.status != "running" or pace is None:
             return None
         return int(time.time() + pace * (job.total_steps - job.step))
 
-    async def _let_go(self, job: Job, *, save: bool) -> bool:
+    async def _stop_work(self, job: Job, *, save: bool) -> bool:
         """Stop work on a job after a change of status; return whether a `StopJob` was sent to the engine."""
         if job.id in self._training:
             with contextlib.suppress(EngineUnavailable):
@@ -208,26 +212,26 @@ class JobManager(Worker[Job]):
         await self.abandon(job.id)
         return False
 
-    async def heed(self, job: Job) -> None:
-        self._announce()
+    async def status_changed(self, job: Job) -> None:
+        self._notify_change()
         if job.status in FINAL or job.status == "pausing":
-            await self._let_go(job, save=job.status == "pausing")
+            await self._stop_work(job, save=job.status == "pausing")
         elif job.status != "running":
             await self.abandon(job.id)
 
-    async def clear(self, id_: str) -> None:
+    async def remove_files(self, id_: str) -> None:
         await asyncio.to_thread(lost.rename_and_remove, self._directory / id_)
 
     async def _clean_up(self, job: Job) -> None:
         """Remove the files needed to resume; published adapters are stored elsewhere."""
-        await self.clear(job.id)
-        await asyncio.to_thread(self._jobs.forget, job.id)
+        await self.remove_files(job.id)
+        await asyncio.to_thread(self._jobs.delete_files, job.id)
 
-    async def _move(self, job: Job, status: Status, message: str, *, asked: bool = False, **changes: Any) -> Job:
-        """Change a job's status. `asked`: on a client's behalf, even if another server works on the job."""
-        move: Callable[..., Job] = self._jobs.steer if asked else self._jobs.move
+    async def _move(self, job: Job, status: Status, message: str, *, for_client: bool = False, **changes: Any) -> Job:
+        """Change a job's status. `for_client`: on a client's behalf, even if another server works on the job."""
+        move: Callable[..., Job] = self._jobs.move_for_client if for_client else self._jobs.move
         moved = await asyncio.to_thread(move, job, status, message, **changes)
-        self._announce()
+        self._notify_change()
         return moved
 
     # --- one job -----------------------------------------------------------------------------------------
@@ -241,7 +245,7 @@ class JobManager(Worker[Job]):
                 except (DatabaseBusy, RemoteUnavailable) as fault:
                     log.warning("job %s waits: %s", job.id, fault)
                     await asyncio.sleep(SPACE_SECONDS)
-                    job = await self._now(job)
+                    job = await self._reload(job)
                 except Exception as fault:
                     if not isinstance(as_error(fault), StorageFull):
                         raise
@@ -254,7 +258,7 @@ class JobManager(Worker[Job]):
             log.exception("job %s failed", job.id)
             await self._fail(job, JobError("server_error", "The job failed because of a fault in the server."))
         finally:
-            if (await self._now(job)).status in FINAL:
+            if (await self._reload(job)).status in FINAL:
                 await self._clean_up(job)
 
     async def _advance(self, job: Job) -> None:
@@ -268,14 +272,14 @@ class JobManager(Worker[Job]):
             job = await self._move(job, "queued", "The server restarted; the job is queued again")
         directory = self._directory / job.id
         directory.mkdir(parents=True, exist_ok=True)
-        await asyncio.to_thread(self._jobs.fetch, job.id, directory, job.inputs)
+        await asyncio.to_thread(self._jobs.download_files, job.id, directory, job.inputs)
         if job.start is None:
-            start, taught = await self._preparation.start_message(
+            start, learned_fields = await self._preparation.start_message(
                 job, await engine_up(self._engine), directory, partial(self._ask_memory, job)
             )
             message = "Files validated, moving job to queued state"
-            job = await self._move(job, "queued", message, start=start, **taught)
-            await asyncio.to_thread(restore.note, directory, restore.JOB, job)
+            job = await self._move(job, "queued", message, start=start, **learned_fields)
+            await asyncio.to_thread(restore.write_record, directory, restore.JOB, job)
         elif job.status == "validating_files":  # resumed by a server that did not know yet that they were validated
             job = await self._move(job, "queued", "Files validated, moving job to queued state")
         async with self._slots.take(job.tenant):
@@ -290,7 +294,7 @@ class JobManager(Worker[Job]):
             await asyncio.to_thread(self._checkpoints.remove_spare, job)
         while True:
             with contextlib.suppress(OSError, DatabaseBusy):  # even the status cannot be written now
-                now = await self._now(job)
+                now = await self._reload(job)
                 if not now.waits_for_space:
                     # A pausing job pauses without its last steps; the next round's move then ends its task.
                     await self._move(job, "paused", _FULL, waits_for_space=now.status != "pausing")
@@ -314,25 +318,25 @@ class JobManager(Worker[Job]):
                     return
                 await asyncio.sleep(SPACE_SECONDS)
 
-    async def _died(self, job: Job) -> None:
+    async def _count_death(self, job: Job) -> None:
         """Count an engine's death during the job. Raises JobFailedError at `MAX_DEATHS`."""
-        deaths = (await self._now(job)).deaths + 1
+        deaths = (await self._reload(job)).deaths + 1
         await asyncio.to_thread(self._jobs.update, job, deaths=deaths)
         if deaths >= MAX_DEATHS:
             raise JobFailedError("engine_died", f"The engine died {deaths} times while it had this job; see its log.")
 
-    async def _now(self, job: Job) -> Job:
+    async def _reload(self, job: Job) -> Job:
         return await asyncio.to_thread(self._jobs.get, job.tenant, job.id)
 
-    async def _ask_memory(self, job: Job, question: PlanMemory) -> MemoryPlan:
+    async def _ask_memory(self, job: Job, request: PlanMemory) -> MemoryPlan:
         while True:
             await engine_up(self._engine)
             try:
-                return await self._engine.plan_memory(question)
+                return await self._engine.plan_memory(request)
             except TrainingRefused as refusal:
                 raise JobFailedError(refusal.code, str(refusal)) from None
             except EngineDied:
-                await self._died(job)
+                await self._count_death(job)
             except EngineUnavailable:
                 continue
 
@@ -353,29 +357,29 @@ class JobManager(Worker[Job]):
                         await self._run_once(job)
                     except EngineUnavailable as gone:
                         if isinstance(gone, EngineDied):
-                            await self._died(job)
-                        message = "The engine restarts; the job goes on from its last checkpoint"
+                            await self._count_death(job)
+                        message = "The engine restarts; the job continues from its last checkpoint"
                         await asyncio.to_thread(self._jobs.add_event, job.id, message, level="warn")
-                        self._announce()
-                job = await self._now(job)
+                        self._notify_change()
+                job = await self._reload(job)
         finally:
             self._training.discard(job.id)
-            self._pace.pop(job.id, None)
+            self._step_seconds.pop(job.id, None)
             self._metrics.ended(job.id)
-            await asyncio.to_thread(self._wandb.ended, await self._now(job))
+            await asyncio.to_thread(self._wandb.ended, await self._reload(job))
 
     async def _run_once(self, job: Job) -> None:
         """Run the job on the engine once, from its last checkpoint. Raises EngineUnavailable, JobFailedError."""
         assert job.start is not None
         resume = await asyncio.to_thread(self._checkpoints.last_good, job)
-        replies = self._engine.train(replace(placed(job.start, self._directory / job.id), resume=resume))
+        replies = self._engine.train(replace(relocated(job.start, self._directory / job.id), resume=resume))
         try:
             async for reply in replies:
-                await self._take(await self._now(job), reply)
+                await self._handle_reply(await self._reload(job), reply)
         finally:
             await replies.aclose()
 
-    async def _take(self, job: Job, reply: JobReply) -> None:
+    async def _handle_reply(self, job: Job, reply: JobReply) -> None:
         """Make one reply durable, unless the job was cancelled in the meantime."""
         if job.status != "running" and not isinstance(reply, JobEnded):
             # Sent again: the first message may have arrived before the job's start.
@@ -384,7 +388,7 @@ class JobManager(Worker[Job]):
             return
         match reply:
             case TrainingStep():
-                await asyncio.to_thread(self._take_step, job, reply)
+                await asyncio.to_thread(self._record_step, job, reply)
             case JobNote():
                 await asyncio.to_thread(self._jobs.add_event, job.id, reply.message, level=reply.level)
             case Checkpoint():
@@ -396,10 +400,10 @@ class JobManager(Worker[Job]):
             case JobEnded(outcome="paused"):
                 with contextlib.suppress(JobStateError):  # resumed in the meantime: it continues from this checkpoint
                     await self._move(job, "paused", f"Job paused at step {job.step}", expected="pausing")
-        self._announce()
+        self._notify_change()
 
-    def _take_step(self, job: Job, step: TrainingStep) -> None:
-        self._pace[job.id] = 0.9 * self._pace.get(job.id, step.seconds) + 0.1 * step.seconds
+    def _record_step(self, job: Job, step: TrainingStep) -> None:
+        self._step_seconds[job.id] = 0.9 * self._step_seconds.get(job.id, step.seconds) + 0.1 * step.seconds
         self._metrics.step(step, max(0, step.trained_tokens - (job.trained_tokens or 0)))
         self._jobs.record_step(job, step)
         self._wandb.step(job, step)

@@ -44,7 +44,7 @@ def copy_initial(version: Path, directory: Path) -> None:
     sync(target)
 
 
-def placed(start: StartJob, directory: Path) -> StartJob:
+def relocated(start: StartJob, directory: Path) -> StartJob:
     """Return `start` with its files in this directory: another server may have prepared the job."""
     fields = ("train_data", "valid_data", "initial")
     files = {name: str(directory / Path(file).name) for name in fields if (file := getattr(start, name)) is not None}
@@ -84,7 +84,7 @@ class Preparation:
             spec.hyperparameters, spec.lora, spec.training, seed=spec.seed, sequences=len(train), base=base
         )
         tokens = int(max(plan.micro_batch_tokens, train.lengths.max()))
-        memory = await ask_memory(question(shapes, spec.lora, plan.optimizer, tokens))
+        memory = await ask_memory(memory_request(shapes, spec.lora, plan.optimizer, tokens))
         if memory.mode is None:
             needed, available = memory.total("recompute") >> 20, memory.available >> 20
             advice = "lower micro_batch_tokens, max_seq_len or r"
@@ -103,7 +103,7 @@ class Preparation:
         )
         files = [train_data] if valid_data is None else [train_data, valid_data]
         inputs = {file.name: await asyncio.to_thread(file_hash, file) for file in files}
-        await asyncio.to_thread(self._jobs.put, job.id, directory, inputs)
+        await asyncio.to_thread(self._jobs.upload_files, job.id, directory, inputs)
         formats = {"tool_format": train.tool_format, "reasoning_format": train.reasoning_format}
         return start, {"stop_tokens": list(train.stop_tokens), "inputs": {**job.inputs, **inputs}} | formats
 
@@ -113,7 +113,7 @@ class Preparation:
 
         def encode() -> Dataset:
             self._jobs.add_event(job.id, f"Validating {param.replace('_', ' ')}: {file_id}")
-            with self._files.fetched(job.tenant, file_id).path.open("rb") as file:
+            with self._files.fetch(job.tenant, file_id).path.open("rb") as file:
                 data = load_dataset(
                     file,
                     TrainingTokenizer(self._text, base.eos_token_ids),
@@ -150,7 +150,7 @@ def _adapter(job: Job, base: Ready, directory: Path) -> tuple[dict[str, Any], di
         raise JobFailedError("invalid_lora", str(error), f"lora.{error.param}") from None
 
 
-def question(
+def memory_request(
     shapes: dict[str, ModuleShape], lora: hyperparameters.LoraOptions, optimizer: Optimizer, tokens: int
 ) -> PlanMemory:
     """Return the request to the engine for a job's memory. `tokens`: of its largest pass."""

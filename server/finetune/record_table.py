@@ -23,7 +23,7 @@ class Record(Protocol):
     @property
     def created_at(self) -> int: ...
     @property
-    def goes_on(self) -> bool: ...  # whether there is work to do
+    def has_work(self) -> bool: ...  # whether there is work to do
 
 
 R = TypeVar("R", bound=Record)
@@ -63,7 +63,7 @@ class RecordTable(Generic[R, S]):
         self._final = sorted(final)
 
     def add(self, record: R, number: int | None = None) -> None:
-        """Add a row; joins the current transaction, if any. `number`: its place in lists, the last by default."""
+        """Add a row; joins the current transaction, if any. `number`: its position in lists, the last by default."""
         with self.database.transaction() as connection:
             connection.execute(
                 f"INSERT INTO {self._table} (number, id, tenant, status, record) VALUES (?, ?, ?, ?, ?)",
@@ -125,9 +125,9 @@ class RecordTable(Generic[R, S]):
             ).fetchall()
         return self._readable(rows)
 
-    def take_up(self, but: Collection[str] = ()) -> list[R]:
-        """Return the records for this server to start work on, without the ids in `but`."""
-        return [record for record in self.unfinished() if record.goes_on and record.id not in but]
+    def claim(self, excluding: Collection[str] = ()) -> list[R]:
+        """Return the records that this server should start work on, without the ids in `excluding`."""
+        return [record for record in self.unfinished() if record.has_work and record.id not in excluding]
 
     def ended(self, record: R) -> bool:
         """Whether a record has ended."""
@@ -140,7 +140,7 @@ class RecordTable(Generic[R, S]):
         return self._readable(rows)
 
     def holds(self, id_: str) -> bool:
-        """Whether a record is this server's to work on."""
+        """Whether this server may work on a record."""
         return True
 
     def counts(self) -> dict[S, int]:

@@ -20,13 +20,13 @@ JOB, CHECKPOINT = "job.json", "checkpoint.json"
 log = logging.getLogger(__name__)
 
 
-def note(directory: Path, name: str, record: Job | StoredCheckpoint) -> None:
+def write_record(directory: Path, name: str, record: Job | StoredCheckpoint) -> None:
     """Write a copy of a row into `directory`; a fault of the disk is ignored."""
     with contextlib.suppress(OSError):
         write_synced(directory / name, msgspec.json.encode(record))
 
 
-def opened(data_dir: Path, busy_seconds: float) -> Database:
+def open_or_rebuild(data_dir: Path, busy_seconds: float) -> Database:
     """Open the database of a data directory; a damaged one is set aside, and rebuilt as far as possible.
 
     Raises the errors of `Database`, and OSError.
@@ -39,14 +39,14 @@ def opened(data_dir: Path, busy_seconds: float) -> Database:
         database = open_database(path, busy_seconds)
         kept = [*restore_files(database, lost.entries(data_dir / "files"))]
         jobs = [*restore_jobs(database, lost.entries(data_dir / "jobs"))]
-        log.error("%s: set aside as %s; %d files and %d jobs are known again", fault, aside.name, len(kept), len(jobs))
+        log.error("%s: set aside as %s; %d files and %d jobs were restored", fault, aside.name, len(kept), len(jobs))
         return database
 
 
 def restore_files(database: Database, paths: Iterable[Path]) -> Iterable[str]:
     """Restore the rows of files in their place; yields the ids of restored files."""
     for path in paths:
-        row = files.recorded(path.parent, path.name)
+        row = files.read_record(path.parent, path.name)
         if row is not None and row["id"] == path.name:
             with database.transaction() as connection:
                 files.insert(connection, row)
@@ -69,7 +69,7 @@ def restore_job(jobs: JobStore, directory: Path) -> bool:
     return False
 
 
-def sort_out(jobs: JobStore, directory: Path, pending: lost.Pending) -> None:
+def clean_up_at_start(jobs: JobStore, directory: Path, pending: lost.Pending) -> None:
     """Remove directories of finished jobs, set aside unknown ones, and restore unfinished jobs with unreadable rows."""
     aside = directory.parent / lost.LOST_AND_FOUND
     lost.ensure_directory(directory, aside)
@@ -84,7 +84,7 @@ def sort_out(jobs: JobStore, directory: Path, pending: lost.Pending) -> None:
     unknown = [path for path in lost.entries(directory) if path.name not in statuses]
     lost.remove_or_set_aside(unknown, pending, aside / directory.name, jobs.database.path.name)
     for job in unfinished:
-        note(directory / job.id, JOB, job)
+        write_record(directory / job.id, JOB, job)
 
 
 def _checkpoints(directory: Path) -> Iterable[StoredCheckpoint]:

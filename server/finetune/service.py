@@ -57,7 +57,7 @@ class FineTuning:
     ) -> "FineTuning":
         """Open the files, jobs and evaluations of a data directory. Raises the errors of `Database`."""
         root = settings.data_dir
-        database = restore.opened(root, settings.database_seconds)
+        database = restore.open_or_rebuild(root, settings.database_seconds)
         counted, shared = TrainingMetrics(metrics.registry), None
         if settings.adapter_store is not None:
             shared = _Shared(settings, settings.adapter_store, database, ledger)
@@ -76,9 +76,9 @@ class FineTuning:
         )
         evaluated = shared.evaluations if shared else EvaluationStore(database)
         most = settings.evaluation_requests
-        evaluations = Evaluations(evaluated, files, registry, engine, text, at_once=most)
+        evaluations = Evaluations(evaluated, files, registry, engine, text, max_concurrent=most)
         if shared is not None:
-            shared.join(settings, manager, evaluations)
+            shared.attach(settings, manager, evaluations)
         return cls(files, jobs, manager, evaluations, counted, database)
 
 
@@ -95,10 +95,10 @@ class _Shared:
         bucket, seconds = Bucket(url, settings.store_request_limits), settings.job_lease_seconds
         self.files = SharedFiles(settings.data_dir / "files", database, Records(bucket, "files"), bucket)
         self.jobs, self.evaluations = SharedJobs(database, ledger), SharedEvaluations(database)
-        self.jobs.join(bucket, seconds, settings.max_training_jobs)
-        self.evaluations.join(bucket, seconds, settings.evaluation_requests)
+        self.jobs.connect(bucket, seconds, settings.max_training_jobs)
+        self.evaluations.connect(bucket, seconds, settings.evaluation_requests)
 
-    def join(self, settings: Settings, manager: JobManager, evaluations: Evaluations) -> None:
+    def attach(self, settings: Settings, manager: JobManager, evaluations: Evaluations) -> None:
         """Synchronise the workers with other servers."""
         from server.finetune.sharing import Sharing
 
@@ -111,5 +111,5 @@ class _Shared:
         def remove_orphans() -> int:
             return sum(table.remove_orphans(age) for table in (self.files, self.jobs, self.evaluations))
 
-        evaluations.sharing = Sharing(self.evaluations, evaluations, seconds, before=self.evaluations.share_all)
+        evaluations.sharing = Sharing(self.evaluations, evaluations, seconds, after_import=self.evaluations.share_all)
         manager.sharing = Sharing(self.jobs, manager, seconds, self.files.follow, share_all, remove_orphans, age)

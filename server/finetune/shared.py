@@ -41,17 +41,17 @@ class Shared(RecordTable[R, S]):
     files = ""
     stopped: type[Exception]
 
-    def join(self, bucket: Bucket, lease_seconds: float, most: int) -> None:
-        """Connect to the store, once, before all other calls. `most`: records that this server works on at once."""
+    def connect(self, bucket: Bucket, lease_seconds: float, max_held: int) -> None:
+        """Connect to the store, before all other calls. `max_held`: most records that this server works on at once."""
         self._bucket = bucket
         self._stored = Records(bucket, self._table)
         self.leases = Leases(self._stored, lease_seconds)
-        self._most = most
-        self._moved: dict[str, R] = {}  # records with a status changed by other servers, not handled yet
+        self._max_held = max_held
+        self._status_changes: dict[str, R] = {}  # records with a status changed by other servers, not handled yet
         self._writing: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
     @contextlib.contextmanager
-    def _in_step(self, id_: str) -> Iterator[None]:
+    def _changing_both(self, id_: str) -> Iterator[None]:
         """Change a record and its row together. If one fails, the record counts as changed and is read again."""
         with self._writing[id_]:
             try:
@@ -105,30 +105,30 @@ class Shared(RecordTable[R, S]):
         """Import the changes of other servers."""
         for record in sorted(self._stored.fetch_changes(), key=lambda record: (record.content or {}).get("number", 0)):
             try:
-                with self._in_step(record.key):
+                with self._changing_both(record.key):
                     if not self._stored.remember(record):
                         continue
                     if record.content is None:
                         self._forget_row(record)
                     else:
-                        self._take(record.content)
+                        self._import(record.content)
             except _DAMAGE as fault:
                 self._stored.remember(record)  # reported once
                 self._stored.report_damage(record.key, fault)
 
-    def next_moved(self) -> R | None:
+    def next_status_change(self) -> R | None:
         """Return the current state of a record whose status another server has changed; each change once."""
-        while self._moved:
-            id_, record = self._moved.popitem()
+        while self._status_changes:
+            id_, record = self._status_changes.popitem()
             with contextlib.suppress(self._unknown):
                 return super().get(record.tenant, id_)
         return None
 
-    def _take(self, content: Content) -> bool:
+    def _import(self, content: Content) -> bool:
         """Do `_copy` for content that other servers may have changed."""
         if moved := self._copy(content):
             record = self._read(content)
-            self._moved[record.id] = record
+            self._status_changes[record.id] = record
         return moved
 
     def get(self, tenant: str, id_: str) -> R:
@@ -138,18 +138,18 @@ class Shared(RecordTable[R, S]):
             found = self._stored.find_unknown(id_)
             if found is None or found.content is None:
                 raise
-            with self._in_step(id_):
+            with self._changing_both(id_):
                 if self._stored.remember(found):
-                    self._take(found.content)
+                    self._import(found.content)
             return super().get(tenant, id_)
 
     def refresh(self, id_: str) -> None:
         """Update the local rows from the store."""
-        with self._in_step(id_):
+        with self._changing_both(id_):
             found = self._stored.fetch(id_)
             self._stored.remember(found)
             if found.content is not None:
-                self._take(found.content)
+                self._import(found.content)
             else:
                 self._forget_row(found)
 
@@ -158,31 +158,31 @@ class Shared(RecordTable[R, S]):
         if record.removed:
             self._removed(record.key)
 
-    def never_shared(self) -> Iterator[R]:
-        """Yield records that the store has never had, with their place in lists now the same at all servers."""
+    def unshared_records(self) -> Iterator[R]:
+        """Yield records that the store has never had, after setting their final position in lists."""
         for record in self.all():
             if self._stored.knows(record.id) or self._stored.fetch(record.id).version is not None:
                 continue
-            number = place(record.created_at)
+            number = list_position(record.created_at)
             with self.database.transaction() as connection:
                 connection.execute(f"UPDATE {self._table} SET number = ? WHERE id = ?", (number, record.id))
             yield record
 
     # --- working on a record -------------------------------------------------------------------------
 
-    def take_up(self, but: Collection[str] = ()) -> list[R]:
-        """Claim unleased records, as many as this server may hold: first for the tenant with the fewest here."""
-        unfinished, taken = self.unfinished(), []
-        free = [record for record in unfinished if record.goes_on and self.leases.is_free(record.id)]
-        waiting = [record for record in free if record.id not in but]
-        at_work = Counter(record.tenant for record in unfinished if self.leases.holds(record.id))
-        while waiting and len(self.leases.held_keys()) < self._most:
-            waiting.remove(first := min(waiting, key=lambda record: at_work[record.tenant]))
-            with contextlib.suppress(LeaseLost), self._in_step(first.id):
+    def claim(self, excluding: Collection[str] = ()) -> list[R]:
+        """Claim unleased records, as many as this server may hold: first for the tenant with the fewest leases."""
+        unfinished, claimed = self.unfinished(), []
+        free = [record for record in unfinished if record.has_work and self.leases.is_free(record.id)]
+        waiting = [record for record in free if record.id not in excluding]
+        held = Counter(record.tenant for record in unfinished if self.leases.holds(record.id))
+        while waiting and len(self.leases.held_keys()) < self._max_held:
+            waiting.remove(first := min(waiting, key=lambda record: held[record.tenant]))
+            with contextlib.suppress(LeaseLost), self._changing_both(first.id):
                 self._copy(self.leases.claim(first.id), claimed=True)
-                at_work[first.tenant] += 1
-                taken.append(super().get(first.tenant, first.id))
-        return taken
+                held[first.tenant] += 1
+                claimed.append(super().get(first.tenant, first.id))
+        return claimed
 
     def holds(self, id_: str) -> bool:
         return self.leases.holds(id_)
@@ -192,40 +192,40 @@ class Shared(RecordTable[R, S]):
 
         Raises LeaseLost.
         """
-        with self._in_step(id_):
+        with self._changing_both(id_):
             content = self.leases.change(id_, lambda content: self._merged(id_, content), release=release)
-            return self._take(content)
+            return self._import(content)
 
-    def _send_new(self, id_: str, **lists: list[Any]) -> None:
+    def _upload_new(self, id_: str, **lists: list[Any]) -> None:
         """Create the store's record of a row. `lists`: its further lists."""
         fresh: Content = {"number": self._row(id_)["number"], LEASE: None, **lists}
-        with self._in_step(id_):
+        with self._changing_both(id_):
             content = self._stored.change(id_, lambda old: old or self._merged(id_, fresh)).content
             assert content is not None
             self.leases.observe(id_, content)
 
-    def _never(self, id_: str) -> None:
-        """Remove the rows of a new record that others could not be told of; if they were after all, they come back."""
+    def _remove_unshared(self, id_: str) -> None:
+        """Remove the rows of a new record whose upload failed; a record stored after all is imported again."""
         with self._writing[id_]:
             self._stored.forget(id_)
             self.remove(id_)
 
-    def _change(self, record: R, change: Any, changes: Mapping[str, Any], *, anybody: bool = False) -> R:
-        """Change a record held here or, with `anybody`, by any server. `change` maps the old content to the new.
+    def _change(self, record: R, change: Any, changes: Mapping[str, Any], *, by_any_server: bool = False) -> R:
+        """Change a record held here or, with `by_any_server`, by any server. `change` maps the old content to the new.
 
         Raises `stopped`, and the errors of `change`.
         """
-        with self._in_step(record.id):
-            if self.leases.holds(record.id) or not anybody:
+        with self._changing_both(record.id):
+            if self.leases.holds(record.id) or not by_any_server:
                 try:
                     content = self.leases.change(record.id, lambda content: change(self._merged(record.id, content)))
                     self._copy(content, changes)
                     return super().get(record.tenant, record.id)
                 except LeaseLost:
-                    if not anybody:
+                    if not by_any_server:
                         with contextlib.suppress(RemoteUnavailable):
                             self.refresh(record.id)
-                        raise self.stopped(f"{record.id} is another server's now.") from None
+                        raise self.stopped(f"{record.id} is now held by another server.") from None
                 except self.stopped:
                     self.refresh(record.id)
                     raise
@@ -243,16 +243,16 @@ class Shared(RecordTable[R, S]):
 
     # --- files ---------------------------------------------------------------------------------------
 
-    def put(self, id_: str, root: Path, files: Mapping[str, str]) -> None:
+    def upload_files(self, id_: str, root: Path, files: Mapping[str, str]) -> None:
         for name, hash_ in files.items():
             self._bucket.put_file(self._object(id_, hash_), root / name)
 
-    def fetch(self, id_: str, root: Path, files: Mapping[str, str]) -> None:
+    def download_files(self, id_: str, root: Path, files: Mapping[str, str]) -> None:
         for name, hash_ in files.items():
             file = root / name
             if file.exists() and file_hash(file) == hash_:
                 continue
-            for parent in list(Path(name).parents)[-2::-1]:  # not `root`: if it was removed, the files are not wanted
+            for parent in list(Path(name).parents)[-2::-1]:  # not `root`: if it was removed, the files are not needed
                 (root / parent).mkdir(exist_ok=True)
             part = file.with_name(f".{file.name}.part")
             part.unlink(missing_ok=True)
@@ -261,11 +261,11 @@ class Shared(RecordTable[R, S]):
                 sync(part)
                 part.rename(file)
 
-    def forget(self, id_: str, but: Sequence[str] = ()) -> None:
-        kept = {self._object(id_, hash_) for hash_ in but}
+    def delete_files(self, id_: str, keep: Sequence[str] = ()) -> None:
+        kept = {self._object(id_, hash_) for hash_ in keep}
         with contextlib.suppress(RemoteUnavailable):  # retried by the next call
-            there = [entry.path for entry in self._bucket.list(self._object(id_, "").rstrip("/"))]
-            self._bucket.delete([path for path in there if path not in kept])
+            existing = [entry.path for entry in self._bucket.list(self._object(id_, "").rstrip("/"))]
+            self._bucket.delete([path for path in existing if path not in kept])
 
     def remove_orphans(self, seconds: float) -> int:
         """Remove old unneeded objects of finished records, and old tombstones; return the count of objects."""
@@ -281,6 +281,6 @@ class Shared(RecordTable[R, S]):
         return f"{self.files}/{id_}/{name}"
 
 
-def place(created_at: int | None = None) -> int:
-    """Return a record's place in lists, the same at all servers: the last by default, or that of `created_at`."""
+def list_position(created_at: int | None = None) -> int:
+    """Return a record's position in lists, the same at all servers: the last by default, or that of `created_at`."""
     return time.time_ns() if created_at is None else created_at * 10**9 + random.randrange(10**9)

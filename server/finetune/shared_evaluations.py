@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from server.finetune.evaluation_store import Evaluation, EvaluationStateError, EvaluationStore, Status
-from server.finetune.shared import Shared, place
+from server.finetune.shared import Shared, list_position
 
 if TYPE_CHECKING:
     from adapters.storage.records import Content
@@ -22,7 +22,7 @@ class SharedEvaluations(Shared[Evaluation, Status], EvaluationStore):
     stopped = EvaluationStateError
 
     def add(self, record: Evaluation, number: int | None = None) -> None:
-        super().add(record, number or place())
+        super().add(record, number or list_position())
 
     def create(
         self, tenant: str, *, model: str, adapter: str | None, digest: str | None, file: str, max_examples: int | None
@@ -32,18 +32,18 @@ class SharedEvaluations(Shared[Evaluation, Status], EvaluationStore):
             tenant, model=model, adapter=adapter, digest=digest, file=file, max_examples=max_examples
         )
         try:
-            self._send_new(evaluation.id)
+            self._upload_new(evaluation.id)
         except BaseException:
-            self._never(evaluation.id)
+            self._remove_unshared(evaluation.id)
             raise
         return evaluation
 
     def share_all(self) -> None:
         """Upload evaluations created before the server used a store."""
-        for evaluation in self.never_shared():
-            self._send_new(evaluation.id)
+        for evaluation in self.unshared_records():
+            self._upload_new(evaluation.id)
 
-    def settle(self, evaluation: Evaluation) -> None:
+    def save(self, evaluation: Evaluation) -> None:
         changed = {"record": msgspec.to_builtins(evaluation)}
         self._change(evaluation, lambda content: content | changed, {})
 

@@ -10,7 +10,7 @@ from adapters.storage.database import Database
 from adapters.storage.versions import RemoteUnavailable
 from server.finetune.files import COLUMNS, FileStore, StoredFile, UnknownFileError, digest_of, insert, log
 from server.finetune.orphans import remove_orphans
-from server.finetune.shared import place
+from server.finetune.shared import list_position
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
@@ -40,7 +40,9 @@ class SharedFiles(FileStore):
         for row in rows:
             path = self._root / row["id"]
             if path.exists() and not self._records.knows(path.name) and self._records.fetch(path.name).version is None:
-                shared = self._share(row | {"digest": digest_of(path), "number": place(row["created_at"])}, path)
+                shared = self._share(
+                    row | {"digest": digest_of(path), "number": list_position(row["created_at"])}, path
+                )
                 with self._database.transaction() as connection:
                     insert(connection, shared)
 
@@ -48,19 +50,19 @@ class SharedFiles(FileStore):
         """Import the files that other servers added or removed."""
         for record in sorted(self._records.fetch_changes(), key=lambda record: (record.content or {}).get("number", 0)):
             try:
-                self._take(record)
+                self._import(record)
             except (LookupError, TypeError) as fault:
                 self._records.remember(record)  # reported once
                 self._records.report_damage(record.key, fault)
 
-    def _take(self, record: "Record") -> None:
+    def _import(self, record: "Record") -> None:
         """Update the local row from a record, if the record is new."""
-        with self._copying, self._in_step(record.key):
+        with self._copying, self._changing_both(record.key):
             if self._records.remember(record):
                 self._copy(record)
 
     @contextmanager
-    def _in_step(self, file_id: str) -> Iterator[None]:
+    def _changing_both(self, file_id: str) -> Iterator[None]:
         """Change a record and its row together. If one fails, the record counts as changed and is read again."""
         try:
             yield
@@ -80,7 +82,7 @@ class SharedFiles(FileStore):
 
     def _share(self, row: dict[str, Any], source: Path) -> dict[str, Any]:
         """Upload the bytes, then the record that names them. Of two uploads with one id, the first is the file."""
-        row = {"number": place()} | row
+        row = {"number": list_position()} | row
         if self._records.fetch(row["id"]).removed:
             raise UnknownFileError(row["id"])
         self._bucket.put_file(_path(row), source)
@@ -91,9 +93,9 @@ class SharedFiles(FileStore):
             self._bucket.get_file(_path(shared), source)
         return shared
 
-    def _unshare(self, file_id: str, *, known: bool) -> None:
+    def _unshare(self, file_id: str, *, maybe_stored: bool) -> None:
         with suppress(RemoteUnavailable):
-            if not known:
+            if not maybe_stored:
                 self._forget(file_id)
         self._records.forget(file_id)  # its state in the store is unknown
 
@@ -114,25 +116,25 @@ class SharedFiles(FileStore):
         except UnknownFileError:
             if (record := self._records.find_unknown(file_id)) is None:
                 raise
-            self._take(record)
+            self._import(record)
             return super().get(tenant, file_id)
 
-    def fetched(self, tenant: str, file_id: str) -> StoredFile:
+    def fetch(self, tenant: str, file_id: str) -> StoredFile:
         stored = self.get(tenant, file_id)
         if not stored.path.exists() and (row := self._records.fetch(file_id).content) is not None:
             with self.staging() as staging:
                 copy = staging / file_id
                 self._bucket.get_file(_path(row), copy)
                 if digest_of(copy) != row["digest"]:
-                    log.error("%s in the object store is not what was uploaded", file_id)
+                    log.error("the bytes of %s in the object store do not match its digest", file_id)
                     raise UnknownFileError(file_id)
-                self._note(row)
+                self._write_record(row)
                 copy.rename(stored.path)
         return stored
 
     def delete(self, tenant: str, file_id: str) -> None:
         self.get(tenant, file_id)
-        with self._in_step(file_id):
+        with self._changing_both(file_id):
             self._forget(file_id)
             super().delete(tenant, file_id)
 

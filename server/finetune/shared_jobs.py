@@ -21,7 +21,7 @@ from server.finetune.checkpoints import file_hash
 from server.finetune.jobs import Job, JobSpec, JobStateError, JobStore, Status, StoredCheckpoint, event_row, level_of
 from server.finetune.orphans import remove_orphans
 from server.finetune.record_table import encode
-from server.finetune.shared import Shared, place
+from server.finetune.shared import Shared, list_position
 from server.messages.training import Metrics
 from server.usage import Ledger
 
@@ -42,14 +42,14 @@ class SharedJobs(Shared[Job, Status], JobStore):
         self._sent: dict[str, int] = {}  # job -> number of its last event in the store
 
     def create(self, tenant: str, spec: JobSpec, *, number: int | None = None) -> Job:
-        return super().create(tenant, spec, number=number or place())
+        return super().create(tenant, spec, number=number or list_position())
 
     def share(self, job: Job, directory: Path) -> None:
-        """Upload a new job for other servers; its rows are removed when that fails."""
+        """Upload a new job for other servers; its rows are removed if that fails."""
         try:
             self._share(job, directory)
         except BaseException:
-            self._never(job.id)
+            self._remove_unshared(job.id)
             raise
 
     def remove(self, id_: str) -> None:
@@ -59,23 +59,23 @@ class SharedJobs(Shared[Job, Status], JobStore):
 
     def share_all(self, directory: Path) -> None:
         """Upload jobs created before the server used a store. `directory` holds their directories."""
-        for job in self.never_shared():
+        for job in self.unshared_records():
             self._share(job, directory / job.id)
 
     def _share(self, job: Job, directory: Path) -> None:
-        inputs = hashes(directory, but=("job.json",))
-        self.put(job.id, directory, inputs)
+        inputs = hash_files(directory, excluding=("job.json",))
+        self.upload_files(job.id, directory, inputs)
         self.update(job, inputs=inputs)
-        self._send_new(job.id, segments=[], tail=[])
+        self._upload_new(job.id, segments=[], tail=[])
 
-    def forget(self, id_: str, but: Sequence[str] = ()) -> None:
-        """Do `Shared.forget`, and delete log objects that the job's record does not name, left by failed attempts."""
-        super().forget(id_, but)
+    def delete_files(self, id_: str, keep: Sequence[str] = ()) -> None:
+        """Also delete log objects that the job's record does not name, left by failed attempts."""
+        super().delete_files(id_, keep)
         with contextlib.suppress(RemoteUnavailable), self._writing[id_]:
-            there = [entry.path for entry in self._bucket.list(f"job-logs/{id_}")]
+            existing = [entry.path for entry in self._bucket.list(f"job-logs/{id_}")]
             if self.leases.seconds_left(id_) > 0 and (found := self._stored.fetch(id_).content) is not None:
                 named = {segment["name"] for segment in found["segments"]}
-                self._bucket.delete([path for path in there if path not in named])
+                self._bucket.delete([path for path in existing if path not in named])
 
     def remove_orphans(self, seconds: float) -> int:
         def named(content: "Content | None") -> list[str]:
@@ -84,12 +84,12 @@ class SharedJobs(Shared[Job, Status], JobStore):
         count = remove_orphans(self._bucket, "job-logs", self._stored, named, seconds)
         return count + super().remove_orphans(seconds)
 
-    def take_up(self, but: Collection[str] = ()) -> list[Job]:
-        taken = super().take_up(but)
+    def claim(self, excluding: Collection[str] = ()) -> list[Job]:
+        claimed = super().claim(excluding)
         if self._ledger is not None:
-            for job in taken:
+            for job in claimed:
                 self._ledger.note_trained(job.id, job.trained_tokens or 0)
-        return taken
+        return claimed
 
     def move(
         self, job: Job, status: Status, message: str | None = None, *, expected: Status | None = None, **changes: Any
@@ -97,11 +97,11 @@ class SharedJobs(Shared[Job, Status], JobStore):
         change = self._moving(status, message, expected, changes)
         return self._change(job, change, changes)
 
-    def steer(
+    def move_for_client(
         self, job: Job, status: Status, message: str | None = None, *, expected: Status | None = None, **changes: Any
     ) -> Job:
         change = self._moving(status, message, expected, changes)
-        return self._change(job, change, changes, anybody=True)
+        return self._change(job, change, changes, by_any_server=True)
 
     def _moving(
         self, status: Status, message: str | None, expected: Status | None, changes: Mapping[str, Any]
@@ -118,10 +118,10 @@ class SharedJobs(Shared[Job, Status], JobStore):
         try:
             self.send(job.id)
         except LeaseLost:
-            raise JobStateError(f"{job.id} is another server's now.") from None
+            raise JobStateError(f"{job.id} is now held by another server.") from None
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
+    def grouped_changes(self) -> Iterator[None]:
         """Group several changes of a job; the last one uploads all of them."""
         yield
 
@@ -138,10 +138,10 @@ class SharedJobs(Shared[Job, Status], JobStore):
             made = [json.loads(one["record"]) for one in checkpoints]
         job = self._decoder.decode(row["record"])
         if "record" in content:
-            job = _standing(job, self._read(content))
-        there = {event["id"] for event in content["tail"]} | {segment["last"] for segment in content["segments"]}
-        known = max((place for place, event in enumerate(new, start=1) if event["id"] in there), default=0)
-        tail = [*content["tail"], *(json.loads(event["record"]) for event in new[known:])]
+            job = _with_status_of(job, self._read(content))
+        stored = {event["id"] for event in content["tail"]} | {segment["last"] for segment in content["segments"]}
+        sent = max((count for count, event in enumerate(new, start=1) if event["id"] in stored), default=0)
+        tail = [*content["tail"], *(json.loads(event["record"]) for event in new[sent:])]
         segments = content["segments"]
         if len(tail) > _TAIL:
             name = f"job-logs/{job_id}/{uuid.uuid4().hex}.json"
@@ -164,7 +164,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
             else:
                 if ours:
                     here = self._decoder.decode(row["record"])
-                    job = msgspec.structs.replace(_standing(here, stored), **changes or {})
+                    job = msgspec.structs.replace(_with_status_of(here, stored), **changes or {})
                 self.write(job)
             if not ours:
                 self._copy_checkpoints(stored.id, content["checkpoints"])
@@ -193,8 +193,8 @@ class SharedJobs(Shared[Job, Status], JobStore):
         with self.database.transaction(removing=True) as connection:
             query = "SELECT number, id, record FROM events WHERE job = ? ORDER BY number"
             found = connection.execute(query, (job_id,)).fetchall()
-            whole = [one["count"] for one in content["segments"] if one["name"] not in segments]
-            at = sum(whole)
+            complete = [one["count"] for one in content["segments"] if one["name"] not in segments]
+            at = sum(complete)
             wanted = [event for rows in segments.values() for event in rows] + content["tail"]
             same = 0
             for event, row in zip(wanted, found[at:], strict=False):
@@ -237,14 +237,14 @@ class SharedJobs(Shared[Job, Status], JobStore):
                 connection.execute(insert, values)
 
 
-def _standing(job: Job, stored: Job) -> Job:
+def _with_status_of(job: Job, stored: Job) -> Job:
     """Return a holder's job with the record's status, which every server may change."""
     return msgspec.structs.replace(
         job, status=stored.status, finished_at=stored.finished_at, waits_for_space=stored.waits_for_space
     )
 
 
-def hashes(directory: Path, but: Sequence[str] = ()) -> dict[str, str]:
+def hash_files(directory: Path, excluding: Sequence[str] = ()) -> dict[str, str]:
     """Return the files below a directory, as relative path -> hash."""
-    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in but]
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in excluding]
     return {path.relative_to(directory).as_posix(): file_hash(path) for path in paths}

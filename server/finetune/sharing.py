@@ -26,8 +26,8 @@ class Sharing:
 
     Args:
         seconds: between two polls.
-        also: called first in every poll, to follow further records.
-        before: called once, after the first successful import.
+        before_poll: called first in every poll, to follow further records.
+        after_import: called once, after the first successful import.
         remove_orphans: called every `orphan_seconds`, unless that is 0; returns the number of removed objects.
     """
 
@@ -36,28 +36,28 @@ class Sharing:
         records: Shared[Any, Any],
         worker: Worker[Any],
         seconds: float,
-        also: Callable[[], None] = lambda: None,
-        before: Callable[[], None] = lambda: None,
+        before_poll: Callable[[], None] = lambda: None,
+        after_import: Callable[[], None] = lambda: None,
         remove_orphans: Callable[[], int] = lambda: 0,
         orphan_seconds: float = 0.0,
     ) -> None:
         self.records = records
         self._worker = worker
         self._seconds = seconds
-        self._also = also
-        self._before = before
+        self._before_poll = before_poll
+        self._after_import = after_import
         self._remove_orphans = remove_orphans
         self._orphan_seconds = orphan_seconds
         self._woken = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._outage = False
 
-    async def begin(self) -> None:
+    async def import_records(self) -> None:
         """Import other servers' records once, before any local work starts."""
         try:
-            await asyncio.to_thread(self._also)
+            await asyncio.to_thread(self._before_poll)
             await asyncio.to_thread(self.records.follow)
-            await asyncio.to_thread(self._before)
+            await asyncio.to_thread(self._after_import)
         except _FAULTS as fault:
             log.warning("other servers' records cannot be read yet: %s", fault)
 
@@ -81,22 +81,22 @@ class Sharing:
 
     async def poll(self) -> None:
         """Import other servers' changes once, and claim unleased records."""
-        await self._heed()
-        await asyncio.to_thread(self._also)
+        await self._notify_worker()
+        await asyncio.to_thread(self._before_poll)
         await asyncio.to_thread(self.records.follow)
-        await self._heed()
+        await self._notify_worker()
         idle = [id_ for id_ in self.records.leases.held_keys() if id_ not in self._worker.tasks]
         await asyncio.gather(*map(self._release, idle))
         # Exclude records with a task: one that lost its lease may still be ending.
-        self._worker.begin(await asyncio.to_thread(self.records.take_up, list(self._worker.tasks)))
+        self._worker.start_tasks(await asyncio.to_thread(self.records.claim, list(self._worker.tasks)))
 
-    async def _heed(self) -> None:
+    async def _notify_worker(self) -> None:
         """Notify the worker of each record whose status another server has changed."""
-        while (record := await asyncio.to_thread(self.records.next_moved)) is not None:
+        while (record := await asyncio.to_thread(self.records.next_status_change)) is not None:
             if self.records.holds(record.id):
-                await self._worker.heed(record)
+                await self._worker.status_changed(record)
             if self.records.ended(record) and record.id not in self._worker.tasks:  # else the task cleans up
-                await self._worker.clear(record.id)
+                await self._worker.remove_files(record.id)
 
     async def _follow(self) -> None:
         while True:
@@ -140,7 +140,7 @@ class Sharing:
                     self.wake()
         except (*_FAULTS, LeaseLost, TimeoutError) as fault:
             if leases.seconds_left(id_) <= _SHORTEST:
-                log.warning("%s is left to others: %s", id_, repr(fault))
+                log.warning("lost the lease of %s and stopped work on it: %s", id_, repr(fault))
                 leases.drop(id_)
                 await self._worker.abandon(id_)
                 with contextlib.suppress(*_FAULTS):
@@ -152,5 +152,5 @@ class Sharing:
         try:
             await asyncio.to_thread(self.records.send, id_, release=True)
         except (*_FAULTS, LeaseLost) as fault:
-            log.debug("the lease of %s is not given back: %s", id_, fault)
+            log.debug("the lease of %s was not released: %s", id_, fault)
             self.records.leases.drop(id_)

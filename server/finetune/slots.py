@@ -17,24 +17,24 @@ class FairSlots:
     @asynccontextmanager
     async def take(self, tenant: str) -> AsyncIterator[None]:
         """Wait for a slot, and hold it within the context."""
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((tenant, place))
-        self._give()
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((tenant, slot))
+        self._assign()
         try:
-            await place
+            await slot
             yield
         finally:
-            if (tenant, place) in self._waiting:
-                self._waiting.remove((tenant, place))
+            if (tenant, slot) in self._waiting:
+                self._waiting.remove((tenant, slot))
             else:
                 self._held[tenant] -= 1
                 self._free += 1
-                self._give()
+                self._assign()
 
-    def _give(self) -> None:
+    def _assign(self) -> None:
         while self._free and self._waiting:
-            tenant, place = first = min(self._waiting, key=lambda one: self._held[one[0]])  # ties: longest waiting
+            tenant, slot = first = min(self._waiting, key=lambda one: self._held[one[0]])  # ties: longest waiting
             self._waiting.remove(first)
             self._held[tenant] += 1
             self._free -= 1
-            place.set_result(None)
+            slot.set_result(None)

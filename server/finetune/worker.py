@@ -1,4 +1,4 @@
-"""Base of the workers on records: one asyncio task per record at work here, alone or shared with other servers."""
+"""Base of the workers on records: one asyncio task per record that this server works on."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ class Worker(ABC, Generic[R]):
 
     Attributes:
         tasks: by record id.
-        sharing: set before `start` if there are several servers; it then decides which records are worked on here.
+        sharing: set before `start` if there are several servers; it then decides which records this server works on.
     """
 
     def __init__(self, records: RecordTable[R, Any]) -> None:
@@ -30,12 +30,12 @@ class Worker(ABC, Generic[R]):
     async def start(self) -> None:
         """Resume all unfinished records."""
         if self.sharing is not None:
-            await self.sharing.begin()
-        await asyncio.to_thread(self._sort_out)
+            await self.sharing.import_records()
+        await asyncio.to_thread(self._clean_up_at_start)
         if self.sharing is not None:
             self.sharing.start()
         else:
-            self.begin(await asyncio.to_thread(self._records.take_up))
+            self.start_tasks(await asyncio.to_thread(self._records.claim))
 
     async def stop(self) -> None:
         """Stop all work; the next `start` resumes it."""
@@ -45,19 +45,19 @@ class Worker(ABC, Generic[R]):
         if self.sharing is not None:
             await self.sharing.release()
 
-    def go_on(self, record: R) -> None:
+    def enqueue(self, record: R) -> None:
         """Start work on a new or resumed record: here or, with several servers, at one of them."""
         if self.sharing is not None:
             self.sharing.wake()
         else:
-            self.begin([record])
+            self.start_tasks([record])
 
-    def begin(self, records: Sequence[R]) -> None:
+    def start_tasks(self, records: Sequence[R]) -> None:
         """Start tasks for records of this server."""
         for record in records:
             task = asyncio.create_task(self._work(record), name=record.id)
             self.tasks[record.id] = task
-            task.add_done_callback(lambda _, id_=record.id: self._ended(id_))  # type: ignore[misc]
+            task.add_done_callback(lambda _, id_=record.id: self._task_ended(id_))  # type: ignore[misc]
 
     async def abandon(self, id_: str) -> None:
         """Cancel work on a record, without changing the record."""
@@ -65,18 +65,18 @@ class Worker(ABC, Generic[R]):
             task.cancel()
             await asyncio.wait({task})
 
-    async def heed(self, record: R) -> None:
-        """Handle a change of status, made elsewhere, of a record worked on here."""
+    async def status_changed(self, record: R) -> None:
+        """Handle another server's change of status of a record that this server works on."""
 
-    async def clear(self, id_: str) -> None:
+    async def remove_files(self, id_: str) -> None:
         """Remove an ended record's files from this disk."""
 
     @abstractmethod
     async def _work(self, record: R) -> None:
         """Work on a record from its present status to its end."""
 
-    def _ended(self, id_: str) -> None:
+    def _task_ended(self, id_: str) -> None:
         self.tasks.pop(id_, None)
 
-    def _sort_out(self) -> None:
+    def _clean_up_at_start(self) -> None:
         """Clean up the remains of the last process, before any work starts."""

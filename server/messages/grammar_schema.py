@@ -64,7 +64,7 @@ def _exact(schema: Any, branches: Branches) -> Any:
     if "not" in schema and _allows_all(schema["not"]):
         return _NOTHING  # generators' way to forbid a member
     made = {
-        key: _member(key, value, branches) for key, value in schema.items() if not _says_nothing(key, value, schema)
+        key: _member(key, value, branches) for key, value in schema.items() if not _has_no_effect(key, value, schema)
     }
     if isinstance(patterns := schema.get("patternProperties"), Mapping):
         others = schema.get("additionalProperties", True)
@@ -80,9 +80,9 @@ def _exact(schema: Any, branches: Branches) -> Any:
     patterns = _FORMATS.get(str(schema.get("format")))
     if patterns is not None and isinstance(made.get("allOf", []), list):
         made["allOf"] = [*made.get("allOf", []), *({"pattern": pattern} for pattern in patterns)]
-    made |= {key: _within(key, made[key]) for key in (*_LEAST, *_MOST) if key in made}
+    made |= {key: _clamped_bound(key, made[key]) for key in (*_LEAST, *_MOST) if key in made}
     if schema.get("type") != "integer":
-        made |= {key: _beyond(made[key], away) for key, away in _ENDS.items() if key in made}
+        made |= {key: _nudged_bound(made[key], away) for key, away in _ENDS.items() if key in made}
     return made
 
 
@@ -94,7 +94,7 @@ def of_any(schema: dict[str, Any]) -> None:
     schema["anyOf"] = alternatives
 
 
-def _says_nothing(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
+def _has_no_effect(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
     """Whether a member, written by a schema generator for completeness, has no effect."""
     match key:
         case "format":
@@ -117,12 +117,12 @@ def _says_nothing(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
     return False
 
 
-def _allows_all(schema: Any, but: Collection[str] = ()) -> bool:
-    """Whether a schema without the members `but` allows every value."""
-    return not schema.keys() - _ANNOTATIONS - set(but) if isinstance(schema, Mapping) else schema is True
+def _allows_all(schema: Any, ignored: Collection[str] = ()) -> bool:
+    """Whether a schema without the members in `ignored` allows every value."""
+    return not schema.keys() - _ANNOTATIONS - set(ignored) if isinstance(schema, Mapping) else schema is True
 
 
-def _beyond(bound: Any, away: float) -> Any:
+def _nudged_bound(bound: Any, away: float) -> Any:
     """Return an exclusive bound moved off a whole number, which llguidance lets pass when the other bound is near.
 
     The values lost lie between two adjacent doubles, or beside zero.
@@ -132,7 +132,7 @@ def _beyond(bound: Any, away: float) -> Any:
     return math.nextafter(bound, away) if bound else math.copysign(1e-15, away)
 
 
-def _within(key: str, bound: Any) -> Any:
+def _clamped_bound(key: str, bound: Any) -> Any:
     """Return a bound clamped to the magnitudes that llguidance supports; schemas give the limits of numeric types."""
     if isinstance(bound, bool) or not isinstance(bound, int | float):
         return bound

@@ -26,7 +26,7 @@ from adapters.storage.versions import RemoteUnavailable
 from server.errors import NotFound
 from server.repeat import run_periodically
 from server.responses.running import Followed, Running
-from server.responses.store import Fields, KeptResponse, ResponseStore, log, stopped
+from server.responses.store import Fields, KeptResponse, ResponseStore, as_failed, log
 from server.tenants.caller import tenant_name, tenant_of
 
 PREFIX = "responses"
@@ -66,7 +66,7 @@ class SharedResponses(ResponseStore):
 
     # --- stored responses
 
-    def _awaited(self, running: Running) -> bool:
+    def _decides_outcome(self, running: Running) -> bool:
         return self._leases.holds(_key(running.tenant, running.id))
 
     def _save(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None) -> bool:
@@ -76,7 +76,7 @@ class SharedResponses(ResponseStore):
             "events": None if events is None else msgspec.to_builtins(events),
             LEASE: None,
         }
-        size = self._fitting(len(msgspec.json.encode(content)))
+        size = self._checked_size(len(msgspec.json.encode(content)))
         key = _key(tenant, response.id)
         if not response.background:
             self._records.change(key, lambda old: content)
@@ -85,13 +85,15 @@ class SharedResponses(ResponseStore):
             self._leases.claim(key, lambda old: content)
         else:
             try:
-                kept = self._leases.change(key, lambda old: _ended(old, content), release=True)
+                kept = self._leases.change(key, lambda old: _merge_final(old, content), release=True)
             except LeaseLost:
-                log.info("response %s is kept no more, or was given up by another server", response.id)
+                log.info(
+                    "response %s was deleted, or another server marked it as failed; its output is dropped", response.id
+                )
                 return False
-            self._count(tenant, size)
+            self._count_bytes(tenant, size)
             return bool(kept["response"]["status"] == response.status)
-        self._count(tenant, size)
+        self._count_bytes(tenant, size)
         return True
 
     def get(self, tenant: str, id_: str, *, param: str = "id") -> KeptResponse:
@@ -113,7 +115,7 @@ class SharedResponses(ResponseStore):
             return None
         if id_ in self.running:
             return content
-        if not _goes_on(content):
+        if not _in_progress(content):
             self._forget(key)
             return content
         self._leases.observe(key, content)
@@ -138,21 +140,21 @@ class SharedResponses(ResponseStore):
         path = f"{PREFIX}/{_key(tenant, id_)}.json"
         if _ID.fullmatch(id_) and (found := self._bucket.read(path)) is not None:
             self._bucket.delete([path])
-            self._count(tenant, -len(found.content))
+            self._count_bytes(tenant, -len(found.content))
         super()._remove(tenant, id_)
 
     # --- background responses
 
-    async def _working(self, running: Running, work: Callable[[], Awaitable[None]]) -> None:
+    async def _run_work(self, running: Running, work: Callable[[], Awaitable[None]]) -> None:
         renewing = asyncio.create_task(self._renew(running))
         try:
             await work()
         finally:
             renewing.cancel()
             await asyncio.gather(renewing, return_exceptions=True)
-            await asyncio.to_thread(self._let_go, _key(running.tenant, running.id))
+            await asyncio.to_thread(self._release_lease, _key(running.tenant, running.id))
 
-    def _let_go(self, key: str) -> None:
+    def _release_lease(self, key: str) -> None:
         """Release the lease on an unfinished response, so that its readers find it failed."""
         with contextlib.suppress(LeaseLost, RemoteUnavailable):
             if self._leases.holds(key):
@@ -169,12 +171,12 @@ class SharedResponses(ResponseStore):
             try:
                 content = await asyncio.to_thread(self._send, key, running)
             except LeaseLost:
-                log.info("response %s is deleted, or was given up by another server", running.id)
+                log.info("response %s was deleted, or another server marked it as failed; stopping it", running.id)
             except RemoteUnavailable as fault:
-                log.debug("the lease of response %s is not renewed: %s", running.id, fault)
+                log.debug("the lease of response %s was not renewed: %s", running.id, fault)
                 continue
             else:
-                if _goes_on(content):
+                if _in_progress(content):
                     continue
                 running.cancelled = True
             if not running.settled and running.task is not None:
@@ -183,12 +185,14 @@ class SharedResponses(ResponseStore):
 
     def _send(self, key: str, running: Running) -> Content:
         events = msgspec.to_builtins(list(running.events)) if running.streamed else None
-        return self._leases.change(key, lambda content: content | {"events": events} if _goes_on(content) else content)
+        return self._leases.change(
+            key, lambda content: content | {"events": events} if _in_progress(content) else content
+        )
 
     def events(self, kept: KeptResponse, tenant: str) -> Followed | None:
         id_ = kept.response["id"]
-        if kept.goes_on and id_ not in self.running and kept.events is not None:
-            return _Elsewhere(self, tenant, id_)
+        if kept.in_progress and id_ not in self.running and kept.events is not None:
+            return _RemoteResponse(self, tenant, id_)
         return super().events(kept, tenant)
 
     async def cancel(self, tenant: str, id_: str) -> None:
@@ -200,26 +204,26 @@ class SharedResponses(ResponseStore):
     # --- housekeeping
 
     async def run(self) -> None:
-        look = partial(asyncio.to_thread, self._tend)
+        housekeep = partial(asyncio.to_thread, self._housekeep)
         await run_periodically(
-            look, self._sweep_seconds, "counting stored responses", RemoteUnavailable, DatabaseBusy, OSError
+            housekeep, self._sweep_seconds, "counting stored responses", RemoteUnavailable, DatabaseBusy, OSError
         )
 
-    def _tend(self) -> None:
+    def _housekeep(self) -> None:
         if not self._all_shared:
             self._share_all()
             self._all_shared = True
         self.sweep()
 
     def _share_all(self) -> None:
-        """Move responses into the store that were kept before there was one."""
+        """Move the responses in the database into the object store."""
         with self._database.reading() as connection:
             rows = connection.execute("SELECT tenant, id FROM responses ORDER BY number").fetchall()
         for row in rows:
             tenant, id_ = row["tenant"], row["id"]
             if (kept := self._row(tenant, id_)) is not None and _ID.fullmatch(id_):
                 content: Content = {"response": kept.response, "items": kept.items, "events": kept.events, LEASE: None}
-                fresh = _failed(content) if _goes_on(content) else content
+                fresh = _failed(content) if _in_progress(content) else content
                 self._records.change(_key(tenant, id_), lambda old, fresh=fresh: old or fresh)  # type: ignore[misc]
             super()._remove(tenant, id_)
 
@@ -247,13 +251,13 @@ class SharedResponses(ResponseStore):
             stored = self._stored[tenant]
         return stored + super().stored_bytes(tenant)
 
-    def _count(self, tenant: str, size: int) -> None:
+    def _count_bytes(self, tenant: str, size: int) -> None:
         with self._counting:
             self._stored[tenant] += size
 
 
 @dataclass(frozen=True)
-class _Elsewhere:
+class _RemoteResponse:
     """A response being generated by another server."""
 
     store: SharedResponses
@@ -272,7 +276,7 @@ class _Elsewhere:
             for event in events[position:]:
                 yield event
             position = max(position, len(events))
-            if not kept.goes_on:
+            if not kept.in_progress:
                 return
             await asyncio.sleep(self.store.poll_seconds)
 
@@ -281,30 +285,32 @@ def _key(tenant: str, id_: str) -> str:
     return f"{tenant_name(tenant)}/{id_}"
 
 
-def _goes_on(content: Mapping[str, Any]) -> bool:
+def _in_progress(content: Mapping[str, Any]) -> bool:
     return bool(content["response"]["status"] == "in_progress")
 
 
-def _ended(old: Content, new: Content) -> Content:
+def _merge_final(old: Content, new: Content) -> Content:
     """Merge the final state of a response; a final status already reported to a client is kept, with the new output."""
     was, now = old["response"]["status"], new["response"]["status"]
     if was in ("in_progress", now):
         return new
-    left = new | {"response": new["response"] | {"status": was, "completed_at": None}}
-    return left if new["events"] is None else left | {"events": new["events"][:-1]}  # the last one tells of the other
+    merged = new | {"response": new["response"] | {"status": was, "completed_at": None}}
+    return (
+        merged if new["events"] is None else merged | {"events": new["events"][:-1]}
+    )  # its last event reports the other status
 
 
 def _failed(content: Content | None) -> Content:
     """Mark as failed a response whose server no longer renews its lease."""
     if content is None:
         raise LeaseLost
-    if not _goes_on(content):
+    if not _in_progress(content):
         return content
-    left = stopped(KeptResponse(content["response"], content["items"], content["events"]))
-    return content | {"response": left.response, "events": left.events}
+    failed = as_failed(KeptResponse(content["response"], content["items"], content["events"]))
+    return content | {"response": failed.response, "events": failed.events}
 
 
 def _cancelled(content: Content | None) -> Content | None:
-    if content is None or not _goes_on(content):
+    if content is None or not _in_progress(content):
         return content
     return content | {"response": content["response"] | {"status": "cancelled"}}

@@ -22,8 +22,8 @@ from server.errors import InvalidRequest, NotFound, printable
 from server.responses.running import Ended, Followed, Running
 
 DAY = 86400
-AGAIN_SECONDS = 1.0  # before another attempt to store a response
-_KEEPING_SECONDS = 5.0  # longest wait of a client for a response being stored
+RETRY_SECONDS = 1.0  # before another attempt to store a response
+_STORING_SECONDS = 5.0  # longest wait of a client for a response being stored
 STOPPED = {"code": "server_error", "message": "The server stopped while this response was being made."}
 
 log = logging.getLogger("lorakeet.responses")
@@ -40,13 +40,13 @@ class KeptResponse:
     events: list[Fields] | None
 
     @property
-    def goes_on(self) -> bool:
+    def in_progress(self) -> bool:
         """Whether the response is in progress."""
         return bool(self.response["status"] == "in_progress")
 
 
-def stopped(kept: KeptResponse) -> KeptResponse:
-    """One whose server is heard of no more: it has failed, as its events say, too."""
+def as_failed(kept: KeptResponse) -> KeptResponse:
+    """Return a response as failed, in its events as well, because its server has stopped."""
     response, events = kept.response | {"status": "failed", "error": STOPPED}, kept.events
     if events is not None:
         events = [*events, {"type": "response.failed", "sequence_number": len(events), "response": response}]
@@ -80,10 +80,10 @@ class ResponseStore:
     async def keep(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None = None) -> bool:
         """Store a response or its new state; return False if clients were sent another final state.
 
-        Raises InvalidRequest for one that is too large.
+        Raises InvalidRequest for a response that is too large.
 
-        A finished background response is retried until it can be stored. A cancelled caller still waits for a change in
-        progress to finish: the next step may be to delete the response.
+        Storing a finished background response is retried until it succeeds. A cancelled caller still waits for a change
+        in progress to finish: the next step may be to delete the response.
 
         events: of its stream, for a background response.
         """
@@ -94,35 +94,35 @@ class ResponseStore:
             try:
                 return await run_in(None, partial(self._save, tenant, response, items, events))
             except (StorageFull, DatabaseBusy, RemoteUnavailable) as fault:
-                if running is None or not self._awaited(running):
+                if running is None or not self._decides_outcome(running):
                     raise
                 log.warning("response %s waits: %s", response.id, fault)
-            await asyncio.sleep(AGAIN_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS)
 
-    def _awaited(self, running: Running) -> bool:
+    def _decides_outcome(self, running: Running) -> bool:
         """Whether this server decides the final state of a response."""
         return True
 
     def _save(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None) -> bool:
         record, sent, log_ = (msgspec.json.encode(part).decode() for part in (response, items, events))
-        size = self._fitting(len(record) + len(sent) + len(log_))
+        size = self._checked_size(len(record) + len(sent) + len(log_))
         row = (response.id, tenant, response.created_at, size, record, sent, log_)
 
         def write() -> int:
             with self._database.transaction() as connection:
-                known = connection.execute("SELECT bytes FROM responses WHERE id = ?", (response.id,)).fetchone()
+                old = connection.execute("SELECT bytes FROM responses WHERE id = ?", (response.id,)).fetchone()
                 connection.execute(
                     "INSERT INTO responses (id, tenant, created_at, bytes, record, items, events) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
                     "bytes = excluded.bytes, record = excluded.record, events = excluded.events",
                     row,
                 )
-            return size - (known["bytes"] if known else 0)
+            return size - (old["bytes"] if old else 0)
 
         self._write(write)
         return True
 
-    def _fitting(self, size: int) -> int:
+    def _checked_size(self, size: int) -> int:
         if size > self._max_bytes:
             message = f"The response has {size} bytes, of {self._max_bytes} that are kept (--response-bytes)."
             raise InvalidRequest(message, param="store")
@@ -133,7 +133,7 @@ class ResponseStore:
         kept = self._row(tenant, id_)
         if kept is None:
             raise NotFound(f"No such response: {printable(id_)}; it was not stored, or no longer is.", param=param)
-        return stopped(kept) if kept.goes_on and id_ not in self.running else kept
+        return as_failed(kept) if kept.in_progress and id_ not in self.running else kept
 
     def _row(self, tenant: str, id_: str) -> KeptResponse | None:
         with self._database.reading() as connection:
@@ -145,8 +145,8 @@ class ResponseStore:
             return None
         response, items, events = (msgspec.json.decode(row[column]) for column in ("record", "items", "events"))
         kept = KeptResponse(response, items, events)
-        # A row that was written by version 0.1 has an empty list for none.
-        return kept if events or kept.goes_on else replace(kept, events=None)
+        # Rows written by version 0.1 have an empty list instead of null.
+        return kept if events or kept.in_progress else replace(kept, events=None)
 
     def item(self, tenant: str, id_: str, param: str) -> Fields:
         """Return an item of a stored response, input or output. Raises NotFound."""
@@ -160,7 +160,7 @@ class ResponseStore:
         raise NotFound(f"No such item: {printable(id_)}; its response was not stored, or no longer is.", param=param)
 
     def stored_bytes(self, tenant: str) -> int:
-        """Total bytes of a tenant's responses."""
+        """Return the total bytes of a tenant's responses."""
         query = "SELECT COALESCE(SUM(bytes), 0) FROM responses WHERE tenant = ?"
         with self._database.reading() as connection:
             found: int = connection.execute(query, (tenant,)).fetchone()[0]
@@ -197,7 +197,7 @@ class ResponseStore:
 
     # --- background responses
 
-    def begin(self, running: Running, work: Callable[[], Awaitable[None]]) -> None:
+    def start(self, running: Running, work: Callable[[], Awaitable[None]]) -> None:
         """Run `work`, which publishes the events, in a task."""
 
         def end(_: asyncio.Task[None]) -> None:
@@ -205,14 +205,14 @@ class ResponseStore:
             self.running.pop(running.id, None)
 
         self.running[running.id] = running
-        running.task = asyncio.create_task(self._working(running, work))
+        running.task = asyncio.create_task(self._run_work(running, work))
         running.task.add_done_callback(end)
 
-    async def _working(self, running: Running, work: Callable[[], Awaitable[None]]) -> None:
+    async def _run_work(self, running: Running, work: Callable[[], Awaitable[None]]) -> None:
         await work()
 
     def events(self, kept: KeptResponse, tenant: str) -> Followed | None:
-        """The events of a background response that was started as a stream, as they occur; else None."""
+        """Return the events of a background response that was started as a stream, else None."""
         id_ = kept.response["id"]
         if id_ in self.running:
             return self.running[id_]
@@ -222,11 +222,11 @@ class ResponseStore:
         """Stop a running response; its output so far is stored."""
         if (running := self.running.get(id_)) is None:
             return
-        if not running.settled:  # else it has ended by itself, and is about to be kept
+        if not running.settled:  # else it has finished and is about to be stored
             running.cancelled = True
             running.cancel()
         if running.task is not None:
-            await asyncio.wait({running.task}, timeout=_KEEPING_SECONDS)
+            await asyncio.wait({running.task}, timeout=_STORING_SECONDS)
 
     async def stop(self) -> None:
         """Stop all background responses."""

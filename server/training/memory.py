@@ -42,14 +42,14 @@ class MemoryModel:
         self._model = model
         self._head_rows = head_rows
 
-    def plan(self, asked: PlanMemory) -> MemoryPlan:
+    def plan(self, request: PlanMemory) -> MemoryPlan:
         """Return a job's plan, with the memory `available` now."""
         sizes = {linear.name: linear.size for linear in self._base.trainable}
-        numbers = sum(parameters(sizes, asked.modules, asked.scale_vector))
-        optimizer = round(numbers * OPTIMIZER_BYTES[asked.optimizer])
-        activations = self._activations(asked)
+        numbers = sum(parameters(sizes, request.modules, request.scale_vector))
+        optimizer = round(numbers * OPTIMIZER_BYTES[request.optimizer])
+        activations = self._activations(request)
         plan = MemoryPlan(
-            id=asked.id,
+            id=request.id,
             base=_bytes_of(self._base.model),
             adapter=4 * numbers,
             gradients=4 * numbers,
@@ -63,15 +63,15 @@ class MemoryModel:
         mode = next((mode for mode, part in modes if plan.total(mode) <= part * plan.available), None)
         return replace(plan, mode=mode)
 
-    def _activations(self, asked: PlanMemory) -> dict[MemoryMode, int]:
-        tokens, layers, width = asked.tokens, len(self._model), self._base.dtype.itemsize
+    def _activations(self, request: PlanMemory) -> dict[MemoryMode, int]:
+        tokens, layers, width = request.tokens, len(self._model), self._base.dtype.itemsize
         hidden = self._sample.hidden.numel() // SAMPLE_TOKENS  # of all streams
         vocabulary = self._base.vocab_size
-        adapted = {shape.of(name) for name, shape in asked.modules.items()}
+        adapted = {shape.of(name) for name, shape in request.modules.items()}
         experts = any(linear.name in adapted for linear in self._base.experts)
         per_layer = [self._layer_bytes[experts] * tokens for _ in range(layers)]
         for linear in self._base.linears:  # saved by the adapter itself: A x
-            if shape := asked.modules.get(linear.name):
+            if shape := request.modules.get(linear.name):
                 per_layer[self._model.layer_of[linear.index]] += shape.rank * tokens * width
         # Temporary memory: gradients passing through the widest part of a layer, or the logits of a chunk.
         widest = max(linear.out_features for linear in self._base.linears)
@@ -97,21 +97,21 @@ class MemoryModel:
         routed = {self._model.layer_of[linear.index] for linear in self._base.experts}
         firsts = {(layer in self._base.states, layer in routed): layer for layer in reversed(range(len(self._model)))}
         layers = firsts.values()
-        alone = max(self._kept(layer, self._base.linears) for layer in layers)
-        return alone, max(self._kept(layer, self._base.trainable) for layer in layers) if routed else alone
+        alone = max(self._saved_bytes(layer, self._base.linears) for layer in layers)
+        return alone, max(self._saved_bytes(layer, self._base.trainable) for layer in layers) if routed else alone
 
-    def _kept(self, layer: int, linears: Sequence[LoraLinear | ExpertLinear]) -> int:
+    def _saved_bytes(self, layer: int, linears: Sequence[LoraLinear | ExpertLinear]) -> int:
         device, calls = self._base.device, self._sample
         shapes = {linear.name: ModuleShape(1, 1.0) for linear in linears}
         adapter = TrainableAdapter(linears, shapes, device=device, seed=0)
         resident = [*self._base.model.parameters(), *self._base.model.buffers(), adapter.values]
         known = {tensor.untyped_storage().data_ptr() for tensor in resident}
-        kept: dict[int, int] = {}  # storage -> bytes
+        saved: dict[int, int] = {}  # storage -> bytes
 
-        def note(tensor: Tensor) -> Tensor:
+        def record(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = storage.nbytes()
+                saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         slot = self._base.slot
@@ -119,13 +119,13 @@ class MemoryModel:
         slot.deltas, slot.experts = TrainingDeltas(segments), TrainingExperts(segments)
         slot.attention, slot.states = PackedAttention([(0, SAMPLE_TOKENS)]), PackedStates([(0, SAMPLE_TOKENS)])
         try:
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
                 # The graph stays alive until all storages are counted, so no address is reused meanwhile.
                 out = self._model.run(layer, calls.hidden.requires_grad_(), calls)
         finally:
             slot.deltas = slot.experts = slot.attention = slot.states = None
         del out
-        return sum(kept.values()) // SAMPLE_TOKENS
+        return sum(saved.values()) // SAMPLE_TOKENS
 
     def _available(self) -> int:
         if self._base.device.type == "cuda":

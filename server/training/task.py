@@ -133,7 +133,7 @@ class Task:
 
     @property
     def next(self) -> MicroBatch | None:
-        """The job's micro-batch for the next pass, the same until `took` is called.
+        """The job's micro-batch for the next pass, the same until `finish_micro_batch` is called.
 
         None while a checkpoint is due: training would run past its step while the one before is still being written.
         """
@@ -153,7 +153,7 @@ class Task:
                 dropout = Dropout(self.plan.lora_dropout, (self.plan.seed, "dropout", step, number))
             self._queue.append(self._micro_batch(self._train, group, 1.0 / labels, dropout))
 
-    def took(self, loss: float, correct: int) -> None:
+    def finish_micro_batch(self, loss: float, correct: int) -> None:
         """Count a finished micro-batch, with sums over its labels."""
         done = self._queue.popleft()
         self._tally.loss += loss
@@ -195,7 +195,7 @@ class Task:
         """Return the optimiser's pieces of this step, each with the learning rate."""
         return ((update, self._rate) for update in self._optimizer.updates())
 
-    def stepped(self, *, applied: bool) -> None:
+    def finish_step(self, *, applied: bool) -> None:
         """Count the step, and queue an evaluation when one is due."""
         step = self.state.step
         self._metrics = Metrics(
@@ -219,7 +219,7 @@ class Task:
         else:
             self._close_step()
 
-    def evaluated(self) -> None:
+    def finish_evaluation(self) -> None:
         """Add a finished evaluation's results to the step."""
         loss, accuracy = self._tally.mean_loss, self._tally.accuracy
         self._metrics = replace(

@@ -92,7 +92,7 @@ def parameters(
     return matrices, sum(size.pairs * size.out_features for size, _ in adapted) if scale_vector else 0
 
 
-class _Site(NamedTuple):
+class _AdaptedModule(NamedTuple):
     """The trained part under one name of `shapes`: a pair of A and B, or one for each expert."""
 
     name: str
@@ -135,14 +135,16 @@ class TrainableAdapter:
         self.grads = torch.zeros_like(self.values)
         whole = [linear.name for linear in adapted if isinstance(linear, ExpertLinear) and linear.name in shapes]
         self._experts = {linear.index for linear in adapted if isinstance(linear, ExpertLinear)}
-        self._sites: dict[int, list[_Site]] = {linear.index: [] for linear in adapted}
+        self._adapted: dict[int, list[_AdaptedModule]] = {linear.index: [] for linear in adapted}
         first, first_vector = 0, matrices
         for index, name in [(linear.index, name) for linear in adapted for name in named[linear.name]]:
             shape, size = shapes[name], shapes[name].size(name, sizes)
             rank, inputs, outputs = shape.rank, size.in_features, size.out_features
             generator = stream(device, seed, "init", name)
             pairs: list[_Module] = []
-            self._sites[index].append(_Site(name, peft_module_of(name, whole) if name in whole else name, pairs))
+            self._adapted[index].append(
+                _AdaptedModule(name, peft_module_of(name, whole) if name in whole else name, pairs)
+            )
             for _ in range(size.pairs):
                 a = self._parameter(first, rank, inputs)
                 b = self._parameter(first + a.numel(), outputs, rank)
@@ -170,10 +172,10 @@ class TrainableAdapter:
     @property
     def linears(self) -> set[int]:
         """The indices of the adapted linears."""
-        return set(self._sites)
+        return set(self._adapted)
 
     def __contains__(self, linear_index: int) -> bool:
-        return linear_index in self._sites
+        return linear_index in self._adapted
 
     def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the adapter in PEFT's form, detached: module -> (A [rank, in], B [out, rank]), scale vector folded in.
@@ -181,8 +183,8 @@ class TrainableAdapter:
         A layer's experts are one pair, A ordered by expert and B by rank, or a pair for each expert's own module.
         """
         found = {}
-        for index, sites in self._sites.items():
-            for _, place, pairs in sites:
+        for index, modules in self._adapted.items():
+            for _, place, pairs in modules:
                 a, b = [pair.a.detach() for pair in pairs], [pair.folded() for pair in pairs]
                 if index not in self._experts:
                     found[place] = a[0], b[0]
@@ -199,7 +201,7 @@ class TrainableAdapter:
             tensors: by the names of `shapes`; those of experts with A ordered by expert and B by rank.
         """
         with torch.no_grad():
-            for name, _, pairs in (site for sites in self._sites.values() for site in sites):
+            for name, _, pairs in (module for modules in self._adapted.values() for module in modules):
                 a, b = tensors[name]
                 ranks = b.view(len(b), -1, len(pairs))  # [out, rank, experts]
                 for expert, (pair, of_expert) in enumerate(zip(pairs, a.chunk(len(pairs)), strict=True)):
@@ -208,7 +210,7 @@ class TrainableAdapter:
 
     def modules(self, linear_index: int, expert: int = 0) -> list[_Module]:
         """Return the trained parts of one linear."""
-        return [site.pairs[expert] for site in self._sites[linear_index]]
+        return [module.pairs[expert] for module in self._adapted[linear_index]]
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ class Trainer:
                 del above, below
         yield Piece("count", len(shares))
         for share in shares:
-            share.task.took(float(sum(share.loss)), int(sum(share.correct)))
+            share.task.finish_micro_batch(float(sum(share.loss)), int(sum(share.correct)))
 
     def _loss(self, share: "_Share", hidden: Tensor, rows: Tensor, labels: Tensor, gradient: Tensor | None) -> None:
         """Add the loss of some tokens of `hidden` [..., T, H] to the share, and write its gradient into `gradient`."""
@@ -288,7 +288,7 @@ class Trainer:
         if task.over or task.next is not None:
             return
         if not train:
-            task.evaluated()
+            task.finish_evaluation()
             return
         yield Piece("clip", len(task.adapter.values))
         applied = task.clip()
@@ -296,7 +296,7 @@ class Trainer:
             for update, learning_rate in task.updates():
                 yield Piece("update", update.size)
                 update.run(learning_rate)
-        task.stepped(applied=applied)
+        task.finish_step(applied=applied)
 
     @contextmanager
     def _installed(self, shares: Sequence["_Share"]) -> Iterator[None]:

@@ -35,7 +35,7 @@ STEPS = 8
 async def take_over(sharing: Sharing | None, id_: str) -> None:
     """Give a server without free capacity a place, and make a record's lease look expired to it."""
     assert sharing is not None
-    leases, sharing.records._most = sharing.records.leases, 1
+    leases, sharing.records._max_held = sharing.records.leases, 1
     async with asyncio.timeout(180):
         while not leases.holds(id_):
             lease, since = leases._seen[id_]

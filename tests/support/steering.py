@@ -1,8 +1,8 @@
-"""Whole servers in this process that a test steers at random, alone or several on one store.
+"""Complete servers in this process, one or several on one store, that tests disturb at random.
 
-A life is one server from its start to its end. Its databases and its buckets answer late, as they like, so that calls
-meet; they can be full or away; and once the server is killed none of them answers any more, so that it dies between any
-two of its changes. Its engine says the same to the same request.
+A life is one server from its start to its end. Calls of its databases and buckets are delayed at random, so that they
+interleave; the disk can be full and the store unavailable. After a kill every call fails, so that the server dies
+between any two of its changes. Its engine gives equal requests equal answers.
 """
 
 import asyncio
@@ -38,20 +38,20 @@ from tests.support.scripted import ScriptedEngine, serving
 from tests.support.several import LEASE
 from tests.support.threads import threads_at_rest
 
-# The first seed and the one after the last: more of them, for hours, are tried by hand.
+# The first seed and the end of the range; long runs with more seeds are started by hand.
 SEEDS = range(*map(int, os.environ.get("STEERING_SEEDS", "0:3").split(":")))
 MOVES = 30
-SOON = 0.02  # seconds after which what failed is tried again
+SOON = 0.02  # seconds before a retry
 
 _LIFE: ContextVar["Life | None"] = ContextVar("life", default=None)
 
 
 class Killed(BaseException):
-    """A dead server goes no further."""
+    """Raised by every call of a killed server."""
 
 
 class SteeredEngine(ScriptedEngine):
-    """Takes its time for every step, dies and is held up."""
+    """An engine with steps of random duration, which can be killed and held."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +63,7 @@ class SteeredEngine(ScriptedEngine):
     async def _pace(self, request: Generate, step: int) -> None:
         born = self._born.setdefault(request.id, self.deaths) if step == 0 else self._born[request.id]
         await asyncio.sleep(random.random() / 300)
-        while self.held and born == self.deaths:  # noqa: ASYNC110  # nothing tells
+        while self.held and born == self.deaths:  # noqa: ASYNC110  # there is no event to wait for
             await asyncio.sleep(0.002)
         if born != self.deaths:
             raise EngineDied("The engine died.")
@@ -74,7 +74,7 @@ class SteeredEngine(ScriptedEngine):
         return born
 
     def kill(self) -> None:
-        """Die with all sequences, and be up again soon."""
+        """Fail all sequences, and come back after `SOON`."""
         self.deaths += 1
         self.info = None
         asyncio.get_running_loop().call_later(SOON, self.revive)
@@ -87,22 +87,22 @@ class Life:
     """One server over a directory.
 
     Attributes:
-        away: its object store fails half of what it is asked, some of it after it was done.
-        full: its disk takes nothing more.
-        troubles: how often something was amiss that a client may be told of.
+        unavailable: calls of its object store fail at random, some of them after the change was made.
+        full: writes to its disk fail.
+        disturbances: number of disturbances that may have caused error responses.
     """
 
     def __init__(self, root: Path, settings: dict[str, Any], reply: Callable[[Generate], list[int]] | None) -> None:
         self.root, self._reply = root, reply
-        self.dead = self.ended = self.away = self.full = False
-        self.troubles = 0
+        self.dead = self.ended = self.unavailable = self.full = False
+        self.disturbances = 0
         self.tasks: set[asyncio.Task[Any]] = set()
         self._settings = settings
         self._serving, self._running = AsyncExitStack(), AsyncExitStack()
 
     async def open(self) -> None:
         self.root.mkdir(exist_ok=True)
-        with self.own():
+        with self.as_current():
             opened = serving(self.root, engine=SteeredEngine, **self._settings)
             self.served = await self._serving.enter_async_context(opened)
             self.engine.reply = self._reply or self.engine.reply
@@ -114,16 +114,16 @@ class Life:
         return self.served.engine
 
     @contextmanager
-    def own(self) -> Iterator[None]:
-        """What begins meanwhile is this life's."""
+    def as_current(self) -> Iterator[None]:
+        """Assign tasks and threads started in the context to this life."""
         token = _LIFE.set(self)
         try:
             yield
         finally:
             _LIFE.reset(token)
 
-    def ready(self, *, writes: bool = False) -> None:
-        """In a thread of this life's, before anything changes."""
+    def before_call(self, *, writes: bool = False) -> None:
+        """Delay a call at random. Raises the errors of a killed server and, if the call writes, of a full disk."""
         if asyncio._get_running_loop() is None:
             time.sleep(random.random() * random.choice((0, 0, 0.002, 0.01)))
         if self.dead:
@@ -132,20 +132,20 @@ class Life:
             raise StorageFull(28, "full")
 
     @contextmanager
-    def reached(self) -> Iterator[None]:
-        """Something of the object store."""
-        self.ready()
-        if self.away and random.random() < 0.3:
+    def store_call(self) -> Iterator[None]:
+        """Wrap a call of the object store. Raises RemoteUnavailable at random while it is unavailable."""
+        self.before_call()
+        if self.unavailable and random.random() < 0.3:
             raise RemoteUnavailable("no route")
         yield
-        self.ready()
-        if self.away and random.random() < 0.3:
+        self.before_call()
+        if self.unavailable and random.random() < 0.3:
             raise RemoteUnavailable("no answer")
 
     async def ask(self, method: str, path: str, **options: Any) -> httpx.Response | None:
-        """An answer; none of a server that ends meanwhile."""
-        troubles = self.troubles if not self.troubled else -1
-        with self.own():
+        """Return the response to a request; None if the server ends in the meantime."""
+        disturbances = self.disturbances if not self.disturbed else -1
+        with self.as_current():
             asking = asyncio.create_task(self.served.client.request(method, path, **options))
         try:
             response = await asking
@@ -154,20 +154,20 @@ class Life:
                 return None
             asking.cancel()
             raise
-        rough = troubles != self.troubles
+        disturbed = disturbances != self.disturbances
         where = f"{method} {path}: {response.status_code} {response.text}"
-        assert response.status_code < 500 or (rough and response.status_code in (503, 507)), where
+        assert response.status_code < 500 or (disturbed and response.status_code in (503, 507)), where
         return response
 
     @property
-    def troubled(self) -> bool:
-        return self.away or self.full or self.served.engine.info is None or self.engine.held
+    def disturbed(self) -> bool:
+        return self.unavailable or self.full or self.served.engine.info is None or self.engine.held
 
     async def close(self) -> None:
-        """As by SIGTERM."""
-        self.away = self.full = False
+        """Stop the server, as SIGTERM does."""
+        self.unavailable = self.full = False
         self.ended = True
-        with self.own():
+        with self.as_current():
             await self._running.aclose()
             await self._cancel_all()
             await self._serving.aclose()
@@ -179,14 +179,14 @@ class Life:
             task.exception()
 
     async def kill(self) -> None:
-        """As by SIGKILL."""
+        """Kill the server, as SIGKILL does."""
         self.dead = True
         for leases in self.leases():
             for key in leases.held_keys():
-                leases.drop(key)  # or they would be given back
+                leases.drop(key)  # else they would be released
         await self._cancel_all()
         await threads_at_rest()
-        with self.own():
+        with self.as_current():
             for stack in (self._running, self._serving):
                 with contextlib.suppress(Killed, asyncio.CancelledError):
                     await stack.aclose()
@@ -200,7 +200,7 @@ class Life:
                 await asyncio.wait(left, timeout=1)
 
     def state(self) -> dict[str, object]:
-        """What is worked on, for who looks for a fault."""
+        """Return the work in progress, for the message of a failed test."""
         services = self.served.services
         return {
             "evaluations": {id_: repr(task) for id_, task in services.tuning.evaluations.tasks.items()},
@@ -211,7 +211,7 @@ class Life:
         }
 
     def leases(self) -> list[Leases]:
-        """Of all that is worked on here, where there are several servers."""
+        """Return the leases of all workers; none for a single server."""
         tuning, batches = self.served.services.tuning, self.served.services.batches
         shared = [worker.sharing for worker in (tuning.evaluations, batches) if worker.sharing is not None]
         found: list[Leases] = [one.records.leases for one in shared]
@@ -220,11 +220,11 @@ class Life:
 
 
 class Fleet:
-    """One server, or several on one store, and what befalls them.
+    """One server, or several on one store, and their disturbances.
 
     Attributes:
-        engines: all that there ever were.
-        lost_usage: what was used may be forgotten, since a server died that could not write it down.
+        engines: of all lives, past ones included.
+        lost_usage: usage may be lost, since a server died before it could be written.
     """
 
     def __init__(
@@ -243,13 +243,13 @@ class Fleet:
         self.lives: list[Life] = []
         self.engines: list[SteeredEngine] = []
         self.lost_usage = count > 1
-        self.said: list[str] = []  # the moves so far
+        self.log: list[str] = []  # the disturbances so far
 
-    async def open(self, place: int, root: Path | None = None) -> None:
-        """A new server in the place of one that has gone, over its disk or an empty one."""
+    async def open(self, index: int, root: Path | None = None) -> None:
+        """Start a server at this index, on the disk of its predecessor or an empty one."""
         self._opened += 1
         life = Life(root or self.root / f"disk-{self._opened}", self._settings, self._reply)
-        self.lives[place : place + 1] = [life]
+        self.lives[index : index + 1] = [life]
         await life.open()
         self.engines.append(life.engine)
 
@@ -258,9 +258,9 @@ class Fleet:
         return self.choose.choice(self.lives)
 
     @property
-    def rough(self) -> bool:
-        """Whether something is amiss somewhere."""
-        return any(life.troubled for life in self.lives)
+    def disturbed(self) -> bool:
+        """Whether any life is disturbed."""
+        return any(life.disturbed for life in self.lives)
 
     @property
     def services(self) -> Iterator[Any]:
@@ -270,77 +270,77 @@ class Fleet:
         return life.root if self.url is None or self.choose.random() < 0.5 else None
 
     async def disturb(self) -> None:
-        """Something befalls a server."""
-        place = self.choose.randrange(len(self.lives))
-        life = self.lives[place]
+        """Disturb a server at random."""
+        index = self.choose.randrange(len(self.lives))
+        life = self.lives[index]
         kinds = ["restart", "kill", "engine", "hold", "release", "full", "calm", "wait", "wait"]
-        kind = self.choose.choice(kinds + ["away", "believe"] * (self.url is not None))
-        self.said.append(f"{kind} {place}")
-        life.troubles += 1
+        kind = self.choose.choice(kinds + ["unavailable", "expire"] * (self.url is not None))
+        self.log.append(f"{kind} {index}")
+        life.disturbances += 1
         match kind:
             case "restart":
                 await life.close()
-                await self.open(place, self._next_disk(life))
+                await self.open(index, self._next_disk(life))
             case "kill":
                 self.lost_usage |= life.full
                 await life.kill()
-                await self.open(place, self._next_disk(life))
+                await self.open(index, self._next_disk(life))
             case "engine":
                 life.engine.kill()
             case "hold":
                 life.engine.held = True
             case "release":
                 life.engine.held = False
-            case "full" | "away":
+            case "full" | "unavailable":
                 setattr(life, kind, True)
-            case "believe":
-                self.pass_by(life, among=None)
+            case "expire":
+                self.expire_leases(life, held=None)
             case "calm":
                 self.calm()
             case _:
                 await asyncio.sleep(self.choose.random() / 10)
 
     def calm(self) -> None:
-        """All goes well again."""
+        """End all disturbances."""
         for life in self.lives:
-            life.away = life.full = life.engine.held = False
+            life.unavailable = life.full = life.engine.held = False
             life.engine.revive()
 
-    def pass_by(self, life: Life, among: set[str] | None) -> None:
-        """A server has heard for long of nobody who holds what it does not, but for those that are held by `among`."""
+    def expire_leases(self, life: Life, held: set[str] | None) -> None:
+        """Expire the leases observed by a server and held elsewhere, except those of `held` records."""
         for leases in life.leases():
             for key, (lease, since) in list(leases._seen.items()):
-                if not leases.holds(key) and (among is None or key not in among):
+                if not leases.holds(key) and (held is None or key not in held):
                     leases._seen[key] = lease, since - LEASE - 1
 
-    async def until(self, condition: Callable[[], bool | Awaitable[bool]]) -> None:
-        """Return once it is true; whoever held what nobody holds now is given up soon."""
+    async def wait_until(self, condition: Callable[[], bool | Awaitable[bool]]) -> None:
+        """Wait for the condition; leases of dead servers expire at once."""
         try:
             async with asyncio.timeout(40):
                 while not (await met if isinstance(met := condition(), Awaitable) else met):
                     held = {key for life in self.lives for leases in life.leases() for key in leases.held_keys()}
                     for life in self.lives:
-                        self.pass_by(life, held)
+                        self.expire_leases(life, held)
                     await asyncio.sleep(0.05)
         except TimeoutError:
-            raise AssertionError("it does not come to rest", [life.state() for life in self.lives]) from None
+            raise AssertionError("the condition is not met", [life.state() for life in self.lives]) from None
 
-    async def everywhere(self, method: str, path: str) -> list[httpx.Response]:
-        """What all servers answer, in calm."""
+    async def ask_all(self, method: str, path: str) -> list[httpx.Response]:
+        """Return the responses of all servers, without disturbances."""
         answers = [await life.ask(method, path) for life in self.lives]
         return [answer for answer in answers if answer is not None]
 
-    async def at_rest(self) -> None:
-        """Nothing is worked on anywhere, and the engines have nothing to do."""
-        await self.until(lambda: not any(services.tuning.evaluations.tasks for services in self.services))
-        await self.until(lambda: not any(services.batches.tasks for services in self.services))
-        await self.until(lambda: not any(services.responses.running for services in self.services))
+    async def wait_until_idle(self) -> None:
+        """Wait for the end of all work, and check that the engines are idle."""
+        await self.wait_until(lambda: not any(services.tuning.evaluations.tasks for services in self.services))
+        await self.wait_until(lambda: not any(services.batches.tasks for services in self.services))
+        await self.wait_until(lambda: not any(services.responses.running for services in self.services))
         for life in self.lives:
             assert not life.engine.running
             assert life.served.services.drain.open_requests == 0
 
     def leftovers(self) -> list[str]:
-        """What nobody names: files of files that are none, and whatever was put aside as unknown."""
+        """Return unreferenced files and objects, and files set aside as unknown."""
         found = []
         for life in self.lives:
             files = life.root / "files"
@@ -363,19 +363,19 @@ class Fleet:
             ]
         return found
 
-    def used(self) -> int:
-        """Tokens generated, as they are counted; each server shows those of all."""
+    def recorded_tokens(self) -> int:
+        """Return the generated tokens in the usage ledger; each server reports the total of all."""
         days = None, "0000-00-00", "9999-99-99"
         return max(sum(row["generated_tokens"] for row in one.ledger.rows(*days)) for one in self.services)
 
-    def spent(self) -> int:
-        """Tokens that the engines have said."""
+    def generated_tokens(self) -> int:
+        """Return the tokens generated by the engines."""
         return sum(engine.steps for engine in self.engines)
 
 
 @asynccontextmanager
 async def fleet(root: Path, count: int, seed: int, **settings: Any) -> AsyncIterator[Fleet]:
-    """So many servers that can be steered."""
+    """Run `count` servers under random disturbances."""
     random.seed(seed)
     steered = Fleet(root, count, random.Random(seed), **settings)
     loop = asyncio.get_running_loop()
@@ -391,13 +391,13 @@ async def fleet(root: Path, count: int, seed: int, **settings: Any) -> AsyncIter
         _patch(patch)
         loop.set_task_factory(factory)
         try:
-            for place in range(count):
-                await steered.open(place)
+            for index in range(count):
+                await steered.open(index)
             yield steered
             for life in steered.lives:
                 await life.close()
         except BaseException as fault:
-            fault.add_note(f"after {steered.said}")
+            fault.add_note(f"after {steered.log}")
             for life in steered.lives:
                 if not life.ended:
                     await life.kill()
@@ -407,13 +407,13 @@ async def fleet(root: Path, count: int, seed: int, **settings: Any) -> AsyncIter
 
 
 def _patch(patch: pytest.MonkeyPatch) -> None:
-    """Databases and buckets are those of the life that opened them; waits are short."""
+    """Assign databases and buckets to the life that opens them, and shorten waits."""
     for module, name in (
-        (runner, "AGAIN_SECONDS"),
+        (runner, "RETRY_SECONDS"),
         (runner, "SPACE_SECONDS"),
         (evaluations, "SPACE_SECONDS"),
-        (store, "AGAIN_SECONDS"),
-        (store, "_KEEPING_SECONDS"),
+        (store, "RETRY_SECONDS"),
+        (store, "_STORING_SECONDS"),
         (usage, "RETRY_SECONDS"),
     ):
         patch.setattr(module, name, SOON)
@@ -438,7 +438,7 @@ def _reached(real: Any) -> Any:
     def call(self: Any, *args: Any, **options: Any) -> Any:
         if self.life is None:
             return real(self, *args, **options)
-        with self.life.reached():
+        with self.life.store_call():
             return real(self, *args, **options)
 
     return call
@@ -449,7 +449,7 @@ def _changed(real: Any) -> Any:
     def transaction(self: Any, *, removing: bool = False) -> Iterator[Any]:
         outermost = self.life is not None and self._owner != threading.get_ident()
         if outermost:
-            self.life.ready(writes=not removing)
+            self.life.before_call(writes=not removing)
         with real(self, removing=removing) as connection:
             yield connection
 

@@ -32,7 +32,7 @@ async def create_batch(request: Request, body: BatchBody) -> Response:
     """Start a batch. The file is validated first; its errors then appear in the object."""
     services = services_of(request)
     try:
-        file = await asyncio.to_thread(services.tuning.files.fetched, caller_of(request).tenant, body.input_file_id)
+        file = await asyncio.to_thread(services.tuning.files.fetch, caller_of(request).tenant, body.input_file_id)
     except UnknownFileError:
         message = f"`input_file_id`: there is no file {printable(body.input_file_id)}."
         raise InvalidRequest(message, param="input_file_id") from None

@@ -154,7 +154,7 @@ async def delete_file(request: Request) -> Response:
 async def _find(request: Request, *, fetched: bool = False) -> StoredFile:
     """Find the file in the path; with `fetched`, its bytes are on the local disk."""
     files = services_of(request).tuning.files
-    return await _asked(request, files.fetched if fetched else files.get)
+    return await _asked(request, files.fetch if fetched else files.get)
 
 
 async def _asked(request: Request, work: Callable[[str, str], T]) -> T:

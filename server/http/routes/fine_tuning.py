@@ -22,7 +22,7 @@ from server.errors import InvalidRequest, NotFound, TooManyRequests, printable
 from server.finetune import hyperparameters
 from server.finetune.files import UnknownFileError
 from server.finetune.jobs import FINAL, Event, Job, JobSpec, JobStateError, StoredCheckpoint, UnknownJobError
-from server.finetune.preparation import question
+from server.finetune.preparation import memory_request
 from server.http.answer import PING
 from server.http.objects.common import ListObject
 from server.http.objects.training import CheckpointObject, Estimate, EventObject, JobObject
@@ -96,7 +96,7 @@ async def estimate(request: Request, body: EstimateBody) -> Response:
         lora, shapes = _shape(services, target, body.lora)
     training = _training(services, body)
     tokens = max(hyperparameters.micro_batch_tokens(training, base), hyperparameters.max_seq_len(training, base))
-    asked = question(shapes, lora, hyperparameters.optimizer(training, base), tokens)
+    asked = memory_request(shapes, lora, hyperparameters.optimizer(training, base), tokens)
     try:
         plan = await services.engine.plan_memory(asked)
     except TrainingRefused as refusal:
@@ -231,7 +231,9 @@ async def _stream_events(request: Request, job: Job, after: str | None) -> Respo
                 yield PING
                 silent = 0.0
             began = time.monotonic()
-            await services.tuning.manager.wait_for_news(min(_POLL_SECONDS, pings - silent) if pings else _POLL_SECONDS)
+            await services.tuning.manager.wait_for_change(
+                min(_POLL_SECONDS, pings - silent) if pings else _POLL_SECONDS
+            )
             silent += time.monotonic() - began
         yield b"data: [DONE]\n\n"
 

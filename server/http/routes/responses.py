@@ -86,7 +86,7 @@ def _items(services: Services, tenant: str, body: ResponseBody, number: str) -> 
     items: list[Item] = []
     if body.previous_response_id is not None:
         earlier = services.responses.get(tenant, body.previous_response_id, param="previous_response_id")
-        if earlier.goes_on:
+        if earlier.in_progress:
             message = "The response `previous_response_id` is not finished."
             raise InvalidRequest(message, param="previous_response_id")
         items += [*earlier.items, *earlier.response["output"]]
@@ -134,7 +134,7 @@ async def _in_background(work: _Work, send: Send) -> None:
     """Start a background response; send its object, or follow its events."""
     running = Running(work.caller.tenant, work.id, streamed=bool(work.body.stream))
     begun: asyncio.Future[ResponseObject] = asyncio.get_running_loop().create_future()
-    work.services.responses.begin(running, partial(_run, work, running, begun))
+    work.services.responses.start(running, partial(_run, work, running, begun))
     response = await asyncio.shield(begun)
     headers = {"X-Adapter-Digest": response.system_fingerprint}
     if work.body.stream:

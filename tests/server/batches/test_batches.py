@@ -26,7 +26,7 @@ FINAL = ("completed", "failed", "expired", "cancelled")
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(runner, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(runner, "SPACE_SECONDS", 0.01)
 
 

@@ -46,7 +46,7 @@ async def lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 
 def has_room(served: Served, most: int) -> None:
     assert served.services.batches.sharing is not None
-    served.services.batches.sharing.records._most = most
+    served.services.batches.sharing.records._max_held = most
 
 
 async def die(served: Served) -> None:

@@ -94,7 +94,7 @@ class Steered:
     async def move(self) -> None:
         kinds = [self.create, self.cancel, self.get, self.page, self.delete_results]
         kind = self.choose.choice(kinds if self.names else [self.create])
-        self.servers.said.append(kind.__name__)
+        self.servers.log.append(kind.__name__)
         await kind(self.servers.any)
 
     async def all_ended(self) -> bool:
@@ -115,10 +115,10 @@ class Steered:
                 assert end["status"] == "completed" or batch in self.asked
                 spent += await self.answers(end, names)
         if not self.servers.lost_usage:
-            assert spent <= self.servers.used()
-        assert self.servers.used() <= self.servers.spent()
+            assert spent <= self.servers.recorded_tokens()
+        assert self.servers.recorded_tokens() <= self.servers.generated_tokens()
         for file in self.deleted:
-            for answer in await self.servers.everywhere("GET", f"/v1/files/{file}"):
+            for answer in await self.servers.ask_all("GET", f"/v1/files/{file}"):
                 assert answer.status_code == 404, (file, self.ends)
 
     async def answers(self, end: dict[str, Any], names: list[str]) -> int:
@@ -127,7 +127,7 @@ class Steered:
         for name in ("output_file_id", "error_file_id"):
             file, lines[name] = end[name], []
             if file is not None and file not in self.doomed:
-                one, *others = await self.servers.everywhere("GET", f"/v1/files/{file}/content")
+                one, *others = await self.servers.ask_all("GET", f"/v1/files/{file}/content")
                 assert one.status_code == 200, (end, one.text)
                 assert all(other.content == one.content for other in others)
                 lines[name] = [json.loads(line) for line in one.content.splitlines()]
@@ -155,7 +155,7 @@ async def test_batches_steered_at_random_answer_each_request_once(tmp_path: Path
             await asyncio.gather(*works)
             await asyncio.sleep(random.random() / 30)
         servers.calm()
-        await servers.until(steered.all_ended)
-        await servers.at_rest()
+        await servers.wait_until(steered.all_ended)
+        await servers.wait_until_idle()
         await steered.check()
         assert servers.leftovers() == []

@@ -74,10 +74,10 @@ async def test_a_job_whose_row_cannot_be_read_keeps_its_directory(tmp_path: Path
             manager._jobs.move(job, status)
         directory = tmp_path / "jobs" / job.id
         directory.mkdir(exist_ok=True)
-        restore.note(directory, restore.JOB, job)
+        restore.write_record(directory, restore.JOB, job)
         with manager._database.transaction() as connection:
             connection.execute("UPDATE jobs SET record = '{' || record")
-        restore.sort_out(manager._jobs, manager._directory, manager._pending)
+        restore.clean_up_at_start(manager._jobs, manager._directory, manager._pending)
         assert directory.exists() is kept
         if kept:
             assert manager._jobs.get(TENANT, job.id).status == "paused"

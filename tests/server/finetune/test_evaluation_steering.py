@@ -47,14 +47,14 @@ class Steered:
     async def publish(self, life: Life) -> None:
         seed, name = self.choose.randrange(VERSIONS), self.choose.choice(NAMES)
         directory = write_adapter(self.servers.root / f"version-{seed}", seed)
-        troubles = -1 if life.troubled else life.troubles
-        with life.own():
+        disturbances = -1 if life.disturbed else life.disturbances
+        with life.as_current():
             publisher = life.served.services.registry.publisher
             publishing = asyncio.create_task(publisher.import_directory(TENANT, name, directory))
         try:
             await publishing
         except (Exception, asyncio.CancelledError, Killed):
-            assert troubles != life.troubles
+            assert disturbances != life.disturbances
 
     async def unpublish(self, life: Life) -> None:
         response = await life.ask("DELETE", f"/v1/adapters/{self.choose.choice(NAMES)}")
@@ -107,7 +107,7 @@ class Steered:
     async def move(self) -> None:
         kinds = [self.create, self.create, self.create, self.get, self.delete, self.publish, self.publish]
         kind = self.choose.choice([*kinds, self.upload, self.unpublish, self.delete_file])
-        self.servers.said.append(kind.__name__)
+        self.servers.log.append(kind.__name__)
         await kind(self.servers.any)
 
     async def all_ended(self) -> bool:
@@ -115,7 +115,7 @@ class Steered:
         for life in self.servers.lives:
             for id_ in list(self.made):
                 await self.find(life, id_)
-        gone = [await self.servers.everywhere("GET", f"/v1/evaluations/{id_}") for id_ in self.deleted]
+        gone = [await self.servers.ask_all("GET", f"/v1/evaluations/{id_}") for id_ in self.deleted]
         return (
             all(answer.status_code == 404 for answers in gone for answer in answers)
             and self.made.keys() <= self.ends.keys() | self.doomed
@@ -131,7 +131,7 @@ class Steered:
                 assert end["result_files"] == []
                 continue
             result = end["result_files"][0]
-            one, *others = await self.servers.everywhere("GET", f"/v1/files/{result}/content")
+            one, *others = await self.servers.ask_all("GET", f"/v1/files/{result}/content")
             assert one.status_code == 200, (end, one.text)
             assert all(other.content == one.content for other in others)
             rows = [json.loads(line) for line in one.text.splitlines()]
@@ -146,7 +146,7 @@ class Steered:
             end["result_files"][0] for id_, end in self.ends.items() if id_ not in self.doomed and end["examples"]
         }
         doubtful = {f"file-{id_.removeprefix('eval-')}r" for id_ in self.doomed - self.deleted}
-        for page in await self.servers.everywhere("GET", f"/v1/files?purpose={RESULTS}"):
+        for page in await self.servers.ask_all("GET", f"/v1/files?purpose={RESULTS}"):
             listed = {file["id"] for file in page.json()["data"]} - doubtful
             acknowledged = {id_ for id_ in listed if f"eval-{id_[5:-1]}" in self.made}
             if not wanted - doubtful <= listed or not acknowledged <= wanted:
@@ -169,8 +169,8 @@ async def test_evaluations_steered_at_random_have_the_numbers_of_their_version(
             await asyncio.gather(*works)
             await asyncio.sleep(random.random() / 30)
         servers.calm()
-        await servers.until(steered.all_ended)
-        await servers.at_rest()
-        await servers.until(steered.results_listed)
+        await servers.wait_until(steered.all_ended)
+        await servers.wait_until_idle()
+        await servers.wait_until(steered.results_listed)
         await steered.check()
         assert servers.leftovers() == []

@@ -80,10 +80,10 @@ def test_files_are_known_again_after_their_database_was_damaged(
     added = _add(FileStore(tmp_path / "files", database), b"content")
     database.close()
     (tmp_path / "finetuning.db").write_bytes(b"no database" * 1000)
-    again = FileStore(tmp_path / "files", restore.opened(tmp_path, 5.0))
+    again = FileStore(tmp_path / "files", restore.open_or_rebuild(tmp_path, 5.0))
     assert again.page("", limit=9)[0] == [added]
     assert len(list(tmp_path.glob("finetuning.db.damaged-*"))) == 1
-    assert "1 files and 0 jobs are known again" in caplog.text
+    assert "1 files and 0 jobs were restored" in caplog.text
 
 
 def test_pages(store: FileStore) -> None:

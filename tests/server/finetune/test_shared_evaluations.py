@@ -61,7 +61,7 @@ def sharing_of(served: Served) -> sharing.Sharing:
 
 
 def has_room(served: Served, most: int) -> None:
-    sharing_of(served).records._most = most
+    sharing_of(served).records._max_held = most
 
 
 async def ask(served: Served, method: str, path: str, **options: Any) -> Any:
@@ -193,7 +193,7 @@ async def test_a_server_that_was_asleep_writes_nothing_over_anothers_result(live
     done = await until(two, id_, "succeeded")
     store = one.services.tuning.evaluations.store
     with pytest.raises(EvaluationStateError):
-        store.settle(store.get(TENANT, id_))
+        store.save(store.get(TENANT, id_))
     going.set()
     await eventually(lambda: not one.services.tuning.evaluations.tasks)
     assert await until(one, id_, "succeeded") == done

@@ -67,7 +67,7 @@ async def test_another_server_resumes_the_job_of_one_that_died_and_ends_with_the
     one, two = await lives.open("one"), await lives.open("two", max_training_jobs=1)
     file = await one.upload()
     expected = await whole(one, file)
-    two.sharing.records._most = 0  # takes no jobs
+    two.sharing.records._max_held = 0  # takes no jobs
     one.trainer.until, one.trainer.steps = 6, []
     job_id = await one.create(file)
     await one.until(job_id, "running", step=5)
@@ -135,7 +135,7 @@ async def test_jobs_are_shared_out_among_servers_with_room(lives: Lives) -> None
 
 async def running_at_one(lives: Lives) -> tuple[Sharer, Sharer, str]:
     one, two = await lives.open("one"), await lives.open("two")
-    two.sharing.records._most = 0
+    two.sharing.records._max_held = 0
     one.trainer.until = 4
     job_id = await one.create()
     await two.until(job_id, "running", step=3)
@@ -144,7 +144,7 @@ async def running_at_one(lives: Lives) -> tuple[Sharer, Sharer, str]:
 
 async def test_a_refused_wish_tells_the_task_what_another_server_has_changed(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
-    two.sharing.records._most = 0
+    two.sharing.records._max_held = 0
     one.trainer.until = 3  # no reply comes from the engine any more
     job_id = await one.create()
     await one.until(job_id, "running", step=2)
@@ -173,19 +173,19 @@ async def test_a_job_is_paused_at_one_server_and_resumed_by_another(lives: Lives
     assert (await two.steer(job_id, "pause"))["status"] == "pausing"
     await two.until(job_id, "paused")
     await until(lambda: one.sharing.records.leases.held_keys() == [])
-    one.sharing.records._most, two.sharing.records._most = 0, 1
+    one.sharing.records._max_held, two.sharing.records._max_held = 0, 1
     assert (await one.steer(job_id, "resume"))["status"] == "queued"
     done = await one.until(job_id, "succeeded")
     assert two.trainer.steps == [4, 5, 6, 7, 8]
-    one.sharing.records._most, one.trainer.until = 1, STEPS + 1
-    two.sharing.records._most = 0
+    one.sharing.records._max_held, one.trainer.until = 1, STEPS + 1
+    two.sharing.records._max_held = 0
     assert one.result(done) == await whole(one, done["training_file"])
 
 
 async def test_a_server_that_stops_hands_its_jobs_over_at_once(lives: Lives) -> None:
     one, two, job_id = await running_at_one(lives)
     await one.tuning.stop()
-    two.sharing.records._most = 1
+    two.sharing.records._max_held = 1
     await two.until(job_id, "succeeded")
 
 
@@ -204,7 +204,7 @@ async def test_a_server_that_cannot_renew_its_lease_stops_and_writes_nothing_mor
         one.sharing.records.leases.seconds = 0.5
         await until(lambda: not one.tuning.manager.tasks)
         assert one.sharing.records.leases.held_keys() == []
-        one.sharing.records._most = 0
+        one.sharing.records._max_held = 0
         await take_over(two.sharing, job_id)
         with pytest.raises(JobStateError):
             one.jobs.move(one.jobs.get(TENANT, job_id), "succeeded")
@@ -304,7 +304,7 @@ async def test_while_the_store_is_down_nothing_is_begun_and_nothing_lost(
 
 async def test_a_bucket_that_fails_often_costs_no_step(tmp_path: Path, s3: S3Server, s3_url: str) -> None:
     async with sharer(tmp_path / "two", s3_url) as two:
-        two.sharing.records._most = 0
+        two.sharing.records._max_held = 0
         async with AsyncExitStack() as stack:
             one = await stack.enter_async_context(sharer(tmp_path / "one", s3_url))
             file = await one.upload()

@@ -81,13 +81,13 @@ def _one_task_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """No server begins with a job while a task of its own still works on it."""
     monkeypatch.setattr(manager, "SPACE_SECONDS", 0.05)
     monkeypatch.setattr(sharing, "_RENEWALS", 60)
-    begin = Worker.begin
+    start_tasks = Worker.start_tasks
 
     def watched(worker: JobManager, jobs: Sequence[Job]) -> None:
         assert not worker.tasks.keys() & {job.id for job in jobs}
-        begin(worker, jobs)
+        start_tasks(worker, jobs)
 
-    monkeypatch.setattr(JobManager, "begin", watched)
+    monkeypatch.setattr(JobManager, "start_tasks", watched)
 
 
 async def steer(server: Sharer, job: str, verb: str) -> bool:

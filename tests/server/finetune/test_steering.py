@@ -28,13 +28,13 @@ def working() -> Counter[str]:
 @pytest.fixture
 def one_task_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """No job is begun while a task still works on it."""
-    begin = Worker.begin
+    start_tasks = Worker.start_tasks
 
     def watched(worker: JobManager, jobs: Sequence[Job]) -> None:
         assert not working().keys() & {job.id for job in jobs}
-        begin(worker, jobs)
+        start_tasks(worker, jobs)
 
-    monkeypatch.setattr(JobManager, "begin", watched)
+    monkeypatch.setattr(JobManager, "start_tasks", watched)
 
 
 async def steer(site: TuningSite, job: str, verb: str) -> None:

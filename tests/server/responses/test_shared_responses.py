@@ -63,7 +63,7 @@ def responses_of(served: Served) -> SharedResponses:
 async def die(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop as after `kill -9`: no lease is given back."""
     with monkeypatch.context() as patch:
-        patch.setattr(responses_of(served), "_let_go", lambda key: None)
+        patch.setattr(responses_of(served), "_release_lease", lambda key: None)
         await served.services.responses.stop()
     await threads_at_rest()
 
@@ -281,7 +281,7 @@ async def test_while_the_store_is_down_a_response_is_not_said_to_be_kept(
 ) -> None:
     one = await lives.open("one")
     first = await made(one)
-    monkeypatch.setattr(store, "AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(store, "RETRY_SECONDS", 0.05)
 
     def fail(*_: object, **__: object) -> None:
         raise RemoteUnavailable("no route")

@@ -121,7 +121,7 @@ class Steered:
         if response is None or response.status_code >= 500:
             return
         if response.status_code == 200:
-            assert response.json()["status"] in ENDS or self.servers.rough, response.text
+            assert response.json()["status"] in ENDS or self.servers.disturbed, response.text
             self.cancelled.add(id_)
             self.look(response.json())
         elif response.status_code == 404:
@@ -152,7 +152,7 @@ class Steered:
     async def move(self) -> None:
         kinds = [self.create, self.create, self.get, self.stream, self.cancel, self.delete]
         kind = self.choose.choice(kinds if self.begun else [self.create])
-        self.servers.said.append(kind.__name__)
+        self.servers.log.append(kind.__name__)
         await kind(self.servers.any)
 
     async def all_ended(self) -> bool:
@@ -169,7 +169,7 @@ class Steered:
             body, end = self.begun[id_], self.ends[id_]
             text = "".join(part["text"] for item in end["output"] for part in item["content"])
             assert text == TEXT if end["status"] == "completed" else TEXT.startswith(text), end
-            assert end["status"] != "cancelled" or id_ in self.cancelled or self.servers.said.count("cancel")
+            assert end["status"] != "cancelled" or id_ in self.cancelled or self.servers.log.count("cancel")
             spent += end["usage"]["output_tokens"] if end["status"] == "completed" else 0
             for life in self.servers.lives:
                 if body["stream"]:
@@ -180,8 +180,8 @@ class Steered:
                     types = {event["type"] for event in told.values()} & LAST
                     assert types == (set() if end["status"] == "cancelled" else {f"response.{end['status']}"}), end
         if not self.servers.lost_usage:
-            assert spent <= self.servers.used()
-        assert self.servers.used() <= self.servers.spent()
+            assert spent <= self.servers.recorded_tokens()
+        assert self.servers.recorded_tokens() <= self.servers.generated_tokens()
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -196,9 +196,9 @@ async def test_responses_steered_at_random_have_one_end(tmp_path: Path, seed: in
             await asyncio.gather(*works)
             await asyncio.sleep(random.random() / 30)
         servers.calm()
-        await servers.until(steered.all_ended)
+        await servers.wait_until(steered.all_ended)
         await asyncio.gather(*steered.following)
-        await servers.at_rest()
+        await servers.wait_until_idle()
         await steered.check()
         assert servers.leftovers() == []
         if servers.url is not None:
