@@ -25,7 +25,7 @@ from adapters.storage.database import DatabaseBusy, UnknownCursorError
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter
 from server.logs import note
 
-_ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors
+ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors
 _OF_ANOTHER_TYPE = ("literal_error", "model_type", "dict_type", "list_type", "string_type", "int_type", "float_type")
 _NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")  # said in pydantic's and Python's terms
 _ANTHROPIC_TYPES = {
@@ -293,13 +293,9 @@ def as_error(exc: Exception) -> LorakeetError:
 def error_response(error: LorakeetError, path: str = "") -> Response:
     """The error as an HTTP response, in the shape of that path. Its code goes into the access line."""
     note(code=error.code or error.type)
-    body = anthropic_body(error) if is_anthropic(path) else error.body()
+    anthropic = path == ANTHROPIC or path.startswith(f"{ANTHROPIC}/")
+    body = anthropic_body(error) if anthropic else error.body()
     return JSONResponse(body, status_code=error.status, headers=error.headers)
-
-
-def is_anthropic(path: str) -> bool:
-    """Whether answers there have Anthropic's shapes."""
-    return path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
 
 
 def anthropic_body(error: LorakeetError) -> dict[str, Any]:

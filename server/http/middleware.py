@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.admission import Drain
 from server.errors import (
+    ANTHROPIC,
     Draining,
     InternalError,
     InvalidApiKey,
@@ -28,7 +29,6 @@ from server.errors import (
     UnsupportedMediaType,
     as_error,
     error_response,
-    is_anthropic,
 )
 from server.logs import FIELDS, begin_notes
 from server.settings import Settings
@@ -140,7 +140,7 @@ class _Exchange:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = self.request_id
-            if is_anthropic(self._scope["path"]):
+            if self._scope["path"].startswith(ANTHROPIC):
                 headers["Request-Id"] = self.request_id  # the name that its clients know
         await self._send(message)
 
