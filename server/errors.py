@@ -25,19 +25,9 @@ from adapters.storage.database import DatabaseBusy, UnknownCursorError
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter
 from server.logs import add_log_fields
 
-<<<<<<< HEAD
 ANTHROPIC_PATH = "/v1/messages"  # where answers and errors have Anthropic's shapes, and below
 _TYPE_ERRORS = ("literal_error", "model_type", "dict_type", "list_type", "string_type", "int_type", "float_type")
 _NOT_OBJECT = ("model_type", "model_attributes_type", "dict_type")  # their messages speak of pydantic and Python
-||||||| a45f167
-_ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors
-_OF_ANOTHER_TYPE = ("literal_error", "model_type", "dict_type", "list_type", "string_type", "int_type", "float_type")
-_NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")  # said in pydantic's and Python's terms
-=======
-ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors
-_OF_ANOTHER_TYPE = ("literal_error", "model_type", "dict_type", "list_type", "string_type", "int_type", "float_type")
-_NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")  # said in pydantic's and Python's terms
->>>>>>> wt-schemas
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -314,21 +304,10 @@ def as_error(exc: Exception) -> LorakeetError:
 
 
 def error_response(error: LorakeetError, path: str = "") -> Response:
-<<<<<<< HEAD
     """Return the error as an HTTP response, in the path's format, and note its code for the access line."""
     add_log_fields(code=error.code or error.type)
     anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
     body = anthropic_body(error) if anthropic else error.body()
-||||||| a45f167
-    """The error as an HTTP response, in the shape of that path. Its code goes into the access line."""
-    note(code=error.code or error.type)
-    body = anthropic_body(error) if is_anthropic(path) else error.body()
-=======
-    """The error as an HTTP response, in the shape of that path. Its code goes into the access line."""
-    note(code=error.code or error.type)
-    anthropic = path == ANTHROPIC or path.startswith(f"{ANTHROPIC}/")
-    body = anthropic_body(error) if anthropic else error.body()
->>>>>>> wt-schemas
     return JSONResponse(body, status_code=error.status, headers=error.headers)
 
 

@@ -20,12 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.admission import Drain
 from server.errors import (
-<<<<<<< HEAD
     ANTHROPIC_PATH,
-||||||| a45f167
-=======
-    ANTHROPIC,
->>>>>>> wt-schemas
     Draining,
     InternalError,
     InvalidApiKey,
@@ -143,22 +138,10 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-<<<<<<< HEAD
             given = MutableHeaders(scope=message)
             given["X-Request-Id"] = self.request_id
             if self._scope["path"].startswith(ANTHROPIC_PATH):
                 given["Request-Id"] = self.request_id  # where Anthropic's clients look for it
-||||||| a45f167
-            headers = MutableHeaders(scope=message)
-            headers["X-Request-Id"] = self.request_id
-            if is_anthropic(self._scope["path"]):
-                headers["Request-Id"] = self.request_id  # the name that its clients know
-=======
-            headers = MutableHeaders(scope=message)
-            headers["X-Request-Id"] = self.request_id
-            if self._scope["path"].startswith(ANTHROPIC):
-                headers["Request-Id"] = self.request_id  # the name that its clients know
->>>>>>> wt-schemas
         await self._send(message)
 
     async def fail(self, error: LorakeetError) -> None:

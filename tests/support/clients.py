@@ -54,7 +54,8 @@ def main(chosen: list[str]) -> int:
     model = resolve(settings.model, settings.cache_dir, print)
     failed = []
     with tempfile.TemporaryDirectory() as root:
-        flags = ("--served-model-name", MODEL, "--kv-cache-bytes", "256MiB", "--threads", str(os.cpu_count() or 1))
+        sizes = ("--kv-cache-bytes", "256MiB", "--adapter-bytes", "64MiB")
+        flags = ("--served-model-name", MODEL, *sizes, "--threads", str(os.cpu_count() or 1))
         server = RunningServer(model, Path(root), Path(root) / "data", *flags)
         try:
             for name in chosen or names():
