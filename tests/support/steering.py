@@ -420,13 +420,13 @@ def _patch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sharing, "_RENEWALS", 600)
     patch.setattr(shared_batches, "_PART_BYTES", 2000)
     for kind in (Database, Bucket):
-        patch.setattr(kind, "__init__", _born(kind.__init__))
+        patch.setattr(kind, "__init__", _with_life(kind.__init__))
     for name in ("list", "read", "put_if", "put_file", "get_file", "delete"):
-        patch.setattr(Bucket, name, _reached(getattr(Bucket, name)))
-    patch.setattr(Database, "transaction", _changed(Database.transaction))
+        patch.setattr(Bucket, name, _as_store_call(getattr(Bucket, name)))
+    patch.setattr(Database, "transaction", _as_database_call(Database.transaction))
 
 
-def _born(real: Any) -> Any:
+def _with_life(real: Any) -> Any:
     def begin(self: Any, *args: Any, **options: Any) -> None:
         self.life = _LIFE.get()
         real(self, *args, **options)
@@ -434,7 +434,7 @@ def _born(real: Any) -> Any:
     return begin
 
 
-def _reached(real: Any) -> Any:
+def _as_store_call(real: Any) -> Any:
     def call(self: Any, *args: Any, **options: Any) -> Any:
         if self.life is None:
             return real(self, *args, **options)
@@ -444,7 +444,7 @@ def _reached(real: Any) -> Any:
     return call
 
 
-def _changed(real: Any) -> Any:
+def _as_database_call(real: Any) -> Any:
     @contextmanager
     def transaction(self: Any, *, removing: bool = False) -> Iterator[Any]:
         outermost = self.life is not None and self._owner != threading.get_ident()
