@@ -145,8 +145,13 @@ class Life:
     async def ask(self, method: str, path: str, **options: Any) -> httpx.Response | None:
         """Return the response to a request; None if the server ends in the meantime."""
         disturbances = self.disturbances if not self.disturbed else -1
+        client = self.served.client
+
+        async def send() -> httpx.Response | None:
+            return None if client.is_closed else await client.request(method, path, **options)
+
         with self.as_current():
-            asking = asyncio.create_task(self.served.client.request(method, path, **options))
+            asking = asyncio.create_task(send())
         try:
             response = await asking
         except (asyncio.CancelledError, Killed):
@@ -154,6 +159,8 @@ class Life:
                 return None
             asking.cancel()
             raise
+        if response is None:
+            return None
         disturbed = disturbances != self.disturbances
         where = f"{method} {path}: {response.status_code} {response.text}"
         assert response.status_code < 500 or (disturbed and response.status_code in (503, 507)), where
