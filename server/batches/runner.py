@@ -170,7 +170,7 @@ class Batches(Worker[Batch]):
             except BatchStateError:  # cancelled concurrently
                 continue
             except (StorageFull, DatabaseBusy, RemoteUnavailable) as fault:
-                log.warning("batch %s waits: %s", batch.id, fault)
+                log.warning("batch %s is retried after a fault: %s", batch.id, fault)
                 await asyncio.sleep(SPACE_SECONDS)
             except Exception:
                 log.exception("batch %s failed", batch.id)

@@ -88,7 +88,7 @@ class CheckpointAdapters:
         resumable = self._jobs.resumable(job.id)
         restore.write_record(Path(checkpoint.directory), restore.CHECKPOINT, resumable[0])
         for old in resumable[KEPT_CHECKPOINTS:]:
-            shutil.rmtree(self._here(job, old), ignore_errors=True)
+            shutil.rmtree(self._local_directory(job, old), ignore_errors=True)
         if checkpoint.kind != "final":
             kept = [kept.hashes for kept in resumable[:KEPT_CHECKPOINTS]]
             self._jobs.delete_files(job.id, [hash_ for files in (*kept, job.inputs) for hash_ in files.values()])
@@ -113,7 +113,7 @@ class CheckpointAdapters:
     def last_good(self, job: Job) -> str | None:
         """Return the directory of the latest checkpoint with files that match their recorded hashes."""
         for kept in self._jobs.resumable(job.id)[:KEPT_CHECKPOINTS]:
-            root, directory = self._directory / job.id, self._here(job, kept)
+            root, directory = self._directory / job.id, self._local_directory(job, kept)
             at = directory.relative_to(root)
             self._jobs.download_files(job.id, root, {str(at / name): hash_ for name, hash_ in kept.hashes.items()})
             with contextlib.suppress(OSError):
@@ -129,7 +129,7 @@ class CheckpointAdapters:
             if str(directory) != last:
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def _here(self, job: Job, kept: StoredCheckpoint) -> Path:
+    def _local_directory(self, job: Job, kept: StoredCheckpoint) -> Path:
         """Return the local directory of a checkpoint, which another server may have written."""
         return self._directory / job.id / Path(*Path(kept.directory).parts[-2:])
 

@@ -267,7 +267,7 @@ def load_dataset(
         trained += [part for _, part in kept]
     if not tokens:
         cut = f"; {report.over_long} cut at {max_length} tokens, before what is trained on" if report.over_long else ""
-        raise DatasetError(f"no line that anything can be learned from{cut}")
+        raise DatasetError(f"no line has tokens to train on{cut}")
     all_tokens, all_trained = np.concatenate(tokens), np.concatenate(trained)
     report.tokens, report.trained_tokens = len(all_tokens), int(all_trained.sum())
     bounds = np.concatenate([[0], np.cumsum([len(part) for part in tokens])]).astype(np.int64)

@@ -161,7 +161,7 @@ class Evaluations(Worker[Evaluation]):
             except Exception as fault:
                 error = as_error(fault)
                 if error.status in _RETRIED:
-                    log.warning("evaluation %s waits: %s", evaluation.id, fault)
+                    log.warning("evaluation %s is retried after a fault: %s", evaluation.id, fault)
                     await asyncio.sleep(SPACE_SECONDS)
                     continue
                 if isinstance(error, InternalError):
@@ -183,7 +183,7 @@ class Evaluations(Worker[Evaluation]):
             except EvaluationStateError:
                 return False
             except (StorageFull, DatabaseBusy, RemoteUnavailable) as fault:
-                log.warning("evaluation %s waits: %s", evaluation.id, fault)
+                log.warning("evaluation %s is retried after a fault: %s", evaluation.id, fault)
             await asyncio.sleep(SPACE_SECONDS)
 
     def _delete_unneeded_files(self, evaluation: Evaluation) -> None:

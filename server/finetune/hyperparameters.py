@@ -127,13 +127,13 @@ def modules(config: Mapping[str, Any], base: Ready) -> dict[str, ModuleShape]:
 
 def trained_on(adapter: AdapterSpec) -> dict[str, ModuleShape]:
     """Return the shapes of an adapter to continue from, as `modules` does. Raises AdapterError if untrainable here."""
-    beyond = [kind for kind in adapter.variants.names if kind != "experts"]
-    if beyond:
-        raise AdapterError(f"has more than A and B ({', '.join(beyond)}), which is not trained here", "model")
+    variants = [kind for kind in adapter.variants.names if kind != "experts"]
+    if variants:
+        raise AdapterError(f"has more than A and B ({', '.join(variants)}), which is not trained here", "model")
     shapes = {name: ModuleShape(pair.rank, pair.scaling) for name, pair in adapter.modules.items()}
     for name, pair in adapter.variants.experts.items():
-        apart = (pair.parameter, pair.part, pair.parts) if name != pair.parameter else ()
-        shapes[name] = ModuleShape(pair.rank, pair.scaling, *apart)
+        expert_part = (pair.parameter, pair.part, pair.parts) if name != pair.parameter else ()
+        shapes[name] = ModuleShape(pair.rank, pair.scaling, *expert_part)
     return shapes
 
 
@@ -168,17 +168,17 @@ def learning_rate(base: Ready) -> float:
     return float(f"{5e-4 * (2000 / width) ** 0.78:.1e}")
 
 
-def hyperparameters(asked: Hyperparameters, examples: int) -> Hyperparameters:
+def hyperparameters(given: Hyperparameters, examples: int) -> Hyperparameters:
     """Return the three hyperparameters with every "auto" decided."""
     return Hyperparameters(
-        n_epochs=DEFAULT_EPOCHS if asked.n_epochs == "auto" else asked.n_epochs,
-        batch_size=max(1, min(LARGEST_AUTO_BATCH, examples // 10)) if asked.batch_size == "auto" else asked.batch_size,
-        learning_rate_multiplier=1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier,
+        n_epochs=DEFAULT_EPOCHS if given.n_epochs == "auto" else given.n_epochs,
+        batch_size=max(1, min(LARGEST_AUTO_BATCH, examples // 10)) if given.batch_size == "auto" else given.batch_size,
+        learning_rate_multiplier=1.0 if given.learning_rate_multiplier == "auto" else given.learning_rate_multiplier,
     )
 
 
 def plan(
-    asked: Hyperparameters,
+    given: Hyperparameters,
     lora: LoraOptions,
     training: TrainingOptions,
     *,
@@ -188,7 +188,7 @@ def plan(
     memory: MemoryMode = "recompute",
 ) -> TrainingPlan:
     """Return all parameters of the job's arithmetic, for a training set of `sequences`."""
-    decided = hyperparameters(asked, sequences)
+    decided = hyperparameters(given, sequences)
     n_epochs, batch_size = int(decided.n_epochs), int(decided.batch_size)
     multiplier = float(decided.learning_rate_multiplier)
     steps = n_epochs * math.ceil(sequences / batch_size)
@@ -215,7 +215,7 @@ def plan(
     )
 
 
-def saved(shapes: Mapping[str, ModuleShape], base: Ready) -> AdapterSpec:
+def saved_spec(shapes: Mapping[str, ModuleShape], base: Ready) -> AdapterSpec:
     """Return the spec of a saved adapter of these shapes, as far as memory is concerned."""
     modules = {
         name: LoraModule(shape.rank, shape.scaling, "", "") for name, shape in shapes.items() if name in base.linears

@@ -243,7 +243,7 @@ class JobManager(Worker[Job]):
                 try:
                     return await self._advance(job)
                 except (DatabaseBusy, RemoteUnavailable) as fault:
-                    log.warning("job %s waits: %s", job.id, fault)
+                    log.warning("job %s is retried after a fault: %s", job.id, fault)
                     await asyncio.sleep(SPACE_SECONDS)
                     job = await self._reload(job)
                 except Exception as fault:

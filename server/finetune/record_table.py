@@ -108,7 +108,7 @@ class RecordTable(Generic[R, S]):
             try:
                 found.append(self._decoder.decode(row["record"]))
             except (msgspec.DecodeError, TypeError) as fault:
-                log.error("the row of %s cannot be read, and is left out: %s", row["id"], fault)
+                log.error("skipped the unreadable row of %s: %s", row["id"], fault)
         return found
 
     def statuses(self) -> dict[str, S]:

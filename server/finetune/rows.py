@@ -132,9 +132,9 @@ class ChatExample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if message.name is not None:
                 each["name"] = message.name
             if message.role == "tool":
-                taken = message.tool_call_id or (open_calls[0] if open_calls else None)
-                open_calls = [id_ for id_ in open_calls if id_ != taken]
-                each |= {} if taken is None else {"tool_call_id": taken}
+                answered = message.tool_call_id or (open_calls[0] if open_calls else None)
+                open_calls = [id_ for id_ in open_calls if id_ != answered]
+                each |= {} if answered is None else {"tool_call_id": answered}
             shown.append(each)
         return shown
 
@@ -178,10 +178,10 @@ def _parse(line: bytes, number: int) -> Example:
         record = parse_json(line)
     except JsonFault as fault:
         if fault.key is not None:
-            raise DatasetError("given twice", number, fault.key) from fault
+            raise DatasetError("duplicate field", number, fault.key) from fault
         raise DatasetError(str(fault), number) from fault
     if not isinstance(record, dict):
-        raise DatasetError(f"a JSON object is wanted, not {type(record).__name__}", number)
+        raise DatasetError(f"must be a JSON object, not {type(record).__name__}", number)
     record = _without_empty_fields(record)
     kind = _kind_of(record, number)
     try:
@@ -229,7 +229,7 @@ def _locate(message: str) -> tuple[str, str]:
     reason, _, place = message.partition(" - at `$")
     path = place.rstrip("`").lstrip(".")
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
-        return "not known here", f"{path}.{unknown[1]}".lstrip(".")
+        return "unknown field", f"{path}.{unknown[1]}".lstrip(".")
     if missing := re.fullmatch(r"Object missing required field `(.*)`", reason):
         return "missing", f"{path}.{missing[1]}".lstrip(".")
     return reason, path
@@ -242,7 +242,7 @@ def _kind_of(record: dict[str, Any], number: int) -> ExampleType:
         raise DatasetError("has neither `messages`, nor `prompt` and `completion`, nor `text`", number)
     for name in record:
         if not any(name in kind.__struct_fields__ for kind in present):
-            raise DatasetError("not known here", number, name)
+            raise DatasetError("unknown field", number, name)
     if len(present) > 1:
         raise DatasetError(f"mixes kinds of example: {', '.join(record)}", number, list(record)[-1])
     return present[0]
@@ -269,7 +269,7 @@ def _check_chat(example: ChatExample, number: int) -> None:
                 raise DatasetError("must be an object, or the JSON text of one", number, path)
     names = [tool.function.name for tool in example.tools or ()]
     if len(set(names)) < len(names):
-        raise DatasetError("two functions of one name", number, "tools")
+        raise DatasetError("two functions have the same name", number, "tools")
     if not any(message.role == "assistant" for message in example.messages):
         raise DatasetError("no assistant message to learn from", number, "messages")
 
@@ -288,7 +288,7 @@ def _check_unicode(value: Any, number: int, path: str = "") -> None:
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise DatasetError("holds a lone surrogate", number, path) from error
+                raise DatasetError("contains a lone surrogate", number, path) from error
         case dict():
             for name, item in value.items():
                 _check_unicode(item, number, f"{path}.{name}" if path else name)

@@ -22,20 +22,20 @@ def trained_turns(
     turns: list[tuple[str, int]] = []
     for index in trained:
         before = render(messages[:index], add_generation_prompt=True)
-        through = render(messages[: index + 1])
+        prefix = render(messages[: index + 1])
         start = len(before)
-        if not through.startswith(before):
+        if not prefix.startswith(before):
             # A generation prompt may end in text (`<think>`) that finished turns do not keep. The turn then begins
             # at the first difference, which must lie after all earlier messages.
-            start = next(i for i, (a, b) in enumerate(zip(before, through + "\0", strict=False)) if a != b)
+            start = next(i for i, (a, b) in enumerate(zip(before, prefix + "\0", strict=False)) if a != b)
             if start <= len(render(messages[:index])):
                 raise HiddenTurn(f"messages[{index}]")
-        turns.append((through, start))
+        turns.append((prefix, start))
     return turns
 
 
 def spans_by_exchange(
-    whole: str, messages: list[dict[str, Any]], trained: Container[int], render: Callable[..., str]
+    rendered: str, messages: list[dict[str, Any]], trained: Container[int], render: Callable[..., str]
 ) -> list[tuple[int, int]] | None:
     """Return the spans of a long chat's trained turns, in time linear in its length.
 
@@ -47,7 +47,7 @@ def spans_by_exchange(
     bounds = [opening, *(others if first == opening else [first, *others]), len(messages)]
     exchanges = list(itertools.pairwise(bounds))
     size = sum(len(message["content"]) for message in messages[:opening])
-    if len(exchanges) < 2 or size * len(exchanges) > _REPETITION * len(whole):
+    if len(exchanges) < 2 or size * len(exchanges) > _REPETITION * len(rendered):
         return None
     spans: list[tuple[int, int]] = []
     texts: list[str] = []
@@ -55,8 +55,8 @@ def spans_by_exchange(
         for begin, end in exchanges:
             part = messages[:opening] + messages[begin:end]
             texts.append(render(part))
-        repeated = (sum(map(len, texts)) - len(whole)) // (len(texts) - 1)  # length of the repeated opening
-        if repeated < 0 or whole != texts[0] + "".join(text[repeated:] for text in texts[1:]):
+        repeated = (sum(map(len, texts)) - len(rendered)) // (len(texts) - 1)  # length of the repeated opening
+        if repeated < 0 or rendered != texts[0] + "".join(text[repeated:] for text in texts[1:]):
             return None
         position = 0
         for (begin, end), text in zip(exchanges, texts, strict=True):
@@ -64,10 +64,10 @@ def spans_by_exchange(
             inside = [i - begin + opening for i in range(begin, end) if i in trained]
             if len(inside) > FEW_TURNS:
                 return None
-            for through, start in trained_turns(part, inside, render):
-                if not text.startswith(through):
+            for prefix, start in trained_turns(part, inside, render):
+                if not text.startswith(prefix):
                     return None
-                spans.append((position + start, position + len(through)))
+                spans.append((position + start, position + len(prefix)))
             position += len(text) - repeated
     except ValueError:  # a template may refuse an exchange by itself
         return None

@@ -32,7 +32,7 @@ class WandbRuns:
                 {k: v for k, v in (to_builtins(step.metrics) | more).items() if k != "step"}, step=step.metrics.step
             )
         except Exception:  # any fault of the library or its network
-            log.warning("wandb did not take a step of %s", job.id, exc_info=True)
+            log.warning("could not log a step of %s to wandb", job.id, exc_info=True)
 
     def _open(self, job: Job) -> Any:
         wandb = importlib.import_module("wandb")
@@ -59,4 +59,4 @@ class WandbRuns:
         try:
             run.finish(exit_code=0 if job.status == "succeeded" else 1)
         except Exception:
-            log.warning("wandb did not close the run of %s", job.id, exc_info=True)
+            log.warning("could not close the wandb run of %s", job.id, exc_info=True)

@@ -40,11 +40,11 @@ class ModuleShape(msgspec.Struct, frozen=True, array_like=True):
     parts: int = 1
 
     def of(self, name: str) -> str:
-        """The base's linear, or parameter of experts, adapted under this name."""
+        """Return the base's linear, or parameter of experts, adapted under this name."""
         return self.parameter or name
 
     def size(self, name: str, sizes: Mapping[str, LinearSize | ExpertsSize]) -> LinearSize | ExpertsSize:
-        """The size of the linear adapted under this name. `sizes`: of the base's linears and experts' parameters."""
+        """Return the size of the linear adapted under this name. `sizes`: of linears and experts' parameters."""
         size = sizes[self.of(name)]
         return size._replace(out_features=size.out_features // self.parts)
 

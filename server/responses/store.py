@@ -96,7 +96,7 @@ class ResponseStore:
             except (StorageFull, DatabaseBusy, RemoteUnavailable) as fault:
                 if running is None or not self._decides_outcome(running):
                     raise
-                log.warning("response %s waits: %s", response.id, fault)
+                log.warning("response %s is retried after a fault: %s", response.id, fault)
             await asyncio.sleep(RETRY_SECONDS)
 
     def _decides_outcome(self, running: Running) -> bool:

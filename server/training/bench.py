@@ -42,18 +42,18 @@ def main() -> None:
     training: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:
-            asked = settings | json.loads(line)
-            steps = asked.pop("steps")
-            if asked != training:
+            options = settings | json.loads(line)
+            steps = options.pop("steps")
+            if options != training:
                 trainer.close()
                 del trainer  # frees its jobs' memory
-                trainer, training = Trainer(base), asked
+                trainer, training = Trainer(base), options
                 reset_peak(base.device)
-                random_data(asked, base.vocab_size).save(Path(folder) / DATA)
-                for number in range(asked["jobs"]):
-                    trainer.start(endless_job(str(number), Path(folder), base, asked))
+                random_data(options, base.vocab_size).save(Path(folder) / DATA)
+                for number in range(options["jobs"]):
+                    trainer.start(endless_job(str(number), Path(folder), base, options))
             seconds = [_step(trainer, base.device) for _ in range(steps)]
-            tokens = asked["jobs"] * asked["batch_size"] * asked["length"]
+            tokens = options["jobs"] * options["batch_size"] * options["length"]
             answer = {"seconds": seconds, "tokens": tokens, "peak": peak(base.device) - resident}
             print(json.dumps(answer), file=answers, flush=True)
         trainer.close()

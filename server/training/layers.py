@@ -98,7 +98,7 @@ class LayeredModel:
             for linear in base.trainable
             if linear.name.startswith(tuple(prefixes))
         }
-        self._beside = _beside(base, self.layers[0])
+        self._placeholders = _output_placeholders(base, self.layers[0])
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -112,7 +112,7 @@ class LayeredModel:
         def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             inputs.append(hidden)
             arguments.append((args, kwargs))
-            return self._returned(hidden)
+            return self._as_output(hidden)
 
         with self._replaced([record] * len(self.layers)):
             self._decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
@@ -134,18 +134,18 @@ class LayeredModel:
         out: Tensor | tuple[Tensor, ...] = self.layers[layer](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def _returned(self, hidden: Tensor) -> Any:
+    def _as_output(self, hidden: Tensor) -> Any:
         """Wrap an output in the form of the layers' return value."""
-        return hidden if self._beside is None else (hidden, *self._beside)
+        return hidden if self._placeholders is None else (hidden, *self._placeholders)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Run the part after the last layer, the head included: `[..., n, H] -> [n, V]`; differentiable."""
 
         def same(hidden: Tensor, *_: Any, **__: Any) -> Any:
-            return self._returned(hidden)
+            return self._as_output(hidden)
 
         def give(*_: Any, **__: Any) -> Any:
-            return self._returned(hidden)
+            return self._as_output(hidden)
 
         nothing = torch.zeros(1, hidden.shape[-2], dtype=torch.long, device=hidden.device)
         with self._replaced([*[same] * (len(self.layers) - 1), give]):
@@ -203,8 +203,8 @@ class PackedStates:
         self._bounds = bounds
 
     def convolve(self, layer: int, x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-        before = (0, 0, len(taps) - 1, 0)
-        return torch.cat([kernels.convolve_sequence(F.pad(x[i:j], before), taps, bias, silu) for i, j in self._bounds])
+        padding = (0, 0, len(taps) - 1, 0)
+        return torch.cat([kernels.convolve_sequence(F.pad(x[i:j], padding), taps, bias, silu) for i, j in self._bounds])
 
     def recur(self, layer: int, r: kernels.Recurrence) -> Tensor:
         # Imported only for models that need them.
@@ -226,17 +226,17 @@ class PackedStates:
 
 
 @torch.no_grad()
-def _beside(base: Base, layer: nn.Module) -> list[None] | None:
+def _output_placeholders(base: Base, layer: nn.Module) -> list[None] | None:
     """Return placeholders for a layer's outputs after the first; None if it returns no tuple. Runs one token."""
     returned: list[Any] = []
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:
+    def capture(module: nn.Module, args: Any, output: Any) -> None:
         returned.append(output)
 
     token = torch.zeros(1, 1, dtype=torch.long, device=base.device)
     base.slot.attention, base.slot.states = PackedAttention([(0, 1)]), PackedStates([(0, 1)])
     try:
-        with layer.register_forward_hook(note):
+        with layer.register_forward_hook(capture):
             base.decoder(input_ids=token, position_ids=token, use_cache=False)
     finally:
         base.slot.attention = base.slot.states = None

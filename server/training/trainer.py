@@ -216,10 +216,10 @@ class Trainer:
             if not chosen:
                 yield Piece("nothing", 0)
                 continue
-            yield from self._pass(_side_by_side(chosen), train=not evaluations)
+            yield from self._pass(_packed(chosen), train=not evaluations)
             for task, _ in chosen:
                 self._group = [task]
-                yield from self._after(task, train=not evaluations)
+                yield from self._finish_pass(task, train=not evaluations)
 
     def _pass(self, shares: Sequence["_Share"], *, train: bool) -> Iterator[Piece]:
         """Run one micro-batch of each job through the model; gradients are added to the jobs' own."""
@@ -236,7 +236,7 @@ class Trainer:
         outputs: list[Tensor] = []  # of these layers, with their graphs, in mode "keep"
         for layer in range(len(self._model)):
             yield Piece("forward", tokens)
-            with self._installed(shares), torch.set_grad_enabled(keep and layer >= lowest):
+            with self._as_current_step(shares), torch.set_grad_enabled(keep and layer >= lowest):
                 if train and layer >= lowest:
                     hidden = hidden.detach().requires_grad_(keep and layer > lowest)
                     inputs.append(hidden)
@@ -256,7 +256,7 @@ class Trainer:
         del hidden
         for layer in reversed(range(lowest, len(self._model))) if train else ():
             yield Piece("backward", tokens)
-            with self._installed(shares), torch.enable_grad():
+            with self._as_current_step(shares), torch.enable_grad():
                 below = inputs.pop()
                 if keep:
                     above = outputs.pop()
@@ -283,7 +283,7 @@ class Trainer:
                 assert picked.grad is not None
                 gradient[..., rows, :] = picked.grad.to(gradient.dtype)
 
-    def _after(self, task: Task, *, train: bool) -> Iterator[Piece]:
+    def _finish_pass(self, task: Task, *, train: bool) -> Iterator[Piece]:
         """Finish a job's step after its last pass: clip, update, count; or finish its evaluation."""
         if task.over or task.next is not None:
             return
@@ -299,7 +299,7 @@ class Trainer:
         task.finish_step(applied=applied)
 
     @contextmanager
-    def _installed(self, shares: Sequence["_Share"]) -> Iterator[None]:
+    def _as_current_step(self, shares: Sequence["_Share"]) -> Iterator[None]:
         """Make the pass the model's current step within the context."""
         slot = self._base.slot
         segments = [TrainingSegment(s.start, s.end, s.task.adapter, s.batch.dropout) for s in shares]
@@ -330,7 +330,7 @@ class Trainer:
             torch.cuda.empty_cache()
 
 
-def _side_by_side(chosen: Sequence[tuple[Task, MicroBatch]]) -> list[_Share]:
+def _packed(chosen: Sequence[tuple[Task, MicroBatch]]) -> list[_Share]:
     shares: list[_Share] = []
     for task, batch in chosen:
         start = shares[-1].end if shares else 0
@@ -351,7 +351,7 @@ def _reason(fault: Exception, code: str) -> tuple[str, str]:
     """Return the code and message of a job's failure; `code` for unknown kinds of fault. Raises device faults."""
     if _is_device_fault(fault):
         raise fault
-    log.error("a fine-tuning job fails", exc_info=fault)
+    log.error("a fine-tuning job failed", exc_info=fault)
     if _is_out_of_memory(fault):
         return "out_of_memory", "Not enough memory for this job's passes: lower micro_batch_tokens or max_seq_len."
     if isinstance(fault, Untrainable):

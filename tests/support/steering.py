@@ -145,8 +145,13 @@ class Life:
     async def ask(self, method: str, path: str, **options: Any) -> httpx.Response | None:
         """Return the response to a request; None if the server ends in the meantime."""
         disturbances = self.disturbances if not self.disturbed else -1
+        client = self.served.client
+
+        async def send() -> httpx.Response | None:
+            return None if client.is_closed else await client.request(method, path, **options)
+
         with self.as_current():
-            asking = asyncio.create_task(self.served.client.request(method, path, **options))
+            asking = asyncio.create_task(send())
         try:
             response = await asking
         except (asyncio.CancelledError, Killed):
@@ -154,6 +159,8 @@ class Life:
                 return None
             asking.cancel()
             raise
+        if response is None:
+            return None
         disturbed = disturbances != self.disturbances
         where = f"{method} {path}: {response.status_code} {response.text}"
         assert response.status_code < 500 or (disturbed and response.status_code in (503, 507)), where
@@ -420,13 +427,13 @@ def _patch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sharing, "_RENEWALS", 600)
     patch.setattr(shared_batches, "_PART_BYTES", 2000)
     for kind in (Database, Bucket):
-        patch.setattr(kind, "__init__", _born(kind.__init__))
+        patch.setattr(kind, "__init__", _with_life(kind.__init__))
     for name in ("list", "read", "put_if", "put_file", "get_file", "delete"):
-        patch.setattr(Bucket, name, _reached(getattr(Bucket, name)))
-    patch.setattr(Database, "transaction", _changed(Database.transaction))
+        patch.setattr(Bucket, name, _as_store_call(getattr(Bucket, name)))
+    patch.setattr(Database, "transaction", _as_database_call(Database.transaction))
 
 
-def _born(real: Any) -> Any:
+def _with_life(real: Any) -> Any:
     def begin(self: Any, *args: Any, **options: Any) -> None:
         self.life = _LIFE.get()
         real(self, *args, **options)
@@ -434,7 +441,7 @@ def _born(real: Any) -> Any:
     return begin
 
 
-def _reached(real: Any) -> Any:
+def _as_store_call(real: Any) -> Any:
     def call(self: Any, *args: Any, **options: Any) -> Any:
         if self.life is None:
             return real(self, *args, **options)
@@ -444,7 +451,7 @@ def _reached(real: Any) -> Any:
     return call
 
 
-def _changed(real: Any) -> Any:
+def _as_database_call(real: Any) -> Any:
     @contextmanager
     def transaction(self: Any, *, removing: bool = False) -> Iterator[Any]:
         outermost = self.life is not None and self._owner != threading.get_ident()

@@ -151,7 +151,7 @@ def _shape(
     lora = (asked or LoraBody()).options()
     try:
         shapes = hyperparameters.modules(hyperparameters.adapter_config(lora, services.settings.base_name, base), base)
-        check_fit(hyperparameters.saved(shapes, base), base)
+        check_fit(hyperparameters.saved_spec(shapes, base), base)
     except AdapterError as error:
         param = f"lora.{error.param}"
         raise InvalidRequest(f"`{param}`: {error}", param=param, code=error.code) from None

@@ -463,7 +463,7 @@ def test_a_file_with_nothing_to_learn_is_refused(lines: list[Any]) -> None:
 
 
 def test_a_file_whose_answers_lie_beyond_the_limit_is_told_so() -> None:
-    with pytest.raises(DatasetError, match=r"learned from; 2 cut at 32 tokens"):
+    with pytest.raises(DatasetError, match=r"to train on; 2 cut at 32 tokens"):
         read(*[{"prompt": "0123456789 " * 40, "completion": str(i)} for i in range(2)], max_length=32)
-    with pytest.raises(DatasetError, match=r"learned from$"):
+    with pytest.raises(DatasetError, match=r"to train on$"):
         read({"prompt": "a", "completion": ""}, max_length=32)

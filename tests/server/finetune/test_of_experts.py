@@ -26,10 +26,10 @@ def test_shapes_parameters_and_memory_of_an_experts_adapter() -> None:
     shapes = hyperparameters.modules(config, BASE)
     assert shapes == dict.fromkeys([*BASE.linears, DOWN], ModuleShape(2, 2.0))
     assert hyperparameters.parameters(shapes, BASE) == 2 * (4 * 32 + 8 * 40)
-    check_fit(hyperparameters.saved(shapes, BASE), BASE)
+    check_fit(hyperparameters.saved_spec(shapes, BASE), BASE)
     small = msgspec.structs.replace(BASE, pool_rows=BASE.pool_rows | {EXTRAS: 2})
     with pytest.raises(AdapterError, match="needs 3 KiB on the device, and 2 KiB"):
-        check_fit(hyperparameters.saved(shapes, small), small)
+        check_fit(hyperparameters.saved_spec(shapes, small), small)
 
 
 def test_an_option_that_peft_cannot_train_on_experts_is_refused_by_name() -> None:
@@ -43,7 +43,7 @@ def test_an_option_that_peft_cannot_train_on_experts_is_refused_by_name() -> Non
 
 
 def test_a_job_goes_on_from_adapters_of_experts_in_either_layout() -> None:
-    spec = hyperparameters.saved({"model.layers.0.self_attn.q_proj": ModuleShape(2, 2.0)}, base_info())
+    spec = hyperparameters.saved_spec({"model.layers.0.self_attn.q_proj": ModuleShape(2, 2.0)}, base_info())
     whole = ExpertsModule(3, 0.5, "a", "b", experts=8, parameter=DOWN)
     goes_on = dataclasses.replace(spec, variants=Variants(experts={DOWN: whole}))
     assert hyperparameters.trained_on(goes_on) == hyperparameters.trained_on(spec) | {DOWN: ModuleShape(3, 0.5)}
