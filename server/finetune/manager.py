@@ -21,7 +21,7 @@ from adapters.disk import sync
 from adapters.storage import lost
 from adapters.storage.database import Database, DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
-from server.client.engine import EngineClient, EngineDied, TrainingRefused, engine_up
+from server.client.engine import EngineClient, EngineDied, TrainingRefused, wait_until_ready
 from server.errors import EngineUnavailable, StorageFull, as_error
 from server.finetune import hyperparameters, restore
 from server.finetune.checkpoints import CheckpointAdapters
@@ -271,7 +271,7 @@ class JobManager(Worker[Job]):
         await asyncio.to_thread(self._jobs.fetch, job.id, directory, job.inputs)
         if job.start is None:
             start, taught = await self._preparation.start_message(
-                job, await engine_up(self._engine), directory, partial(self._ask_memory, job)
+                job, await wait_until_ready(self._engine), directory, partial(self._ask_memory, job)
             )
             message = "Files validated, moving job to queued state"
             job = await self._move(job, "queued", message, start=start, **taught)
@@ -326,7 +326,7 @@ class JobManager(Worker[Job]):
 
     async def _ask_memory(self, job: Job, question: PlanMemory) -> MemoryPlan:
         while True:
-            await engine_up(self._engine)
+            await wait_until_ready(self._engine)
             try:
                 return await self._engine.plan_memory(question)
             except TrainingRefused as refusal:
@@ -349,7 +349,7 @@ class JobManager(Worker[Job]):
                         await self._move(job, "paused", "Job paused", expected="pausing")
                 else:
                     try:
-                        await engine_up(self._engine)
+                        await wait_until_ready(self._engine)
                         await self._run_once(job)
                     except EngineUnavailable as gone:
                         if isinstance(gone, EngineDied):

@@ -36,16 +36,16 @@ what an adapter answered has its digest in `X-Adapter-Digest`. 429 and 503 say i
 
 
 def document(
-    operations: Sequence[Operation], settings: Settings, version: str, *, closed: bool = False
+    operations: Sequence[Operation], settings: Settings, version: str, *, requires_key: bool = False
 ) -> dict[str, Any]:
-    """Return the document of all operations as plain data. `closed`: requests need a key."""
-    answers = [
+    """Return the document of all operations as plain data. `requires_key`: requests need a key."""
+    types = [
         kind
         for o in operations
-        for kind in (o.answers, o.events, o.error)
+        for kind in (o.response_type, o.events, o.error_type)
         if not (kind is None or isinstance(kind, str))
     ]
-    kinds = list({repr(kind): kind for kind in answers}.values())
+    kinds = list({repr(kind): kind for kind in types}.values())
     refs, schemas = msgspec.json.schema_components(kinds, ref_template=f"{_COMPONENTS}{{name}}")
     bodies = dict.fromkeys(kind for o in operations for kind in o.bodies)
     inputs: list[tuple[type[Body], JsonSchemaMode]] = [(kind, "validation") for kind in bodies]
@@ -63,13 +63,13 @@ def document(
         "paths": paths,
         "components": {"schemas": _untitled(dict(sorted(schemas.items())))},
     }
-    if closed:
+    if requires_key:
         described["security"] = [{"key": []}]
         described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return described
 
 
-def refusals(operation: Operation, settings: Settings) -> dict[int, list[type[LorakeetError]]]:
+def errors_by_status(operation: Operation, settings: Settings) -> dict[int, list[type[LorakeetError]]]:
     """Return an operation's errors by status."""
     found: list[type[LorakeetError]] = []
     if operation.path not in open_paths(settings) or operation.path == METRICS:  # if there are keys
@@ -87,7 +87,7 @@ def refusals(operation: Operation, settings: Settings) -> dict[int, list[type[Lo
     if (operation.methods or set()) - {"GET", "HEAD"}:
         found.append(StorageFull)
     by_status: dict[int, list[type[LorakeetError]]] = {}
-    for error in dict.fromkeys([*found, *operation.refuses]):
+    for error in dict.fromkeys([*found, *operation.errors]):
         by_status.setdefault(error.status, []).append(error)
     return dict(sorted(by_status.items()))
 
@@ -163,10 +163,10 @@ def _request_content(operation: Operation, settings: Settings, known: dict[str, 
 
 def _responses(operation: Operation, settings: Settings, known: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    if isinstance(operation.answers, str):
-        content = {media_type: {} for media_type in operation.answers.split(", ")}
-    elif operation.answers is not None:
-        content["application/json"] = {"schema": known[repr(operation.answers)]}
+    if isinstance(operation.response_type, str):
+        content = {media_type: {} for media_type in operation.response_type.split(", ")}
+    elif operation.response_type is not None:
+        content["application/json"] = {"schema": known[repr(operation.response_type)]}
     if operation.events is not None:
         event = known[repr(operation.events)]
         text = "JSON of this schema; of a generation the last is `[DONE]`, which is none."
@@ -176,8 +176,8 @@ def _responses(operation: Operation, settings: Settings, known: dict[str, Any]) 
     responses: dict[str, Any] = {
         str(status): {"description": HTTPStatus(status).phrase, "content": content} for status in operation.statuses
     }
-    error = {"application/json": {"schema": known[repr(operation.error)]}}
-    for status, errors in refusals(operation, settings).items():
+    error = {"application/json": {"schema": known[repr(operation.error_type)]}}
+    for status, errors in errors_by_status(operation, settings).items():
         texts = [(kind.__doc__ or "").partition(": ")[2].partition("\n")[0] for kind in errors]
         described = {"description": " ".join(text[:1].upper() + text[1:] for text in texts), "content": error}
         responses.setdefault(str(status), described)

@@ -69,7 +69,7 @@ def echoed_columns(
     return {name: b",".join(written) for name, written in parts.items()}
 
 
-def behind_echo(echoed: dict[str, bytes], made: Columns) -> dict[str, msgspec.Raw]:
+def with_echo(echoed: dict[str, bytes], made: Columns) -> dict[str, msgspec.Raw]:
     """Return the columns of an echoed prompt and its completion as JSON."""
     return {
         name: msgspec.Raw(b"[%b%b%b]" % (echoed[name], b"," if column else b"", msgspec.json.encode(column)[1:-1]))

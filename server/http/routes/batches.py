@@ -103,8 +103,8 @@ def _shown(request: Request, batch: Batch) -> dict[str, Any]:
 
 
 routes = [
-    Operation("POST", "/v1/batches", create_batch, answers=BatchObject, refuses=(StorageFull,)),
-    Operation("GET", "/v1/batches", list_batches, answers=ListObject[BatchObject]),
-    Operation("GET", "/v1/batches/{id}", get_batch, answers=BatchObject),
-    Operation("POST", "/v1/batches/{id}/cancel", cancel_batch, answers=BatchObject, refuses=(Conflict,)),
+    Operation("POST", "/v1/batches", create_batch, response_type=BatchObject, errors=(StorageFull,)),
+    Operation("GET", "/v1/batches", list_batches, response_type=ListObject[BatchObject]),
+    Operation("GET", "/v1/batches/{id}", get_batch, response_type=BatchObject),
+    Operation("POST", "/v1/batches/{id}/cancel", cancel_batch, response_type=BatchObject, errors=(Conflict,)),
 ]

@@ -14,7 +14,7 @@ from server.children.helper import HelperLimit, ask_once
 from server.client.engine import AdapterLoadFailed
 from server.errors import ContextLengthExceeded, InternalError, InvalidRequest, TooManyRequests
 from server.http.objects.adapters import Residency, Verification
-from server.http.operations import OPENING, Operation
+from server.http.operations import OPEN_ERRORS, Operation
 from server.messages.protocol import AdapterRef, Generate, Sampling
 from server.model_source import resolve
 from server.openai.body import Body
@@ -26,7 +26,7 @@ from server.tenants.caller import Caller
 _PROMPT = "The quick brown fox jumps over the lazy dog. In the beginning there was a question, and the answer was:"
 
 
-ORACLES = ("nf4", "fp4", "none")  # quantisations that `adapters.offline.oracle` supports
+ORACLE_QUANTIZATIONS = ("nf4", "fp4", "none")  # quantisations that `adapters.offline.oracle` supports
 
 
 class VerifyBody(Body):
@@ -118,7 +118,7 @@ def _check_oracle(services: Services) -> None:
     if importlib.util.find_spec("peft") is None:
         raise InvalidRequest("The package peft is not installed on the server.", param="peft")
     quantization = services.settings.quantization
-    if quantization not in ORACLES:
+    if quantization not in ORACLE_QUANTIZATIONS:
         raise InvalidRequest(
             f"PEFT rounds activations on an {quantization} base: there is no comparison.", param="peft"
         )
@@ -155,10 +155,14 @@ routes = [
         "POST",
         "/v1/adapters/{name:path}/warm",
         warm,
-        answers=Residency,
-        refuses=(*OPENING, InternalError, TooManyRequests),
+        response_type=Residency,
+        errors=(*OPEN_ERRORS, InternalError, TooManyRequests),
     ),
     Operation(
-        "POST", "/v1/adapters/{name:path}/verify", verify, answers=Verification, refuses=(*OPENING, TooManyRequests)
+        "POST",
+        "/v1/adapters/{name:path}/verify",
+        verify,
+        response_type=Verification,
+        errors=(*OPEN_ERRORS, TooManyRequests),
     ),
 ]

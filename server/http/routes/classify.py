@@ -9,18 +9,18 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from server.errors import TooManyRequests
-from server.http.answer import Answer, send_json
+from server.http.answer import CancellableResponse, send_json
 from server.http.objects.generation import Classification
-from server.http.operations import OPENING, Operation
+from server.http.operations import OPEN_ERRORS, Operation
 from server.openai.classification import ClassifyChatBody, ClassifyInputBody, probabilities, scores
 from server.openai.target import open_target
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import Caller
 
 
-async def classify(request: Request, body: ClassifyChatBody | ClassifyInputBody) -> Answer:
+async def classify(request: Request, body: ClassifyChatBody | ClassifyInputBody) -> CancellableResponse:
     """Classify prompts: the likeliest label of each, and all labels' probabilities."""
-    return Answer(partial(_answer, services_of(request), caller_of(request), body))
+    return CancellableResponse(partial(_answer, services_of(request), caller_of(request), body))
 
 
 async def _answer(services: Services, caller: Caller, body: ClassifyChatBody | ClassifyInputBody, send: Send) -> None:
@@ -50,5 +50,5 @@ def _entry(index: int, found: list[float], activated: bool) -> dict[str, Any]:
 
 
 routes = [
-    Operation("POST", "/v1/classify", classify, answers=Classification, refuses=(*OPENING, TooManyRequests)),
+    Operation("POST", "/v1/classify", classify, response_type=Classification, errors=(*OPEN_ERRORS, TooManyRequests)),
 ]

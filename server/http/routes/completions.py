@@ -13,13 +13,13 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from server.errors import InvalidRequest, TooManyRequests
-from server.http.answer import Answer, encode_json, send_events, send_json
+from server.http.answer import CancellableResponse, encode_json, send_events, send_json
 from server.http.objects.generation import Completion
-from server.http.operations import OPENING, Operation
+from server.http.operations import OPEN_ERRORS, Operation
 from server.messages.protocol import Ready
 from server.openai.assembly import Piece
 from server.openai.generation import Generation, Prompt, check_vocabulary, checked_grammar, fit_max_tokens
-from server.openai.logprobs import AnswerSize, behind_echo, columns, echoed_columns, extend
+from server.openai.logprobs import AnswerSize, columns, echoed_columns, extend, with_echo
 from server.openai.prompts import Prompts, encode_prompts
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import Target, open_target
@@ -43,11 +43,11 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool = True
 
 
-async def create_completion(request: Request, body: CompletionBody) -> Answer:
+async def create_completion(request: Request, body: CompletionBody) -> CancellableResponse:
     """Generate a completion, whole or as server-sent events."""
     if body.max_tokens == 0 and not body.echo:
         raise InvalidRequest("`max_tokens` may be 0 only with `echo`.", param="max_tokens")
-    return Answer(partial(_answer, services_of(request), caller_of(request), body))
+    return CancellableResponse(partial(_answer, services_of(request), caller_of(request), body))
 
 
 async def _answer(services: Services, caller: Caller, body: CompletionBody, send: Send) -> None:
@@ -56,7 +56,7 @@ async def _answer(services: Services, caller: Caller, body: CompletionBody, send
         services, caller, body.model, body.adapter_id, adapters=body.adapters, user=body.user
     ) as target:
         check_vocabulary(target.vocab_size, body)
-        prompts = await _prompts_of(services.engine_info, target, body)
+        prompts = await _encode_prompts(services.engine_info, target, body)
         echoes: list[_Echo] = []
         if body.echo:
             work = partial(_echoes, target.text, body, prompts)
@@ -74,10 +74,10 @@ async def _answer(services: Services, caller: Caller, body: CompletionBody, send
             async with aclosing(writer.chunks()) as chunks:
                 await send_events(send, chunks, headers, ping_seconds=services.settings.stream_ping_seconds)
         else:
-            await send_json(send, await writer.whole(), headers)
+            await send_json(send, await writer.full_response(), headers)
 
 
-async def _prompts_of(info: Ready, target: Target, body: CompletionBody) -> list[Prompt]:
+async def _encode_prompts(info: Ready, target: Target, body: CompletionBody) -> list[Prompt]:
     special = body.add_special_tokens
     encoded = await encode_prompts(target, body.prompt, info.max_model_len, add_special_tokens=special, param="prompt")
     prompts = []
@@ -145,23 +145,23 @@ class _Writer:
         """Yield a chunk per piece; with `include_usage` a last one of usage."""
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
-                await self._take_prompt(index, piece)
+                await self._encode_prompt_logprobs(index, piece)
                 begins = index not in self._begun
                 if choice := self._choice(index, piece):
                     if begins:
-                        choice = self._behind_echo(index, choice)
+                        choice = self._with_echo(index, choice)
                     yield self._envelope([choice]) | self._generation.chunk_usage()
         if self._body.include_usage:
             yield self._envelope([]) | {"usage": self._generation.usage.as_json()}
 
-    async def whole(self) -> dict[str, Any]:
+    async def full_response(self) -> dict[str, Any]:
         """Return the whole response in one object."""
         choices: dict[int, dict[str, Any]] = {}
         ended: dict[int, Raw] = {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
                 self._size.add(len(piece.entries))
-                await self._take_prompt(index, piece)
+                await self._encode_prompt_logprobs(index, piece)
                 more = self._choice(index, piece)
                 if more is None:
                     continue
@@ -174,12 +174,12 @@ class _Writer:
                         made["token_ids"] += more["token_ids"]
                     made |= {key: more[key] for key in ("finish_reason", "stop_reason")}
                 if piece.finish_reason is not None:
-                    whole = self._behind_echo(index, choices.pop(index))
-                    ended[index] = Raw(encode_json(whole))  # far smaller, and spread over time
+                    choice = self._with_echo(index, choices.pop(index))
+                    ended[index] = Raw(encode_json(choice))  # far smaller, and spread over time
         ordered = [ended[index] for index in sorted(ended)]
         return self._envelope(ordered) | {"usage": self._generation.usage.as_json()}
 
-    async def _take_prompt(self, index: int, piece: Piece) -> None:
+    async def _encode_prompt_logprobs(self, index: int, piece: Piece) -> None:
         """Encode a prompt's log-probabilities once for all its samples."""
         if piece.prompt_logprobs:
             prompt = index // self._body.n
@@ -212,10 +212,10 @@ class _Writer:
             choice |= {"token_ids": list(piece.tokens)} | ({"prompt_token_ids": ids} if begins else {})
         return choice
 
-    def _behind_echo(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
+    def _with_echo(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
         """Return the choice with its prompt's log-probabilities first, if requested."""
         echoed = self._echoed.get(index // self._body.n)
-        return choice if echoed is None else choice | {"logprobs": behind_echo(echoed, choice["logprobs"])}
+        return choice if echoed is None else choice | {"logprobs": with_echo(echoed, choice["logprobs"])}
 
     def _envelope(self, choices: Sequence[Any]) -> dict[str, Any]:
         return self._generation.envelope(self._id, "text_completion", choices)
@@ -226,8 +226,8 @@ routes = [
         "POST",
         "/v1/completions",
         create_completion,
-        answers=Completion,
+        response_type=Completion,
         events=Completion,
-        refuses=(*OPENING, TooManyRequests),
+        errors=(*OPEN_ERRORS, TooManyRequests),
     )
 ]

@@ -15,7 +15,7 @@ from server.finetune.evaluation_store import Evaluation, UnknownEvaluationError
 from server.finetune.files import UnknownFileError
 from server.http.objects.common import DeletedObject, ListObject
 from server.http.objects.training import EvaluationObject
-from server.http.operations import OPENING, Operation
+from server.http.operations import OPEN_ERRORS, Operation
 from server.http.paging import PageQuery, page
 from server.openai.body import Body
 from server.openai.schema import INT32
@@ -110,8 +110,8 @@ def evaluation_object(evaluation: Evaluation) -> dict[str, Any]:
 
 
 routes = [
-    Operation("POST", "/v1/evaluations", create_evaluation, answers=EvaluationObject, refuses=OPENING),
-    Operation("GET", "/v1/evaluations", list_evaluations, answers=ListObject[EvaluationObject]),
-    Operation("GET", "/v1/evaluations/{id}", get_evaluation, answers=EvaluationObject),
-    Operation("DELETE", "/v1/evaluations/{id}", delete_evaluation, answers=DeletedObject),
+    Operation("POST", "/v1/evaluations", create_evaluation, response_type=EvaluationObject, errors=OPEN_ERRORS),
+    Operation("GET", "/v1/evaluations", list_evaluations, response_type=ListObject[EvaluationObject]),
+    Operation("GET", "/v1/evaluations/{id}", get_evaluation, response_type=EvaluationObject),
+    Operation("DELETE", "/v1/evaluations/{id}", delete_evaluation, response_type=DeletedObject),
 ]

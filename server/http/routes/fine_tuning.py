@@ -26,9 +26,9 @@ from server.finetune.preparation import question
 from server.http.answer import PING
 from server.http.objects.common import ListObject
 from server.http.objects.training import CheckpointObject, Estimate, EventObject, JobObject
-from server.http.operations import OPENING, Operation
-from server.http.paging import ListQuery, PageQuery, Whole, page
-from server.http.quotas import check_training
+from server.http.operations import OPEN_ERRORS, Operation
+from server.http.paging import ListQuery, PageQuery, WholeNumber, page
+from server.http.quotas import check_training_quota
 from server.messages.training import ModuleShape
 from server.openai.target import Target, open_target
 from server.openai.training_body import EstimateBody, JobBody, LoraBody
@@ -47,11 +47,11 @@ class JobsQuery(PageQuery):
 
 
 class EventsQuery(ListQuery):
-    limit: Whole = Field(20, ge=1, le=1000)
+    limit: WholeNumber = Field(20, ge=1, le=1000)
 
 
 class CheckpointsQuery(ListQuery):
-    limit: Whole = Field(10, ge=1, le=1000)
+    limit: WholeNumber = Field(10, ge=1, le=1000)
 
 
 # --- creation and estimates -------------------------------------------------------------------------
@@ -61,7 +61,7 @@ async def create_job(request: Request, body: JobBody) -> Response:
     """Create a job: validate the request, as far as possible now, and queue it."""
     services = services_of(request)
     chosen = body.chosen_hyperparameters
-    await check_training(request)
+    await check_training_quota(request)
     for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
         if file_id is not None:
             await asyncio.to_thread(_check_file, services, caller_of(request).tenant, param, file_id)
@@ -351,20 +351,22 @@ def checkpoint_object(job: Job, checkpoint: StoredCheckpoint) -> dict[str, Any]:
 
 _JOB = "/v1/fine_tuning/jobs/{id}"
 routes = [
-    Operation("POST", "/v1/fine_tuning/jobs", create_job, answers=JobObject, refuses=(*OPENING, TooManyRequests)),
-    Operation("GET", "/v1/fine_tuning/jobs", list_jobs, answers=ListObject[JobObject]),
-    Operation("POST", "/v1/fine_tuning/estimate", estimate, answers=Estimate, refuses=OPENING),
-    Operation("GET", _JOB, get_job, answers=JobObject),
+    Operation(
+        "POST", "/v1/fine_tuning/jobs", create_job, response_type=JobObject, errors=(*OPEN_ERRORS, TooManyRequests)
+    ),
+    Operation("GET", "/v1/fine_tuning/jobs", list_jobs, response_type=ListObject[JobObject]),
+    Operation("POST", "/v1/fine_tuning/estimate", estimate, response_type=Estimate, errors=OPEN_ERRORS),
+    Operation("GET", _JOB, get_job, response_type=JobObject),
     Operation(
         "GET",
         f"{_JOB}/events",
         list_events,
-        answers=ListObject[EventObject],
+        response_type=ListObject[EventObject],
         events=EventObject,
-        headers={"Last-Event-ID": "Of a stream: the event to go on after."},
+        headers={"Last-Event-ID": "Of a stream: the event after which to continue."},
     ),
-    Operation("GET", f"{_JOB}/checkpoints", list_checkpoints, answers=ListObject[CheckpointObject]),
-    Operation("POST", f"{_JOB}/cancel", cancel_job, answers=JobObject),
-    Operation("POST", f"{_JOB}/pause", pause_job, answers=JobObject),
-    Operation("POST", f"{_JOB}/resume", resume_job, answers=JobObject),
+    Operation("GET", f"{_JOB}/checkpoints", list_checkpoints, response_type=ListObject[CheckpointObject]),
+    Operation("POST", f"{_JOB}/cancel", cancel_job, response_type=JobObject),
+    Operation("POST", f"{_JOB}/pause", pause_job, response_type=JobObject),
+    Operation("POST", f"{_JOB}/resume", resume_job, response_type=JobObject),
 ]

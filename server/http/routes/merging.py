@@ -35,9 +35,9 @@ from server.errors import (
 )
 from server.http.answer import WholeFile
 from server.http.objects.adapters import DeletedMerge, MergeObject
-from server.http.operations import OPENING, PUBLISHING, Operation
+from server.http.operations import OPEN_ERRORS, PUBLISH_ERRORS, Operation
 from server.http.paging import Query
-from server.http.receipts import resident
+from server.http.receipts import merge_report
 from server.messages.protocol import LOAD_FAILED
 from server.model_source import resolve
 from server.openai.body import Body, Items
@@ -102,15 +102,15 @@ async def _resident(services: Services, version: Version, dtype: MergedDtype, te
         instead = ": it can be merged to a `checkpoint`" if list(variants) == ["experts"] else ""
         message = f"Only plain LoRA can be merged to be `resident`, not {', '.join(variants)}{instead}."
         raise InvalidRequest(message, param="to", code="unsupported_adapter_feature")
-    replaced = Conflict(f"No name means {version.digest}; merge what requests get.", param="name")
+    replaced = Conflict(f"No name points at {version.digest}; merge a version that serves requests.", param="name")
     if not services.store.is_answering(version.digest):
         raise replaced
     prompts = await services.text.encode(texts, add_special_tokens=True, max_tokens=MAX_PROMPT_TOKENS, param="prompts")
     for i, ids in enumerate(prompts):
         if not 0 < len(ids) <= MAX_PROMPT_TOKENS:
-            message = f"`prompts.{i}` has {len(ids)} tokens; 1 to {MAX_PROMPT_TOKENS} are taken."
+            message = f"`prompts.{i}` has {len(ids)} tokens; 1 to {MAX_PROMPT_TOKENS} are accepted."
             raise InvalidRequest(message, param=f"prompts.{i}")
-    there = version.digest in services.engine.merges
+    is_merged = version.digest in services.engine.merges
     try:
         report = await services.engine.merge(reference(version), dtype, prompts)
     except MergeRefused as refusal:
@@ -121,9 +121,9 @@ async def _resident(services: Services, version: Version, dtype: MergedDtype, te
     if not services.store.is_answering(version.digest):  # replaced while the merge was built
         await services.engine.unmerge(version.digest)
         raise replaced
-    more = {} if there else {"prompts": list(texts)}
-    body = {"object": "merge", "name": version.name, "digest": version.digest, "resident": resident(report) | more}
-    return JSONResponse(body, status_code=200 if there else 201, headers={"X-Adapter-Digest": version.digest})
+    more = {} if is_merged else {"prompts": list(texts)}
+    body = {"object": "merge", "name": version.name, "digest": version.digest, "resident": merge_report(report) | more}
+    return JSONResponse(body, status_code=200 if is_merged else 201, headers={"X-Adapter-Digest": version.digest})
 
 
 async def _checkpoint(services: Services, version: Version) -> Response:
@@ -140,10 +140,10 @@ async def _checkpoint(services: Services, version: Version) -> Response:
 
 async def get_checkpoint_file(request: Request) -> Response:
     """Download a file of the checkpoint."""
-    target, wanted = await _existing(request), request.path_params["file"]
-    if wanted not in {path.name for path in target.iterdir()}:
-        raise NotFound(f"The checkpoint has no file `{printable(wanted)}`.", param="file")
-    return WholeFile(target / wanted, filename=wanted)
+    target, filename = await _checkpoint_directory(request), request.path_params["file"]
+    if filename not in {path.name for path in target.iterdir()}:
+        raise NotFound(f"The checkpoint has no file `{printable(filename)}`.", param="file")
+    return WholeFile(target / filename, filename=filename)
 
 
 async def get_merge(request: Request) -> Response:
@@ -158,7 +158,7 @@ async def get_merge(request: Request) -> Response:
         "name": version.name,
         "digest": version.digest,
         "checkpoint": _files(target) if target.is_dir() else None,
-        "resident": None if report is None else resident(report),
+        "resident": None if report is None else merge_report(report),
     }
     return JSONResponse(body, headers={"X-Adapter-Digest": version.digest})
 
@@ -172,9 +172,9 @@ async def delete_merge(request: Request, query: DeleteMergeQuery) -> Response:
     if to != "checkpoint" and await services.engine.unmerge(version.digest):
         deleted.append("resident")
     if to != "resident" and target.is_dir():
-        doomed = target.with_name(f".{uuid.uuid4().hex}")
-        target.rename(doomed)
-        await run_in_threadpool(shutil.rmtree, doomed, ignore_errors=True)
+        trash = target.with_name(f".{uuid.uuid4().hex}")
+        target.rename(trash)
+        await run_in_threadpool(shutil.rmtree, trash, ignore_errors=True)
         deleted.append("checkpoint")
     if not deleted:
         raise NotFound(f"`{printable(name)}` is not merged.", param="name", code="merge_not_found")
@@ -227,7 +227,7 @@ async def _version(services: Services, caller: Caller, name: str) -> Version:
         return version
 
 
-async def _existing(request: Request) -> Path:
+async def _checkpoint_directory(request: Request) -> Path:
     services, name = services_of(request), request.path_params["name"]
     target = _directory(services, await _version(services, caller_of(request), name))
     if not target.is_dir():
@@ -254,17 +254,17 @@ routes = [
         "GET",
         "/v1/adapters/{name:path}/merge/{file}",
         get_checkpoint_file,
-        answers="*/*",
-        refuses=OPENING,
+        response_type="*/*",
+        errors=OPEN_ERRORS,
     ),
     Operation(
         "POST",
         "/v1/adapters/{name:path}/merge",
         merge,
-        answers=MergeObject,
+        response_type=MergeObject,
         statuses=(200, 201),
-        refuses=(*OPENING, *PUBLISHING, InternalError),
+        errors=(*OPEN_ERRORS, *PUBLISH_ERRORS, InternalError),
     ),
-    Operation("GET", "/v1/adapters/{name:path}/merge", get_merge, answers=MergeObject, refuses=OPENING),
-    Operation("DELETE", "/v1/adapters/{name:path}/merge", delete_merge, answers=DeletedMerge, refuses=OPENING),
+    Operation("GET", "/v1/adapters/{name:path}/merge", get_merge, response_type=MergeObject, errors=OPEN_ERRORS),
+    Operation("DELETE", "/v1/adapters/{name:path}/merge", delete_merge, response_type=DeletedMerge, errors=OPEN_ERRORS),
 ]

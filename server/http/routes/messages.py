@@ -13,17 +13,17 @@ from server.anthropic.body import CountBody, MessageBody
 from server.anthropic.objects import MessageError, MessageEvent, MessageObject, TokenCount
 from server.anthropic.writer import MessageWriter
 from server.errors import LorakeetError, TooManyRequests, anthropic_body
-from server.http.answer import Answer, encode_json, send_events, send_json
-from server.http.operations import OPENING, Operation
+from server.http.answer import CancellableResponse, encode_json, send_events, send_json
+from server.http.operations import OPEN_ERRORS, Operation
 from server.openai.chat import Chat, open_chat
 from server.openai.target import open_target
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import Caller
 
 
-async def create_message(request: Request, body: MessageBody) -> Answer:
+async def create_message(request: Request, body: MessageBody) -> CancellableResponse:
     """Generate the next message, whole or as server-sent events."""
-    return Answer(partial(_answer, services_of(request), caller_of(request), body))
+    return CancellableResponse(partial(_answer, services_of(request), caller_of(request), body))
 
 
 async def _answer(services: Services, caller: Caller, body: MessageBody, send: Send) -> None:
@@ -73,17 +73,17 @@ routes = [
         "POST",
         "/v1/messages",
         create_message,
-        answers=MessageObject,
+        response_type=MessageObject,
         events=MessageEvent,
-        refuses=(*OPENING, TooManyRequests),
-        error=MessageError,
+        errors=(*OPEN_ERRORS, TooManyRequests),
+        error_type=MessageError,
     ),
     Operation(
         "POST",
         "/v1/messages/count_tokens",
         count_message_tokens,
-        answers=TokenCount,
-        refuses=OPENING,
-        error=MessageError,
+        response_type=TokenCount,
+        errors=OPEN_ERRORS,
+        error_type=MessageError,
     ),
 ]

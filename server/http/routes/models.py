@@ -11,7 +11,7 @@ from adapters.storage.versions import UnknownAdapter, Version
 from server.errors import ModelNotFound, PermissionDenied
 from server.http.objects.common import DeletedObject, ListObject
 from server.http.objects.models import ModelCard, ModelDetails
-from server.http.operations import OPENING, Operation
+from server.http.operations import OPEN_ERRORS, Operation
 from server.http.paging import WindowQuery, page, window
 from server.openai.target import brings_text, text_of
 from server.services import Services, caller_of, services_of
@@ -93,7 +93,7 @@ def _card(services: Services, name: str, created: int, *, root: str, parent: str
 
 
 routes = [
-    Operation("GET", "/v1/models", list_models, answers=ListObject[ModelCard]),
-    Operation("GET", "/v1/models/{id:path}", get_model, answers=ModelDetails, refuses=OPENING),
-    Operation("DELETE", "/v1/models/{id:path}", delete_model, answers=DeletedObject, refuses=(PermissionDenied,)),
+    Operation("GET", "/v1/models", list_models, response_type=ListObject[ModelCard]),
+    Operation("GET", "/v1/models/{id:path}", get_model, response_type=ModelDetails, errors=OPEN_ERRORS),
+    Operation("DELETE", "/v1/models/{id:path}", delete_model, response_type=DeletedObject, errors=(PermissionDenied,)),
 ]

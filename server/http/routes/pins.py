@@ -47,6 +47,6 @@ async def _answer(request: Request, *, pinned: bool) -> Response:
 
 
 routes = [
-    Operation("POST", "/v1/adapters/{name:path}/pin", pin, answers=PinObject, refuses=(Conflict, TooManyRequests)),
-    Operation("DELETE", "/v1/adapters/{name:path}/pin", unpin, answers=PinObject),
+    Operation("POST", "/v1/adapters/{name:path}/pin", pin, response_type=PinObject, errors=(Conflict, TooManyRequests)),
+    Operation("DELETE", "/v1/adapters/{name:path}/pin", unpin, response_type=PinObject),
 ]

@@ -13,9 +13,9 @@ from starlette.responses import Response
 from starlette.types import Send
 
 from server.errors import InvalidRequest, LorakeetError, TooManyRequests, as_error
-from server.http.answer import Answer, encode_json, send_events, send_json, unless_gone
-from server.http.operations import OPENING, Operation
-from server.http.paging import Query, Whole, WindowQuery, window
+from server.http.answer import CancellableResponse, encode_json, send_events, send_json, until_disconnect
+from server.http.operations import OPEN_ERRORS, Operation
+from server.http.paging import Query, WholeNumber, WindowQuery, window
 from server.openai.chat import Chat, ChatBody, open_chat
 from server.openai.response_body import ResponseBody
 from server.openai.response_input import Item, ItemReference, as_item
@@ -28,11 +28,11 @@ from server.tenants.caller import Caller
 
 class RetrieveQuery(Query):
     stream: Literal["true", "false"] = "false"
-    starting_after: Whole | None = Field(None, ge=0)
+    starting_after: WholeNumber | None = Field(None, ge=0)
 
 
 class ItemsQuery(WindowQuery):
-    limit: Whole = Field(20, ge=1, le=100)
+    limit: WholeNumber = Field(20, ge=1, le=100)
     order: Literal["asc", "desc"] = "desc"
 
 
@@ -63,15 +63,15 @@ class _Work:
         return await self.services.responses.keep(self.caller.tenant, writer.response, self.items, events)
 
 
-async def create_response(request: Request, body: ResponseBody) -> Answer:
+async def create_response(request: Request, body: ResponseBody) -> CancellableResponse:
     """Generate the next items, whole or as server-sent events; with `background`, return at once to be polled."""
     services = services_of(request)
     if not services.responses.enabled and (body.store or body.background):
         param = "store" if body.store else "background"
         raise InvalidRequest(f"`{param}`: this server keeps no responses (--response-days).", param=param)
-    body = await unless_gone(request.receive, body.settled(services.grammars.check))
+    body = await until_disconnect(request.receive, body.settled(services.grammars.check))
     work = await asyncio.to_thread(_work, services, caller_of(request), body)  # slow for long inputs
-    return Answer(partial(_in_background if body.background else _answer, work))
+    return CancellableResponse(partial(_in_background if body.background else _answer, work))
 
 
 def _work(services: Services, caller: Caller, body: ResponseBody) -> _Work:
@@ -179,34 +179,34 @@ async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObje
         drain.leave()
 
 
-async def get_response(request: Request, query: RetrieveQuery) -> Response | Answer:
+async def get_response(request: Request, query: RetrieveQuery) -> Response | CancellableResponse:
     """Get a stored response; with `stream`, its events, if it was created with `background` and `stream`."""
     responses, tenant, id_ = services_of(request).responses, caller_of(request).tenant, request.path_params["id"]
-    kept = await asyncio.to_thread(responses.get, tenant, id_)
+    stored = await asyncio.to_thread(responses.get, tenant, id_)
     if query.stream == "false":
-        return _json(kept.response)
-    if (followed := responses.events(kept, tenant)) is None:
+        return _json(stored.response)
+    if (followed := responses.events(stored, tenant)) is None:
         message = "`stream` needs a response that was begun with `background` and `stream`."
         raise InvalidRequest(message, param="stream")
     after = -1 if query.starting_after is None else query.starting_after
-    return Answer(partial(_send_log, services_of(request), followed=followed, after=after, headers={}))
+    return CancellableResponse(partial(_send_log, services_of(request), followed=followed, after=after, headers={}))
 
 
 async def _send_log(services: Services, send: Send, followed: Followed, after: int, headers: dict[str, str]) -> None:
     pings = services.settings.stream_ping_seconds
     async with aclosing(followed.follow(after)) as events:
-        await send_events(send, events, headers, _log_failed, ping_seconds=pings)
+        await send_events(send, events, headers, _error_event, ping_seconds=pings)
 
 
-def _log_failed(error: LorakeetError) -> dict[str, Any]:
+def _error_event(error: LorakeetError) -> dict[str, Any]:
     return error.body()["error"] | {"type": "error"}
 
 
 async def list_input_items(request: Request, query: ItemsQuery) -> Response:
     """List a page of a response's input items, newest first unless `order=asc`."""
     tenant, id_ = caller_of(request).tenant, request.path_params["id"]
-    kept = await asyncio.to_thread(services_of(request).responses.get, tenant, id_)
-    items = kept.items if query.order == "asc" else kept.items[::-1]
+    stored = await asyncio.to_thread(services_of(request).responses.get, tenant, id_)
+    items = stored.items if query.order == "asc" else stored.items[::-1]
     part, more = window(query, [item["id"] for item in items])
     page = items[part]
     ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
@@ -216,8 +216,8 @@ async def list_input_items(request: Request, query: ItemsQuery) -> Response:
 async def cancel_response(request: Request) -> Response:
     """Cancel a background response; a finished one stays unchanged."""
     responses, tenant, id_ = services_of(request).responses, caller_of(request).tenant, request.path_params["id"]
-    kept = await asyncio.to_thread(responses.get, tenant, id_)
-    if not kept.response["background"]:
+    stored = await asyncio.to_thread(responses.get, tenant, id_)
+    if not stored.response["background"]:
         raise InvalidRequest("Only responses with `background` can be cancelled.", param="id")
     await responses.cancel(tenant, id_)
     return _json((await asyncio.to_thread(responses.get, tenant, id_)).response)
@@ -239,12 +239,12 @@ routes = [
         "POST",
         "/v1/responses",
         create_response,
-        answers=ResponseObject,
+        response_type=ResponseObject,
         events=ResponseEvent,
-        refuses=(*OPENING, TooManyRequests),
+        errors=(*OPEN_ERRORS, TooManyRequests),
     ),
-    Operation("GET", "/v1/responses/{id}", get_response, answers=ResponseObject, events=ResponseEvent),
-    Operation("GET", "/v1/responses/{id}/input_items", list_input_items, answers=InputItems),
-    Operation("POST", "/v1/responses/{id}/cancel", cancel_response, answers=ResponseObject),
-    Operation("DELETE", "/v1/responses/{id}", delete_response, answers=DeletedResponse),
+    Operation("GET", "/v1/responses/{id}", get_response, response_type=ResponseObject, events=ResponseEvent),
+    Operation("GET", "/v1/responses/{id}/input_items", list_input_items, response_type=InputItems),
+    Operation("POST", "/v1/responses/{id}/cancel", cancel_response, response_type=ResponseObject),
+    Operation("DELETE", "/v1/responses/{id}", delete_response, response_type=DeletedResponse),
 ]

@@ -41,6 +41,6 @@ async def _answer(request: Request, tenants: list[str]) -> Response:
 
 
 routes = [
-    Operation("POST", "/v1/adapters/{name:path}/share", share, answers=ShareObject),
-    Operation("DELETE", "/v1/adapters/{name:path}/share", unshare, answers=ShareObject),
+    Operation("POST", "/v1/adapters/{name:path}/share", share, response_type=ShareObject),
+    Operation("DELETE", "/v1/adapters/{name:path}/share", unshare, response_type=ShareObject),
 ]

@@ -182,13 +182,15 @@ def _key(services: Services, key: Key) -> dict[str, Any]:
 
 
 routes = [
-    Operation("GET", "/v1/admin/tenants", list_tenants, answers=ListObject[TenantObject]),
-    Operation("POST", "/v1/admin/tenants", create_tenant, answers=TenantObject, statuses=(201,), refuses=(Conflict,)),
-    Operation("GET", "/v1/admin/tenants/{id}", get_tenant, answers=TenantObject),
-    Operation("POST", "/v1/admin/tenants/{id}", change_tenant, answers=TenantObject),
-    Operation("DELETE", "/v1/admin/tenants/{id}", delete_tenant, answers=DeletedObject, refuses=(Conflict,)),
-    Operation("GET", "/v1/admin/keys", list_keys, answers=ListObject[KeyObject], refuses=(NotFound,)),
-    Operation("POST", "/v1/admin/keys", create_key, answers=NewKeyObject, statuses=(201,), refuses=(NotFound,)),
-    Operation("GET", "/v1/admin/keys/{id}", get_key, answers=KeyObject),
-    Operation("DELETE", "/v1/admin/keys/{id}", revoke_key, answers=KeyObject, refuses=(Conflict,)),
+    Operation("GET", "/v1/admin/tenants", list_tenants, response_type=ListObject[TenantObject]),
+    Operation(
+        "POST", "/v1/admin/tenants", create_tenant, response_type=TenantObject, statuses=(201,), errors=(Conflict,)
+    ),
+    Operation("GET", "/v1/admin/tenants/{id}", get_tenant, response_type=TenantObject),
+    Operation("POST", "/v1/admin/tenants/{id}", change_tenant, response_type=TenantObject),
+    Operation("DELETE", "/v1/admin/tenants/{id}", delete_tenant, response_type=DeletedObject, errors=(Conflict,)),
+    Operation("GET", "/v1/admin/keys", list_keys, response_type=ListObject[KeyObject], errors=(NotFound,)),
+    Operation("POST", "/v1/admin/keys", create_key, response_type=NewKeyObject, statuses=(201,), errors=(NotFound,)),
+    Operation("GET", "/v1/admin/keys/{id}", get_key, response_type=KeyObject),
+    Operation("DELETE", "/v1/admin/keys/{id}", revoke_key, response_type=KeyObject, errors=(Conflict,)),
 ]

@@ -51,4 +51,4 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     return {"object": "usage", "id": id_, **row, **named}
 
 
-routes = [Operation("GET", "/v1/usage", list_usage, answers=ListObject[UsageRow])]
+routes = [Operation("GET", "/v1/usage", list_usage, response_type=ListObject[UsageRow])]

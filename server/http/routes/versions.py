@@ -120,7 +120,7 @@ _CHANGE: dict[str, Any] = {
     "headers": {"If-Match": "The ETag that the versions must have still."},
 }
 routes = [
-    Operation("GET", "/v1/adapters/{name:path}/versions", list_versions, answers=Versions),
+    Operation("GET", "/v1/adapters/{name:path}/versions", list_versions, response_type=Versions),
     Operation("POST", "/v1/adapters/{name:path}/promote", promote, **_CHANGE),
     Operation("POST", "/v1/adapters/{name:path}/rollback", roll_back, **_CHANGE),
 ]

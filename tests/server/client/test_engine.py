@@ -203,7 +203,7 @@ async def test_a_stalled_engine_is_replaced(
             running = asyncio.create_task(client.post("/v1/completions", json=body | {"max_tokens": 450}))
             await until(lambda: bool(engine._streams))
             os.kill(stands, signal.SIGSTOP)
-        monkeypatch.setattr(process, "_QUIET_SECONDS", 2.0)
+        monkeypatch.setattr(process, "_SILENCE_SECONDS", 2.0)
         late = asyncio.create_task(client.post("/v1/completions", json=body))
         await until(lambda: engine.unready_reason is not None)
         ready = await client.get("/ready")
@@ -383,7 +383,7 @@ async def test_the_last_words_of_a_closed_run_do_not_reach_the_jobs_next_run(mon
         return replies, first
 
     before, first = await begin()
-    engine._hear(JobNote(sent[0].id, "info", "one"))
+    engine._on_message(JobNote(sent[0].id, "info", "one"))
     assert (await first).id == "job"
     await before.aclose()
     _, first = await begin()
@@ -391,6 +391,6 @@ async def test_the_last_words_of_a_closed_run_do_not_reach_the_jobs_next_run(mon
     old, stopped, new, paused = (message.id for message in sent)
     assert (old, new) == (stopped, paused)
     assert old != new
-    engine._hear(JobEnded(id=old, outcome="cancelled"))
-    engine._hear(JobEnded(id=new, outcome="paused"))
+    engine._on_message(JobEnded(id=old, outcome="cancelled"))
+    engine._on_message(JobEnded(id=new, outcome="paused"))
     assert await first == JobEnded(id="job", outcome="paused")
