@@ -115,9 +115,9 @@ def _answer(request: Request, pointer: Pointer) -> Response:
 
 
 _CHANGE: dict[str, Any] = {
-    "answers": Versions,
-    "refuses": (Conflict, PreconditionFailed),
-    "headers": {"If-Match": "The ETag that the versions must have still."},
+    "response_type": Versions,
+    "errors": (Conflict, PreconditionFailed),
+    "headers": {"If-Match": "The expected ETag of the versions."},
 }
 routes = [
     Operation("GET", "/v1/adapters/{name:path}/versions", list_versions, response_type=Versions),
