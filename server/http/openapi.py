@@ -31,8 +31,8 @@ from server.settings import Settings
 _COMPONENTS = "#/components/schemas/"
 _DESCRIPTION = """One quantised base model, many LoRA adapters, fine-tuning beside them.
 
-`null` means not given. A field that is not listed is refused, unless it is `null`. Every answer has an `X-Request-Id`;
-what an adapter answered has its digest in `X-Adapter-Digest`. 429 and 503 say in `Retry-After` when to come again."""
+`null` means not given. A field that is not listed is refused, unless it is `null`. Every response has an `X-Request-Id`
+and a generated one the adapter's digest in `X-Adapter-Digest`. With 429 and 503, `Retry-After` is the time to wait."""
 
 
 def document(
@@ -169,7 +169,7 @@ def _responses(operation: Operation, settings: Settings, known: dict[str, Any]) 
         content["application/json"] = {"schema": known[repr(operation.response_type)]}
     if operation.events is not None:
         event = known[repr(operation.events)]
-        text = "JSON of this schema; of a generation the last is `[DONE]`, which is none."
+        text = "JSON of this schema. A generation ends with `[DONE]`, which is not JSON."
         data = {"type": "string", "description": text, "contentSchema": event}
         schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}  # schema of one event
         content["text/event-stream"] = {"schema": schema}

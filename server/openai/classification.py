@@ -17,7 +17,7 @@ from server.messages.protocol import Generate, Sampling
 from server.metrics import FinishedReason
 from server.openai.body import Body, Label
 from server.openai.conversation import Conversation
-from server.openai.generation import Usage, charge, raise_failure
+from server.openai.generation import Usage, charge, raise_if_failed
 from server.openai.prompts import Prompts, encode_prompts
 from server.openai.schema import INT32
 from server.openai.target import Target
@@ -43,7 +43,7 @@ class ClassifyBody(Body):
     @model_validator(mode="after")
     def _check_truncation(self) -> Self:
         if self.truncate_prompt_tokens == 0:
-            raise InvalidRequest("`truncate_prompt_tokens` leaves nothing.", param="truncate_prompt_tokens")
+            raise InvalidRequest("`truncate_prompt_tokens` must not be 0.", param="truncate_prompt_tokens")
         return self
 
     @abstractmethod
@@ -136,7 +136,7 @@ async def _scores(
     try:
         async with aclosing(services.engine.generate(request)) as outputs:
             async for output in outputs:
-                raise_failure(output)
+                raise_if_failed(output)
                 ticket.leave(served=True)
                 clock.output(0, len(ids), output.queue_seconds)
                 usage.cached_tokens += output.cached_tokens

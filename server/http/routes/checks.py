@@ -18,8 +18,8 @@ from server.http.operations import OPEN_ERRORS, Operation
 from server.messages.protocol import AdapterRef, Generate, Sampling
 from server.model_source import resolve
 from server.openai.body import Body
-from server.openai.generation import raise_failure
-from server.openai.target import reference
+from server.openai.generation import raise_if_failed
+from server.openai.target import adapter_ref
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import Caller
 
@@ -51,7 +51,7 @@ async def warm(request: Request) -> Response:
         caller = caller_of(request)
         caller.allowance.check_rows(services.registry.rows(caller, versions))
         try:
-            seconds = [await services.engine.warm(reference(version, caller)) for version in versions]
+            seconds = [await services.engine.warm(adapter_ref(version, caller)) for version in versions]
         except AdapterLoadFailed:
             raise InternalError("The adapter could not be loaded.") from None
     digests = [version.digest for version in versions]
@@ -74,7 +74,7 @@ async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:
         rows = services.registry.rows(caller, [version])
         tickets = services.admission.enter([len(ids)] * 2, caller.tenant, caller.allowance, 2 * len(ids), rows)
         try:
-            with_adapter = await _score(services, caller, ids, [reference(version, caller)])
+            with_adapter = await _score(services, caller, ids, [adapter_ref(version, caller)])
             without = await _score(services, caller, ids, [])
         finally:
             for ticket in tickets:
@@ -107,7 +107,7 @@ async def _score(services: Services, caller: Caller, ids: list[int], adapters: l
     scores: list[float] = []
     async with aclosing(services.engine.generate(request)) as outputs:
         async for output in outputs:
-            raise_failure(output)
+            raise_if_failed(output)
             scores += [entry.logprob for entry in output.prompt_logprobs if entry is not None]
             if output.finish_reason is not None:
                 break

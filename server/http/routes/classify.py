@@ -33,7 +33,7 @@ async def _answer(services: Services, caller: Caller, body: ClassifyChatBody | C
         "id": f"classify-{uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
-        "model": target.asked,
+        "model": target.requested_name,
         "data": [_entry(index, each, body.use_activation) for index, each in enumerate(found)],
         "usage": usage.as_json(),
     }

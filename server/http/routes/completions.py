@@ -82,7 +82,7 @@ async def _encode_prompts(info: Ready, target: Target, body: CompletionBody) -> 
     encoded = await encode_prompts(target, body.prompt, info.max_model_len, add_special_tokens=special, param="prompt")
     prompts = []
     for given, ids in zip(body.prompt, encoded, strict=True):
-        room = fit_max_tokens(info, body, ids, asked=body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
+        room = fit_max_tokens(info, body, ids, requested=body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
         prompts.append(Prompt(ids, room, given if isinstance(given, str) else None))
     return prompts
 

@@ -136,14 +136,14 @@ def _shape(
     base = services.engine_info
     if target.refs:
         if asked is not None and asked.model_fields_set - {"lora_dropout", "scale_vector"}:
-            message = f"`lora`: {printable(target.asked)} is an adapter, and its shape stays as it is."
+            message = f"`lora`: {printable(target.requested_name)} is an adapter, and its shape stays as it is."
             raise InvalidRequest(message, param="lora")
         spec = AdapterSpec.read(Path(target.refs[0].path))
         options = (asked or LoraBody()).options()
         try:
             shapes = hyperparameters.trained_on(spec)
         except AdapterError as error:
-            raise InvalidRequest(f"`model`: {printable(target.asked)} {error}.", param="model") from None
+            raise InvalidRequest(f"`model`: {printable(target.requested_name)} {error}.", param="model") from None
         if spec.variants.experts and options.lora_dropout:
             message = "`lora.lora_dropout`: adapters of experts are trained without."
             raise InvalidRequest(message, param="lora.lora_dropout")

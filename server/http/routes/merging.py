@@ -41,7 +41,7 @@ from server.http.receipts import merge_report
 from server.messages.protocol import LOAD_FAILED
 from server.model_source import resolve
 from server.openai.body import Body, Items
-from server.openai.target import reference
+from server.openai.target import adapter_ref
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import Caller
 
@@ -112,7 +112,7 @@ async def _resident(services: Services, version: Version, dtype: MergedDtype, te
             raise InvalidRequest(message, param=f"prompts.{i}")
     is_merged = version.digest in services.engine.merges
     try:
-        report = await services.engine.merge(reference(version), dtype, prompts)
+        report = await services.engine.merge(adapter_ref(version), dtype, prompts)
     except MergeRefused as refusal:
         known = _REFUSALS.get(refusal.code)
         if known is not None:

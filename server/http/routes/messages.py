@@ -29,7 +29,7 @@ async def create_message(request: Request, body: MessageBody) -> CancellableResp
 async def _answer(services: Services, caller: Caller, body: MessageBody, send: Send) -> None:
     try:
         chat_body = await asyncio.to_thread(body.chat)  # slow for long conversations
-        async with open_chat(services, caller, chat_body, most=body.max_tokens) as chat:
+        async with open_chat(services, caller, chat_body, default_max_tokens=body.max_tokens) as chat:
             writer = MessageWriter(chat, body.max_tokens)
             headers = {"X-Adapter-Digest": chat.generation.target.digest}
             async with aclosing(_events(writer, chat)) as events:
@@ -41,7 +41,7 @@ async def _answer(services: Services, caller: Caller, body: MessageBody, send: S
                         pass
                     await send_json(send, writer.message(), headers)
     except LorakeetError as error:
-        raise body.refusal(error) from None
+        raise body.translate_error(error) from None
 
 
 async def _events(writer: MessageWriter, chat: Chat) -> AsyncGenerator[MessageEvent, None]:
@@ -64,7 +64,7 @@ async def count_message_tokens(request: Request, body: CountBody) -> Response:
         async with open_target(services, caller_of(request), chat.model, task="any") as target:
             _, ids = await chat.encode(target.text, services.engine_info.max_model_len)
     except LorakeetError as error:
-        raise body.refusal(error) from None
+        raise body.translate_error(error) from None
     return Response(encode_json(TokenCount(input_tokens=len(ids))), media_type="application/json")
 
 

@@ -13,7 +13,7 @@ from server.http.objects.common import DeletedObject, ListObject
 from server.http.objects.models import ModelCard, ModelDetails
 from server.http.operations import OPEN_ERRORS, Operation
 from server.http.paging import WindowQuery, page, window
-from server.openai.target import brings_text, text_of
+from server.openai.target import has_own_text, text_of
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import tenant_name
 
@@ -61,7 +61,7 @@ async def delete_model(request: Request) -> Response:
 
 async def _adapter_details(services: Services, version: Version, tenant: str) -> dict[str, Any]:
     """Return the card with stop tokens and formats. Raises UnknownAdapter when the version was removed meanwhile."""
-    async with services.registry.hold(version) if brings_text(services, version) else nullcontext():
+    async with services.registry.hold(version) if has_own_text(services, version) else nullcontext():
         text = await text_of(services, version)
     return _adapter_card(services, version, tenant) | text.details()
 

@@ -45,7 +45,7 @@ class _Work:
         self.body = body
         self.items = items
         self.chat: ChatBody = body.chat(items)
-        self.kept = body.store is not False and services.responses.enabled
+        self.stored = body.store is not False and services.responses.enabled
         self._number = number
 
     @property
@@ -54,11 +54,11 @@ class _Work:
 
     def writer(self, chat: Chat) -> ResponseWriter:
         limit = self.services.settings.max_response_bytes
-        return ResponseWriter(self.body, chat, self._number, kept=self.kept, max_bytes=limit)
+        return ResponseWriter(self.body, chat, self._number, stored=self.stored, max_bytes=limit)
 
     async def keep(self, writer: ResponseWriter, events: list[Any] | None = None) -> bool:
         """False when clients were told that it ended otherwise."""
-        if not self.kept:
+        if not self.stored:
             return True
         return await self.services.responses.keep(self.caller.tenant, writer.response, self.items, events)
 
@@ -69,7 +69,7 @@ async def create_response(request: Request, body: ResponseBody) -> CancellableRe
     if not services.responses.enabled and (body.store or body.background):
         param = "store" if body.store else "background"
         raise InvalidRequest(f"`{param}`: this server keeps no responses (--response-days).", param=param)
-    body = await until_disconnect(request.receive, body.settled(services.grammars.check))
+    body = await until_disconnect(request.receive, body.with_resolved_strict(services.grammars.check))
     work = await asyncio.to_thread(_work, services, caller_of(request), body)  # slow for long inputs
     return CancellableResponse(partial(_in_background if body.background else _answer, work))
 
@@ -116,7 +116,7 @@ async def _answer(work: _Work, send: Send) -> None:
                         pass
                     await send_json(send, writer.response, headers)
     except LorakeetError as error:
-        raise work.body.refusal(error) from None
+        raise work.body.translate_error(error) from None
 
 
 async def _events(work: _Work, writer: ResponseWriter, chat: Chat) -> AsyncGenerator[ResponseEvent, None]:
@@ -132,9 +132,9 @@ async def _events(work: _Work, writer: ResponseWriter, chat: Chat) -> AsyncGener
 async def _in_background(work: _Work, send: Send) -> None:
     """Start a background response; send its object, or follow its events."""
     running = Running(work.caller.tenant, work.id, streamed=bool(work.body.stream))
-    begun: asyncio.Future[ResponseObject] = asyncio.get_running_loop().create_future()
-    work.services.responses.begin(running, partial(_run, work, running, begun))
-    response = await asyncio.shield(begun)
+    started: asyncio.Future[ResponseObject] = asyncio.get_running_loop().create_future()
+    work.services.responses.begin(running, partial(_run, work, running, started))
+    response = await asyncio.shield(started)
     headers = {"X-Adapter-Digest": response.system_fingerprint}
     if work.body.stream:
         await _send_log(work.services, send, running, -1, headers)
@@ -142,7 +142,7 @@ async def _in_background(work: _Work, send: Send) -> None:
         await send_json(send, response, headers)
 
 
-async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObject]) -> None:
+async def _run(work: _Work, running: Running, started: asyncio.Future[ResponseObject]) -> None:
     """Generate a background response, publish its events and store the result."""
     drain = work.services.drain
     drain.enter()
@@ -154,7 +154,7 @@ async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObje
                 await work.keep(writer, log)
                 for event in writer.begin():
                     running.publish(event)
-                begun.set_result(writer.response)
+                started.set_result(writer.response)
                 try:
                     async with aclosing(chat.additions()) as additions:
                         async for addition in additions:
@@ -168,13 +168,13 @@ async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObje
                     await work.keep(writer, log)
                     return
                 except Exception as fault:
-                    last = writer.fail(work.body.refusal(as_error(fault)))
+                    last = writer.fail(work.body.translate_error(as_error(fault)))
                 if await work.keep(writer, None if log is None else [*log, last]):
                     running.publish(last)
     except Exception as fault:
-        if begun.done():
+        if started.done():
             raise
-        begun.set_exception(work.body.refusal(as_error(fault)))
+        started.set_exception(work.body.translate_error(as_error(fault)))
     finally:
         drain.leave()
 
@@ -186,7 +186,7 @@ async def get_response(request: Request, query: RetrieveQuery) -> Response | Can
     if query.stream == "false":
         return _json(stored.response)
     if (followed := responses.events(stored, tenant)) is None:
-        message = "`stream` needs a response that was begun with `background` and `stream`."
+        message = "`stream` needs a response that was started with `background` and `stream`."
         raise InvalidRequest(message, param="stream")
     after = -1 if query.starting_after is None else query.starting_after
     return CancellableResponse(partial(_send_log, services_of(request), followed=followed, after=after, headers={}))

@@ -19,7 +19,7 @@ from server.http.operations import PUBLISH_ERRORS, Operation
 from server.http.quotas import check_storage_quota
 from server.hub import SCHEME
 from server.openai.body import Body, Label
-from server.openai.parts import renamed
+from server.openai.parts import with_renamed_param
 from server.registry.publish import FILES
 from server.services import Services, caller_of, check_bound, services_of
 from server.tenants.caller import Caller
@@ -69,7 +69,7 @@ async def load(request: Request, body: LoadBody) -> Response:
         else:
             await _import(request, services, caller, body)
     except (LorakeetError, AdapterError) as fault:
-        raise renamed(as_error(fault), [("name", "lora_name")]) from None
+        raise with_renamed_param(as_error(fault), [("name", "lora_name")]) from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
