@@ -208,7 +208,7 @@ async def test_a_stalled_engine_is_replaced(
         await until(lambda: engine.unready_reason is not None)
         ready = await client.get("/ready")
         assert (ready.status_code, engine.pid) == (503, pid), "it may still recover"
-        assert "has not answered for" in ready.text
+        assert "has sent no message for" in ready.text
         monkeypatch.setattr(engine._process, "_stall_seconds", 2.0)
         for response in await asyncio.wait_for(asyncio.gather(running, late), 60):
             assert response.status_code == 503, response.text
@@ -226,7 +226,7 @@ async def test_an_engine_not_loaded_in_time_is_restarted_and_finally_given_up(
     model_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The engine is given up however long it has lived, since it was never healthy."""
-    for name in ("_WATCH_SECONDS", "_QUIET_SECONDS"):
+    for name in ("_WATCH_SECONDS", "_SILENCE_SECONDS"):
         monkeypatch.setattr(process, name, 0.01)
     client = LocalEngine(config(model_dir, cache_dir), lambda _: None, start_seconds=0.03)
     await client.start()

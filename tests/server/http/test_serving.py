@@ -38,7 +38,7 @@ def server(**services: Any) -> _Server:
     ],
 )
 def test_the_greeting_has_an_address_that_works(host: str, shown: str) -> None:
-    made = server(settings=Settings(), tenants=SimpleNamespace(closed=False))
+    made = server(settings=Settings(), tenants=SimpleNamespace(requires_key=False))
     listener = SimpleNamespace(getsockname=lambda: (host, 81, 0, 0))
     made.servers = [cast("Any", SimpleNamespace(sockets=[listener]))]
     assert f" on {shown}. Try:" in made._greeting()
