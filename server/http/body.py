@@ -20,7 +20,7 @@ from server.settings import Settings
 T = TypeVar("T")
 
 _LARGE = 32 * 1024  # bytes; smaller bodies are parsed on the event loop
-_reader = thread_pool(1, "body", "normal")  # parses large bodies, one at a time
+_parser_thread = thread_pool(1, "body", "normal")  # parses large bodies, one at a time
 
 
 async def read_as(request: Request, validate: Callable[[Any], T]) -> T:
@@ -38,7 +38,7 @@ async def read_as(request: Request, validate: Callable[[Any], T]) -> T:
     read = partial(_read, raw, settings, validate)
     if len(raw) < _LARGE:
         return read()
-    return await until_disconnect(request.receive, asyncio.get_running_loop().run_in_executor(_reader, read))
+    return await until_disconnect(request.receive, asyncio.get_running_loop().run_in_executor(_parser_thread, read))
 
 
 def _read(raw: bytes, settings: Settings, validate: Callable[[Any], T]) -> T:

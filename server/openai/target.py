@@ -177,7 +177,7 @@ async def text_of(services: Services, version: Version) -> TextProcessor:
     """Return the text processor of a version, with its tokenizer, chat template, stop tokens and formats."""
     text = services.text
     if has_own_text(services, version):
-        text = await text.adapted(version.digest, lambda: AdapterSpec.read(version.path).text)
+        text = await text.with_adapter_text(version.digest, lambda: AdapterSpec.read(version.path).text)
     text = text.with_stops(stop_tokens(version), "fine-tune")
     receipt = version.receipt
     return text.with_formats(receipt.get("trained_tool_format"), receipt.get("trained_reasoning_format"))

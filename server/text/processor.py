@@ -162,7 +162,7 @@ class TextProcessor:
 
     # --- adapters
 
-    async def adapted(self, key: str, read: Callable[[], AdapterText]) -> "TextProcessor":
+    async def with_adapter_text(self, key: str, read: Callable[[], AdapterText]) -> "TextProcessor":
         """Return a copy with an adapter's tokens and template, cached under `key`. `read` runs in a thread."""
         found = self._adapted.get(key)
         if found is None:
@@ -259,12 +259,12 @@ class TextProcessor:
         Raises `ContextLengthExceeded`, before any work, for a text of more bytes than `max_tokens` can stand for. (A
         tokenizer that drops white space could fit it nevertheless, but only with hundreds of kilobytes of that.)
         """
-        most = max_tokens * self.longest_token
+        max_bytes = max_tokens * self.longest_token
         for text in texts:
-            size = len(text) if len(text) > most or 4 * len(text) <= most else len(text.encode())
-            if size > most:
+            size = len(text) if len(text) > max_bytes or 4 * len(text) <= max_bytes else len(text.encode())
+            if size > max_bytes:
                 raise ContextLengthExceeded(
-                    f"`{param}` has a text of more than {most} bytes, which cannot fit into {max_tokens} tokens.",
+                    f"`{param}` has a text of more than {max_bytes} bytes, which cannot fit into {max_tokens} tokens.",
                     param=param,
                 )
         ids: list[list[int]] = []

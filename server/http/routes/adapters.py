@@ -29,7 +29,7 @@ from server.services import Services, caller_of, check_bound, services_of
 from server.settings import Settings
 
 _MAX_NAME_BYTES = 1024  # far above the limit of names, so that the error of a long name says so
-_MAX_WORD_BYTES = 64
+_MAX_BOOLEAN_BYTES = 64
 
 
 async def upload_adapter(request: Request, body: FetchBody | MixBody | None = None) -> Response:
@@ -50,10 +50,10 @@ async def upload_adapter(request: Request, body: FetchBody | MixBody | None = No
                     name, promote = await _receive(request, services, staging)
                 check_bound(caller_of(request), name)
                 await check_storage_quota(request, staging)
-                admitted = publisher.publish(caller_of(request).tenant, name, staging, promote=promote)
-                version, changed = await until_disconnect(request.receive, admitted)
-    made = receipt(services.store, version, version.tenant)
-    return JSONResponse(made, status_code=201 if changed else 200, headers=_digest_header(version))
+                publishing = publisher.publish(caller_of(request).tenant, name, staging, promote=promote)
+                version, changed = await until_disconnect(request.receive, publishing)
+    content = receipt(services.store, version, version.tenant)
+    return JSONResponse(content, status_code=201 if changed else 200, headers=_digest_header(version))
 
 
 class AdaptersQuery(WindowQuery):
@@ -67,11 +67,11 @@ class AdaptersQuery(WindowQuery):
 async def list_adapters(request: Request, query: AdaptersQuery) -> Response:
     """List the adapters' receipts by name; all of them unless `limit` and `after` select a page."""
     services, tenant = services_of(request), caller_of(request).tenant
-    wanted = query.search.lower()
+    search = query.search.lower()
     versions = [
-        one
-        for one in services.registry.list(caller_of(request))
-        if wanted in one.name_for(tenant).lower() or wanted in one.digest
+        version
+        for version in services.registry.list(caller_of(request))
+        if search in version.name_for(tenant).lower() or search in version.digest
     ]
     if query.sort != "name":
         versions.sort(key=partial(sort_key, services, tenant, query.sort), reverse=query.order == "desc")
@@ -138,7 +138,7 @@ async def _receive(request: Request, services: Services, staging: Path) -> tuple
 def _parts(settings: Settings, directory: Path) -> dict[str, Part]:
     return {
         "name": Part(_MAX_NAME_BYTES),
-        "promote": Part(_MAX_WORD_BYTES, required=False),
+        "promote": Part(_MAX_BOOLEAN_BYTES, required=False),
         "config": Part(MAX_CONFIG_BYTES, directory / CONFIG_NAME, on_beginning=check_not_swapped),
         "weights": Part(settings.max_upload_bytes, directory / WEIGHTS_NAME),
         "tokenizer": Part(MAX_TOKENIZER_BYTES, directory / TOKENIZER_NAME, required=False),
@@ -148,10 +148,10 @@ def _parts(settings: Settings, directory: Path) -> dict[str, Part]:
 
 async def _find(request: Request) -> Version:
     """Find the version in the path, `name` or `name@digest-prefix`."""
-    asked = request.path_params["name"]
-    name, prefix = split_reference(asked)
+    reference = request.path_params["name"]
+    name, prefix = split_reference(reference)
     try:
-        with as_not_found(asked):
+        with as_not_found(reference):
             return await services_of(request).registry.find(caller_of(request), name, prefix)
     except AmbiguousDigest:
         raise Conflict(f"Several versions of `{name}` start with {prefix}.", param="name") from None

@@ -41,13 +41,13 @@ async def warm(request: Request) -> Response:
     services, name = services_of(request), request.path_params["name"]
     async with AsyncExitStack() as held:
 
-        async def version_of(asked: str) -> Version:
-            return await held.enter_async_context(services.registry.open(caller_of(request), asked, param="name"))
+        async def open_version(reference: str) -> Version:
+            return await held.enter_async_context(services.registry.open(caller_of(request), reference, param="name"))
 
-        versions = [await version_of(name)]
+        versions = [await open_version(name)]
         if "@" not in name:
             others = services.store.pointer(versions[0].tenant, versions[0].name).shares.keys() - {versions[0].digest}
-            versions += [await version_of(f"{name}@{digest}") for digest in sorted(others)]
+            versions += [await open_version(f"{name}@{digest}") for digest in sorted(others)]
         caller = caller_of(request)
         caller.allowance.check_rows(services.registry.rows(caller, versions))
         try:

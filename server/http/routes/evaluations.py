@@ -70,19 +70,19 @@ async def get_evaluation(request: Request) -> Response:
 async def delete_evaluation(request: Request) -> Response:
     """Delete an evaluation; a running one is stopped."""
     evaluation_id = request.path_params["id"]
-    with _known(evaluation_id):
+    with _as_not_found(evaluation_id):
         await services_of(request).tuning.evaluations.delete(caller_of(request).tenant, evaluation_id)
     return JSONResponse({"id": evaluation_id, "object": "evaluation", "deleted": True})
 
 
 async def _find(request: Request) -> Evaluation:
     evaluation_id, evaluations = request.path_params["id"], services_of(request).tuning.evaluations
-    with _known(evaluation_id):
+    with _as_not_found(evaluation_id):
         return await asyncio.to_thread(evaluations.store.get, caller_of(request).tenant, evaluation_id)
 
 
 @contextmanager
-def _known(evaluation_id: str) -> Iterator[None]:
+def _as_not_found(evaluation_id: str) -> Iterator[None]:
     try:
         yield
     except UnknownEvaluationError:

@@ -96,9 +96,9 @@ async def estimate(request: Request, body: EstimateBody) -> Response:
         lora, shapes = _shape(services, target, body.lora)
     training = _training(services, body)
     tokens = max(hyperparameters.micro_batch_tokens(training, base), hyperparameters.max_seq_len(training, base))
-    asked = question(shapes, lora, hyperparameters.optimizer(training, base), tokens)
+    memory_question = question(shapes, lora, hyperparameters.optimizer(training, base), tokens)
     try:
-        plan = await services.engine.plan_memory(asked)
+        plan = await services.engine.plan_memory(memory_question)
     except TrainingRefused as refusal:
         raise InvalidRequest(str(refusal), param="model", code=refusal.code) from None
     return JSONResponse(
@@ -130,16 +130,16 @@ def _check_file(services: Services, tenant: str, param: str, file_id: str) -> No
 
 
 def _shape(
-    services: Services, target: Target, asked: LoraBody | None
+    services: Services, target: Target, requested: LoraBody | None
 ) -> tuple[hyperparameters.LoraOptions, dict[str, ModuleShape]]:
     """Return the adapter's shape, checked to be servable. Raises InvalidRequest."""
     base = services.engine_info
     if target.refs:
-        if asked is not None and asked.model_fields_set - {"lora_dropout", "scale_vector"}:
+        if requested is not None and requested.model_fields_set - {"lora_dropout", "scale_vector"}:
             message = f"`lora`: {printable(target.requested_name)} is an adapter, and its shape stays as it is."
             raise InvalidRequest(message, param="lora")
         spec = AdapterSpec.read(Path(target.refs[0].path))
-        options = (asked or LoraBody()).options()
+        options = (requested or LoraBody()).options()
         try:
             shapes = hyperparameters.trained_on(spec)
         except AdapterError as error:
@@ -148,7 +148,7 @@ def _shape(
             message = "`lora.lora_dropout`: adapters of experts are trained without."
             raise InvalidRequest(message, param="lora.lora_dropout")
         return options, shapes
-    lora = (asked or LoraBody()).options()
+    lora = (requested or LoraBody()).options()
     try:
         shapes = hyperparameters.modules(hyperparameters.adapter_config(lora, services.settings.base_name, base), base)
         check_fit(hyperparameters.saved(shapes, base), base)
@@ -212,7 +212,7 @@ async def _stream_events(request: Request, job: Job, after: str | None) -> Respo
     await asyncio.to_thread(jobs.events, job.id, limit=1, after=after)
 
     async def stream() -> AsyncIterator[bytes]:
-        last, silent = after, 0.0
+        last, idle_seconds = after, 0.0
         pings = services.settings.stream_ping_seconds
         while True:
             now = await asyncio.to_thread(jobs.get, caller_of(request).tenant, job.id)
@@ -223,16 +223,18 @@ async def _stream_events(request: Request, job: Job, after: str | None) -> Respo
                     jobs.events, job.id, limit=_STREAM_PAGE, after=last, newest_first=False
                 )
                 for event in events:
-                    last, silent = event.id, 0.0
+                    last, idle_seconds = event.id, 0.0
                     yield b"id: %b\ndata: %b\n\n" % (event.id.encode(), encode_line(event_object(event)))
             if ended:
                 break
-            if pings and silent >= pings:
+            if pings and idle_seconds >= pings:
                 yield PING
-                silent = 0.0
+                idle_seconds = 0.0
             began = time.monotonic()
-            await services.tuning.manager.wait_for_news(min(_POLL_SECONDS, pings - silent) if pings else _POLL_SECONDS)
-            silent += time.monotonic() - began
+            await services.tuning.manager.wait_for_news(
+                min(_POLL_SECONDS, pings - idle_seconds) if pings else _POLL_SECONDS
+            )
+            idle_seconds += time.monotonic() - began
         yield b"data: [DONE]\n\n"
 
     return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

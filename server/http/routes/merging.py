@@ -87,16 +87,16 @@ class DeleteMergeQuery(Query):
 async def merge(request: Request, body: MergeBody) -> Response:
     """Merge an adapter. 201 when the merge was made, 200 when it existed."""
     services = services_of(request)
-    whole = body.dtype is None
+    to_checkpoint = body.dtype is None
     caller, name = caller_of(request), request.path_params["name"]
-    await _check_own(services, caller, name)
-    async with services.registry.open(caller, name, param="name", verify=whole) as version:
+    await _check_owner(services, caller, name)
+    async with services.registry.open(caller, name, param="name", verify=to_checkpoint) as version:
         if body.dtype is None:
-            return await _checkpoint(services, version)
-        return await _resident(services, version, body.dtype, body.prompts or _PROMPTS)
+            return await _merge_to_checkpoint(services, version)
+        return await _merge_resident(services, version, body.dtype, body.prompts or _PROMPTS)
 
 
-async def _resident(services: Services, version: Version, dtype: MergedDtype, texts: Sequence[str]) -> Response:
+async def _merge_resident(services: Services, version: Version, dtype: MergedDtype, texts: Sequence[str]) -> Response:
     """Serve the version on merged weights, and respond with the merge's report."""
     if variants := version.receipt.get("variants"):
         instead = ": it can be merged to a `checkpoint`" if list(variants) == ["experts"] else ""
@@ -126,15 +126,15 @@ async def _resident(services: Services, version: Version, dtype: MergedDtype, te
     return JSONResponse(body, status_code=200 if is_merged else 201, headers={"X-Adapter-Digest": version.digest})
 
 
-async def _checkpoint(services: Services, version: Version) -> Response:
+async def _merge_to_checkpoint(services: Services, version: Version) -> Response:
     """Write W + BA as a bfloat16 checkpoint."""
     target = _directory(services, version)
     if target.is_dir():
         return _receipt(version, target, 200)
     if services.checkpoint_lock.locked():
-        raise TooManyRequests("A checkpoint is being made already.", retry_after=30)
+        raise TooManyRequests("Another checkpoint is being written.", retry_after=30)
     async with services.checkpoint_lock:
-        await _make(services, version, target)
+        await _write_checkpoint(services, version, target)
     return _receipt(version, target, 201)
 
 
@@ -166,7 +166,7 @@ async def get_merge(request: Request) -> Response:
 async def delete_merge(request: Request, query: DeleteMergeQuery) -> Response:
     """Delete the checkpoint and the resident merge, or with `to` one of them; the adapter stays."""
     services, name, to = services_of(request), request.path_params["name"], query.to
-    await _check_own(services, caller_of(request), name)
+    await _check_owner(services, caller_of(request), name)
     version = await _version(services, caller_of(request), name)
     target, deleted = _directory(services, version), []
     if to != "checkpoint" and await services.engine.unmerge(version.digest):
@@ -181,28 +181,28 @@ async def delete_merge(request: Request, query: DeleteMergeQuery) -> Response:
     return JSONResponse({"object": "merge", "name": name, "digest": version.digest, "deleted": deleted})
 
 
-async def _make(services: Services, version: Version, target: Path) -> None:
+async def _write_checkpoint(services: Services, version: Version, target: Path) -> None:
     settings = services.settings
     base = await asyncio.to_thread(resolve, settings.model, settings.cache_dir)
-    work = target.with_name(f".{uuid.uuid4().hex}")
+    staging = target.with_name(f".{uuid.uuid4().hex}")
     try:
         with disk_faults():
-            await asyncio.to_thread(_clear, target.parent)
-            work.mkdir(mode=0o700)
+            await asyncio.to_thread(_prepare_directory, target.parent)
+            staging.mkdir(mode=0o700)
             info = services.engine_info
             experts = {name: size._asdict() for name, size in info.experts.items()}
             files = {"renamed": info.renamed, "transposed": info.transposed, "experts": experts}
-            order = {"base": str(base), "adapter": str(version.path), "target": str(work), **files}
+            order = {"base": str(base), "adapter": str(version.path), "target": str(staging), **files}
             await ask_once("adapters.offline.merge.carry_out", order, settings.merge_seconds)
-            work.rename(target)
+            staging.rename(target)
     except HelperLimit as limit:
         message = f"Merging {limit} (--merge-seconds)."
         raise InvalidRequest(message, param="to", code="merge_too_slow") from None
     finally:
-        await run_in_threadpool(shutil.rmtree, work, ignore_errors=True)
+        await run_in_threadpool(shutil.rmtree, staging, ignore_errors=True)
 
 
-def _clear(checkpoints: Path) -> None:
+def _prepare_directory(checkpoints: Path) -> None:
     """Create the directory, and remove the leftovers of interrupted merges."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     for left in checkpoints.glob(".*"):
@@ -213,12 +213,12 @@ def _directory(services: Services, version: Version) -> Path:
     return services.settings.data_dir / "checkpoints" / version.digest.removeprefix("sha256:")
 
 
-async def _check_own(services: Services, caller: Caller, asked: str) -> None:
+async def _check_owner(services: Services, caller: Caller, reference: str) -> None:
     """Check that the caller owns the adapter. Raises ModelNotFound, PermissionDenied."""
     try:
-        await services.registry.find_owned(caller, split_reference(asked)[0])
+        await services.registry.find_owned(caller, split_reference(reference)[0])
     except UnknownAdapter:
-        raise ModelNotFound(asked, param="name") from None
+        raise ModelNotFound(reference, param="name") from None
 
 
 async def _version(services: Services, caller: Caller, name: str) -> Version:

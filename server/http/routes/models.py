@@ -34,17 +34,17 @@ async def list_models(request: Request, query: WindowQuery) -> Response:
 
 async def get_model(request: Request) -> Response:
     """Get one model by id: the base, an adapter, or a version of it as `name@digest prefix`."""
-    services, asked = services_of(request), request.path_params["id"]
-    if asked in services.settings.base_aliases:
+    services, model_id = services_of(request), request.path_params["id"]
+    if model_id in services.settings.base_aliases:
         return JSONResponse(_base_card(services) | services.text.details())
-    if "@" in asked:
-        async with services.registry.open(caller_of(request), asked, param="model") as version:
-            return JSONResponse(await _adapter_details(services, version, caller_of(request).tenant) | {"id": asked})
+    if "@" in model_id:
+        async with services.registry.open(caller_of(request), model_id, param="model") as version:
+            return JSONResponse(await _adapter_details(services, version, caller_of(request).tenant) | {"id": model_id})
     try:
-        version = await services.registry.find(caller_of(request), asked)
+        version = await services.registry.find(caller_of(request), model_id)
         return JSONResponse(await _adapter_details(services, version, caller_of(request).tenant))
     except UnknownAdapter:
-        raise ModelNotFound(asked) from None
+        raise ModelNotFound(model_id) from None
 
 
 async def delete_model(request: Request) -> Response:
