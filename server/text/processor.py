@@ -268,9 +268,9 @@ class TextProcessor:
                     param=param,
                 )
         ids: list[list[int]] = []
-        for turn in _turns(texts):
-            work = partial(self._encode, turn, add_special_tokens)
-            ids += await self.in_thread(sum(map(len, turn)) + len(turn), work)
+        for batch in _batches(texts):
+            work = partial(self._encode, batch, add_special_tokens)
+            ids += await self.in_thread(sum(map(len, batch)) + len(batch), work)
         return ids
 
     def offsets(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -385,7 +385,7 @@ def _is_more_than_text(message: Mapping[str, Any]) -> bool:
     return message["role"] == "tool" or "tool_calls" in message or "reasoning" in message
 
 
-def _turns(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     """Yield texts in groups, so that a request with many of them lets others run in between."""
     turn: list[str] = []
     size = 0
