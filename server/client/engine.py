@@ -220,11 +220,11 @@ class LocalEngine:
                 self._send_if_up(protocol.Abort(id=request.id))
 
     async def warm(self, adapter: AdapterRef) -> float:
-        done = await self._load(adapter, lambda: protocol.Warm(id=uuid.uuid4().hex, adapter=adapter))
-        assert isinstance(done, protocol.Done)
-        if done.error is not None:
-            raise AdapterLoadFailed(done.error, done.code or protocol.LOAD_FAILED)
-        return done.seconds
+        reply = await self._load(adapter, lambda: protocol.Warm(id=uuid.uuid4().hex, adapter=adapter))
+        assert isinstance(reply, protocol.Done)
+        if reply.error is not None:
+            raise AdapterLoadFailed(reply.error, reply.code or protocol.LOAD_FAILED)
+        return reply.seconds
 
     def pin(self, adapters: Sequence[AdapterRef]) -> None:
         self._pinned = list(adapters)
@@ -247,10 +247,10 @@ class LocalEngine:
         return report
 
     async def unmerge(self, digest: str) -> bool:
-        done = await self._call(protocol.Unmerge(uuid.uuid4().hex, digest))
-        assert isinstance(done, protocol.Done)
+        reply = await self._call(protocol.Unmerge(uuid.uuid4().hex, digest))
+        assert isinstance(reply, protocol.Done)
         self._merges.pop(digest, None)
-        return done.code is None
+        return reply.code is None
 
     async def inspect(self) -> Inspection:
         report = await self._call(protocol.Inspect(id=uuid.uuid4().hex))

@@ -73,7 +73,7 @@ async def send_json(send: Send, content: Any, headers: Mapping[str, str]) -> Non
     body = encode_json(content)
     length = {"content-type": "application/json", "content-length": str(len(body))}
     await _start(send, length | dict(headers))
-    await _send_body(send, body, more=False)
+    await _send_body(send, body, more_body=False)
 
 
 async def send_events(
@@ -110,7 +110,7 @@ async def send_events(
         if pings is not None:
             pings.cancel()
             await asyncio.gather(pings, return_exceptions=True)
-    await _send_body(send, b"", more=False)
+    await _send_body(send, b"", more_body=False)
 
 
 class _EventStream:
@@ -137,11 +137,11 @@ class _EventStream:
     async def ping(self, seconds: float) -> None:
         """Write a comment, ignored by clients, after each idle period, since proxies close idle connections."""
         while True:
-            left = self._last + seconds - self._clock()
-            if left <= 0:
+            remaining = self._last + seconds - self._clock()
+            if remaining <= 0:
                 await self.write(PING)
             else:
-                await asyncio.sleep(left)
+                await asyncio.sleep(remaining)
 
 
 def _encode_event(event: Any, *, named: bool) -> bytes:
@@ -157,8 +157,8 @@ async def _start(send: Send, headers: Mapping[str, str]) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": raw})
 
 
-async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": more})
+async def _send_body(send: Send, body: bytes, *, more_body: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more_body})
 
 
 class WholeFile(FileResponse):

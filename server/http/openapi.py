@@ -51,11 +51,13 @@ def document(
     inputs: list[tuple[type[Body], JsonSchemaMode]] = [(kind, "validation") for kind in bodies]
     named, definitions = models_json_schema(inputs, ref_template=f"{_COMPONENTS}{{model}}")
     schemas |= definitions.get("$defs", {})
-    known = dict(zip(map(repr, kinds), refs, strict=True)) | {repr(kind): ref for (kind, _), ref in named.items()}
+    refs_by_type = dict(zip(map(repr, kinds), refs, strict=True)) | {
+        repr(kind): ref for (kind, _), ref in named.items()
+    }
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         path = re.sub(r"{(\w+):path}", r"{\1}", operation.path)
-        paths.setdefault(path, {})[operation.method.lower()] = _operation(operation, settings, known)
+        paths.setdefault(path, {})[operation.method.lower()] = _operation(operation, settings, refs_by_type)
     described: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "Lorakeet", "version": version, "description": _DESCRIPTION},
@@ -92,18 +94,18 @@ def errors_by_status(operation: Operation, settings: Settings) -> dict[int, list
     return dict(sorted(by_status.items()))
 
 
-def _operation(operation: Operation, settings: Settings, known: dict[str, Any]) -> dict[str, Any]:
+def _operation(operation: Operation, settings: Settings, refs_by_type: dict[str, Any]) -> dict[str, Any]:
     summary, _, more = inspect.cleandoc(operation.handler.__doc__ or "").partition("\n\n")
     described: dict[str, Any] = {
         "operationId": operation.name,
         "summary": " ".join(summary.split()),
         "tags": [_tag(operation)[0]],
         "parameters": _parameters(operation),
-        "responses": _responses(operation, settings, known),
+        "responses": _responses(operation, settings, refs_by_type),
     }
     if more:
         described["description"] = more
-    if content := _request_content(operation, settings, known):
+    if content := _request_content(operation, settings, refs_by_type):
         required = operation.body_required or operation.form is not None
         described["requestBody"] = {"required": required, "content": content}
     if operation.path in open_paths(settings):
@@ -135,7 +137,7 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
     return parameters
 
 
-def _request_content(operation: Operation, settings: Settings, known: dict[str, Any]) -> dict[str, Any]:
+def _request_content(operation: Operation, settings: Settings, refs_by_type: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if operation.form is not None:
         parts = operation.form(settings, Path())
@@ -156,19 +158,19 @@ def _request_content(operation: Operation, settings: Settings, known: dict[str, 
             }
         }
     if operation.bodies:
-        refs = [known[repr(kind)] for kind in operation.bodies]
+        refs = [refs_by_type[repr(kind)] for kind in operation.bodies]
         content["application/json"] = {"schema": refs[0] if len(refs) == 1 else {"anyOf": refs}}
     return content
 
 
-def _responses(operation: Operation, settings: Settings, known: dict[str, Any]) -> dict[str, Any]:
+def _responses(operation: Operation, settings: Settings, refs_by_type: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if isinstance(operation.response_type, str):
         content = {media_type: {} for media_type in operation.response_type.split(", ")}
     elif operation.response_type is not None:
-        content["application/json"] = {"schema": known[repr(operation.response_type)]}
+        content["application/json"] = {"schema": refs_by_type[repr(operation.response_type)]}
     if operation.events is not None:
-        event = known[repr(operation.events)]
+        event = refs_by_type[repr(operation.events)]
         text = "JSON of this schema. A generation ends with `[DONE]`, which is not JSON."
         data = {"type": "string", "description": text, "contentSchema": event}
         schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}  # schema of one event
@@ -176,7 +178,7 @@ def _responses(operation: Operation, settings: Settings, known: dict[str, Any]) 
     responses: dict[str, Any] = {
         str(status): {"description": HTTPStatus(status).phrase, "content": content} for status in operation.statuses
     }
-    error = {"application/json": {"schema": known[repr(operation.error_type)]}}
+    error = {"application/json": {"schema": refs_by_type[repr(operation.error_type)]}}
     for status, errors in errors_by_status(operation, settings).items():
         texts = [(kind.__doc__ or "").partition(": ")[2].partition("\n")[0] for kind in errors]
         described = {"description": " ".join(text[:1].upper() + text[1:] for text in texts), "content": error}

@@ -93,14 +93,14 @@ class Operation(Route):
     async def _respond(self, request: Request) -> ASGIApp:
         if self.roles.isdisjoint(request.scope["caller"].roles):
             raise PermissionDenied(role_error_message(self.roles))
-        given: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         if self.query is not None:
-            given["query"] = read_query(request, self.query)
+            arguments["query"] = read_query(request, self.query)
         if self.bodies and (self.body_required or self._has_json(request)):
-            given["body"] = await read_as(request, self._validate)
-        answer = await self.handler(request, **given)
+            arguments["body"] = await read_as(request, self._validate)
+        answer = await self.handler(request, **arguments)
         if self.changes:
-            await self._record(request, answer, given.get("body"))
+            await self._record(request, answer, arguments.get("body"))
         return answer
 
     async def _record(self, request: Request, answer: ASGIApp, body: Body | None) -> None:

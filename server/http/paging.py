@@ -66,7 +66,7 @@ def window(query: WindowQuery, ids: Sequence[str]) -> tuple[slice, bool]:
     return slice(start, end), end < len(ids)
 
 
-def page(objects: Sequence[dict[str, Any]], more: bool) -> Response:
+def page(objects: Sequence[dict[str, Any]], has_more: bool) -> Response:
     """Return one page as a response."""
     ids = {"first_id": objects[0]["id"], "last_id": objects[-1]["id"]} if objects else {}
-    return JSONResponse({"object": "list", "data": list(objects), "has_more": more, **ids})
+    return JSONResponse({"object": "list", "data": list(objects), "has_more": has_more, **ids})

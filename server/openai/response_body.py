@@ -151,10 +151,10 @@ class ResponseBody(SamplingBody):
             raise InvalidRequest("`stream_options` may only be given with `stream: true`.", param="stream_options")
         if self.background and self.store is False:
             raise InvalidRequest("`background` needs `store`: the answer is fetched later.", param="store")
-        known = {tool.name for tool in self.tools}
+        names = {tool.name for tool in self.tools}
         if isinstance(self.tool_choice, AllowedTools):
             for i, allowed in enumerate(self.tool_choice.tools):
-                if allowed.name not in known:
+                if allowed.name not in names:
                     param = f"tool_choice.tools.{i}.name"
                     raise InvalidRequest(f"`{param}` is none of the `tools`.", param=param)
         return self

@@ -111,14 +111,14 @@ def check_choice(choice: ToolChoice, tools: Sequence[Tool]) -> None:
     """Check the choice. Raises `InvalidRequest` if it needs tools without any, or names an unknown one."""
     if choice == "required" and not tools:
         raise InvalidRequest("`tool_choice` needs `tools`.", param="tool_choice")
-    known = {tool.function.name for tool in tools}
+    names = {tool.function.name for tool in tools}
     named: Sequence[tuple[str, NamedTool]] = []
     if isinstance(choice, NamedTool):
         named = [("tool_choice", choice)]
     elif isinstance(choice, AllowedTools):
         named = [(f"tool_choice.allowed_tools.tools.{i}", tool) for i, tool in enumerate(choice.allowed_tools.tools)]
     for place, tool in named:
-        if tool.function.name not in known:
+        if tool.function.name not in names:
             message = f"`{place}` names `{tool.function.name}`, which is none of the `tools`."
             raise InvalidRequest(message, param=f"{place}.function.name")
 

@@ -28,24 +28,24 @@ async def _answer(services: Services, caller: Caller, body: ClassifyChatBody | C
         services.admission.check_size(len(body.input), "input")
     async with open_target(services, caller, body.model, body.adapter_id, user=body.user, task="classify") as target:
         prompts = await body.prompts(target, services.engine_info.max_model_len)
-        found, usage = await scores(services, body, target, prompts)
+        all_scores, usage = await scores(services, body, target, prompts)
     answer = {
         "id": f"classify-{uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
         "model": target.requested_name,
-        "data": [_entry(index, each, body.use_activation) for index, each in enumerate(found)],
+        "data": [_entry(index, label_scores, body.use_activation) for index, label_scores in enumerate(all_scores)],
         "usage": usage.as_json(),
     }
     await send_json(send, answer, {"X-Adapter-Digest": target.digest})
 
 
-def _entry(index: int, found: list[float], activated: bool) -> dict[str, Any]:
+def _entry(index: int, label_scores: list[float], use_activation: bool) -> dict[str, Any]:
     return {
         "index": index,
-        "label": f"LABEL_{found.index(max(found))}",
-        "probs": probabilities(found) if activated else found,
-        "num_classes": len(found),
+        "label": f"LABEL_{label_scores.index(max(label_scores))}",
+        "probs": probabilities(label_scores) if use_activation else label_scores,
+        "num_classes": len(label_scores),
     }
 
 

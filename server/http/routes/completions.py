@@ -104,8 +104,8 @@ def _echoes(text: TextProcessor, body: CompletionBody, prompts: Sequence[Prompt]
 
 def _echo(text: TextProcessor, body: CompletionBody, prompt: Prompt) -> _Echo:
     if prompt.text is not None:
-        wanted = body.logprobs is not None
-        offsets = text.offsets(prompt.text, add_special_tokens=body.add_special_tokens) if wanted else []
+        with_offsets = body.logprobs is not None
+        offsets = text.offsets(prompt.text, add_special_tokens=body.add_special_tokens) if with_offsets else []
         return _Echo(prompt.text, offsets)
     skip = body.skip_special_tokens
     decode = partial(text.decode, skip_special_tokens=skip)
@@ -138,7 +138,7 @@ class _Writer:
                 size().add(len(prompt.ids), len(echo.text))  # one event holds a whole prompt
             else:
                 self._size.add(len(prompt.ids) * body.n, len(echo.text) * body.n)
-        self._begun: set[int] = set()  # choices whose first part has been sent
+        self._started: set[int] = set()  # choices whose first part has been sent
         self._id = f"cmpl-{uuid.uuid4().hex}"
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -146,7 +146,7 @@ class _Writer:
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
                 await self._encode_prompt_logprobs(index, piece)
-                begins = index not in self._begun
+                begins = index not in self._started
                 if choice := self._choice(index, piece):
                     if begins:
                         choice = self._with_echo(index, choice)
@@ -157,7 +157,7 @@ class _Writer:
     async def full_response(self) -> dict[str, Any]:
         """Return the whole response in one object."""
         choices: dict[int, dict[str, Any]] = {}
-        ended: dict[int, Raw] = {}
+        encoded_choices: dict[int, Raw] = {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
                 self._size.add(len(piece.entries))
@@ -165,18 +165,18 @@ class _Writer:
                 more = self._choice(index, piece)
                 if more is None:
                     continue
-                made = choices.setdefault(index, more)
-                if made is not more:
-                    made["text"] += more["text"]
-                    if made["logprobs"] is not None:
-                        extend(made["logprobs"], more["logprobs"])
+                choice = choices.setdefault(index, more)
+                if choice is not more:
+                    choice["text"] += more["text"]
+                    if choice["logprobs"] is not None:
+                        extend(choice["logprobs"], more["logprobs"])
                     if self._body.return_token_ids:
-                        made["token_ids"] += more["token_ids"]
-                    made |= {key: more[key] for key in ("finish_reason", "stop_reason")}
+                        choice["token_ids"] += more["token_ids"]
+                    choice |= {key: more[key] for key in ("finish_reason", "stop_reason")}
                 if piece.finish_reason is not None:
                     choice = self._with_echo(index, choices.pop(index))
-                    ended[index] = Raw(encode_json(choice))  # far smaller, and spread over time
-        ordered = [ended[index] for index in sorted(ended)]
+                    encoded_choices[index] = Raw(encode_json(choice))  # far smaller, and spread over time
+        ordered = [encoded_choices[index] for index in sorted(encoded_choices)]
         return self._envelope(ordered) | {"usage": self._generation.usage.as_json()}
 
     async def _encode_prompt_logprobs(self, index: int, piece: Piece) -> None:
@@ -193,13 +193,13 @@ class _Writer:
         echo = self._echoes[prompt] if self._echoes else None
         with_logprobs = self._body.logprobs is not None
         text = piece.text
-        begins = index not in self._begun
+        begins = index not in self._started
         logprobs = columns(self._text, piece.entries, start=len(echo.text) if echo else 0) if with_logprobs else None
         if echo is not None and begins:
             text = echo.text + text
         elif not piece:
             return None
-        self._begun.add(index)
+        self._started.add(index)
         choice = {
             "index": index,
             "text": text,

@@ -290,11 +290,11 @@ async def _steer(request: Request, change: Callable[[Job], Awaitable[Job]]) -> R
 def job_object(services: Services, job: Job) -> dict[str, Any]:
     """Return OpenAI's object. `lora`, `training`, `step`, `total_steps`, `stop_token_ids`, the formats are ours."""
     spec, plan = job.spec, None if job.start is None else job.start.plan
-    shown = to_builtins(spec.hyperparameters)
+    effective = to_builtins(spec.hyperparameters)
     if plan is not None:
-        shown |= {"n_epochs": plan.n_epochs, "batch_size": plan.batch_size}
+        effective |= {"n_epochs": plan.n_epochs, "batch_size": plan.batch_size}
         if spec.hyperparameters.learning_rate_multiplier == "auto":
-            shown["learning_rate_multiplier"] = 1.0
+            effective["learning_rate_multiplier"] = 1.0
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -303,7 +303,7 @@ def job_object(services: Services, job: Job) -> dict[str, Any]:
         "estimated_finish": services.tuning.manager.estimated_finish(job),
         "error": None if job.error is None else to_builtins(job.error),
         "fine_tuned_model": job.fine_tuned_model,
-        "hyperparameters": shown,
+        "hyperparameters": effective,
         "model": spec.model,
         "organization_id": _ORGANIZATION,
         "result_files": job.result_files,
@@ -314,7 +314,7 @@ def job_object(services: Services, job: Job) -> dict[str, Any]:
         "validation_file": spec.validation_file,
         "integrations": spec.integrations,
         "metadata": spec.metadata,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": shown}},
+        "method": {"type": "supervised", "supervised": {"hyperparameters": effective}},
         "lora": to_builtins(spec.lora) if job.start is None else job.start.config,
         "training": to_builtins(spec.training if plan is None else plan),
         "step": job.step,

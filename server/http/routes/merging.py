@@ -114,9 +114,9 @@ async def _merge_resident(services: Services, version: Version, dtype: MergedDty
     try:
         report = await services.engine.merge(adapter_ref(version), dtype, prompts)
     except MergeRefused as refusal:
-        known = _REFUSALS.get(refusal.code)
-        if known is not None:
-            raise known(f"{refusal}.") from None
+        make_error = _REFUSALS.get(refusal.code)
+        if make_error is not None:
+            raise make_error(f"{refusal}.") from None
         raise InvalidRequest(f"{refusal}.", param="to", code=refusal.code) from None
     if not services.store.is_answering(version.digest):  # replaced while the merge was built
         await services.engine.unmerge(version.digest)

@@ -45,11 +45,11 @@ async def _answer(services: Services, caller: Caller, body: MessageBody, send: S
 
 
 async def _events(writer: MessageWriter, chat: Chat) -> AsyncGenerator[MessageEvent, None]:
-    begun = False
+    started = False
     async with aclosing(chat.additions()) as additions:
         async for addition in additions:
-            if not begun:
-                begun = True
+            if not started:
+                started = True
                 for event in writer.begin():
                     yield event
             for event in writer.add(addition):

@@ -92,13 +92,13 @@ def _items(services: Services, tenant: str, body: ResponseBody, number: str) -> 
     taken = {item["id"] for item in items}
     for i, item in enumerate(body.input):
         if isinstance(item, ItemReference):
-            made = services.responses.item(tenant, item.id, f"input.{i}.id")
+            resolved = services.responses.item(tenant, item.id, f"input.{i}.id")
         else:
-            made = as_item(item, f"{number}_in{i}")
-        if made["id"] in taken:  # ids must be unique for paging
-            made = made | {"id": f"again_{number}_in{i}"}
-        taken.add(made["id"])
-        items.append(made)
+            resolved = as_item(item, f"{number}_in{i}")
+        if resolved["id"] in taken:  # ids must be unique for paging
+            resolved = resolved | {"id": f"again_{number}_in{i}"}
+        taken.add(resolved["id"])
+        items.append(resolved)
     return items
 
 
