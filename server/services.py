@@ -9,7 +9,7 @@ from starlette.requests import Request
 from adapters.storage.store import AdapterStore
 from server.admission import Admission, Drain, UploadSlots
 from server.batches.runner import Batches
-from server.client.engine import EngineClient, served_base
+from server.client.engine import EngineClient, engine_info
 from server.errors import unknown_adapter
 from server.finetune.service import FineTuning
 from server.history import History
@@ -54,7 +54,7 @@ class Services:
     @property
     def engine_info(self) -> Ready:
         """The served base. Raises `EngineUnavailable` before the first engine is up."""
-        return served_base(self.engine)
+        return engine_info(self.engine)
 
 
 def services_of(request: Request) -> Services:

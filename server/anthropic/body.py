@@ -10,7 +10,7 @@ from server.errors import InvalidRequest, LorakeetError, NotFound, as_error
 from server.openai.body import Body, Items, Label
 from server.openai.chat import ChatBody
 from server.openai.grammars import Schema
-from server.openai.parts import parts, renamed
+from server.openai.parts import parts, with_renamed_param
 from server.openai.schema import INT32, MAX_STOP_LENGTH, MAX_STOPS
 from server.openai.tools import FunctionName
 
@@ -97,9 +97,9 @@ class InputMessage(Body):
 
     @model_validator(mode="after")
     def _check_blocks(self) -> Self:
-        of_others = {"assistant": ("tool_result",), "user": ("tool_use", "thinking", "redacted_thinking")}
+        foreign_types = {"assistant": ("tool_result",), "user": ("tool_use", "thinking", "redacted_thinking")}
         for i, block in enumerate(self.content):
-            if block.type != "text" and block.type in of_others.get(self.role, tuple(_BLOCKS)):
+            if block.type != "text" and block.type in foreign_types.get(self.role, tuple(_BLOCKS)):
                 param = f"content.{i}.type"
                 raise InvalidRequest(f"`{param}`: no {block.type} in a message of the {self.role}.", param=param)
         return self
@@ -194,7 +194,7 @@ class MessageMetadata(Body):
 
 
 _TOOLS: dict[str, type[Body]] = {"custom": MessageTool}
-_NAMES = (  # fields of the chat request -> fields of this body
+_FIELD_NAMES = (  # fields of the chat request -> fields of this body
     ("tool_choice.function", "tool_choice"),
     ("reasoning_effort", "output_config.effort"),
     ("max_completion_tokens", "max_tokens"),
@@ -235,19 +235,19 @@ class CountBody(_Cached):
         try:
             return ChatBody.validate_object(self._chat())
         except (ValidationError, LorakeetError) as fault:
-            raise self.refusal(as_error(fault)) from None
+            raise self.translate_error(as_error(fault)) from None
 
-    def refusal(self, error: LorakeetError) -> LorakeetError:
-        """Return a refusal of the chat request with the field names of this body."""
+    def translate_error(self, error: LorakeetError) -> LorakeetError:
+        """Return an error of the chat request with the field names of this body."""
         tool, number, *rest = [*(error.param or "").split(".", 3), "", ""]
         if tool == "tools" and rest[0] == "function":
             schema = [(f"tools.{number}.function.parameters", f"tools.{number}.input_schema")]
-            return renamed(error, [*schema, (f"tools.{number}.function", f"tools.{number}")])
+            return with_renamed_param(error, [*schema, (f"tools.{number}.function", f"tools.{number}")])
         form = "output_config.format" if self.output_format is None else "output_format"
-        return renamed(error, [("response_format.json_schema", form), *_NAMES])
+        return with_renamed_param(error, [("response_format.json_schema", form), *_FIELD_NAMES])
 
     def _chat(self) -> dict[str, Any]:
-        messages = _joined(message for turn in self.messages for message in turn.chat())
+        messages = _join_turns(message for turn in self.messages for message in turn.chat())
         if self.system:
             messages.insert(0, {"role": "system", "content": "\n".join(part.text for part in self.system)})
         choices = {"any": "required", "tool": {"type": "function", "function": {"name": self.tool_choice.name}}}
@@ -289,7 +289,7 @@ class MessageBody(CountBody):
     @model_validator(mode="after")
     def _check_thread(self) -> Self:
         if self.thread is not None and self.thread.type == "continue":
-            message = "No conversation is held here: send all of its messages."
+            message = "This server stores no conversations; send all messages."
             raise NotFound(message, param="thread.previous_message_id", code="thread_not_found")
         return self
 
@@ -310,7 +310,7 @@ class MessageBody(CountBody):
         }
 
 
-def _joined(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _join_turns(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join consecutive user turns, and consecutive assistant turns, as Anthropic's API does."""
     joined: list[dict[str, Any]] = []
     for message in messages:

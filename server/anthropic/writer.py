@@ -16,12 +16,12 @@ class MessageWriter:
     """Builds the events and the message from a chat's additions.
 
     Args:
-        most: the client's `max_tokens`.
+        max_tokens: the client's `max_tokens`.
     """
 
-    def __init__(self, chat: Chat, most: int) -> None:
+    def __init__(self, chat: Chat, max_tokens: int) -> None:
         self._chat = chat
-        self._most = most
+        self._max_tokens = max_tokens
         self._id = f"msg_{uuid.uuid4().hex}"
         self._blocks: list[o.Block] = []  # while open, the last block is still empty
         self._texts: list[str] | None = None  # of the last block while it is open
@@ -93,8 +93,8 @@ class MessageWriter:
 
     def _end(self, finish: Finish) -> o.Ending:
         if finish.reason == "length":
-            asked = self._chat.generation.usage.completion_tokens >= self._most
-            reason: o.StopReason = "max_tokens" if asked else "model_context_window_exceeded"
+            reached_limit = self._chat.generation.usage.completion_tokens >= self._max_tokens
+            reason: o.StopReason = "max_tokens" if reached_limit else "model_context_window_exceeded"
             return o.Ending(stop_reason=reason, stop_sequence=None)
         if isinstance(finish.stop_reason, str):
             return o.Ending(stop_reason="stop_sequence", stop_sequence=finish.stop_reason)
@@ -103,7 +103,7 @@ class MessageWriter:
     def _message(self, ending: o.Ending | None) -> o.MessageObject:
         return o.MessageObject(
             id=self._id,
-            model=self._chat.generation.target.asked,
+            model=self._chat.generation.target.requested_name,
             content=list(self._blocks),
             stop_reason=None if ending is None else ending.stop_reason,
             stop_sequence=None if ending is None else ending.stop_sequence,

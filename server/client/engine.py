@@ -34,7 +34,7 @@ from server.messages.training import (
 _POLL_SECONDS = 0.2
 
 _Call = protocol.Warm | protocol.Forget | protocol.Merge | protocol.Unmerge | protocol.Inspect | PlanMemory
-_Answer = protocol.Done | MergeReport | Inspection | MemoryPlan  # replies to a call
+_CallReply = protocol.Done | MergeReport | Inspection | MemoryPlan  # replies to a call
 
 
 class EngineRefusal(Exception):
@@ -107,7 +107,7 @@ class EngineClient(Protocol):
         started again.
         """
 
-    async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
+    async def plan_memory(self, question: PlanMemory) -> MemoryPlan:
         """Return the memory plan of a job. Raises TrainingRefused, EngineUnavailable and EngineDied, like `train`."""
 
     async def stop_job(self, message: StopJob) -> None:
@@ -120,14 +120,14 @@ class EngineClient(Protocol):
         """Let running sequences finish for at most `grace` seconds, then end the process."""
 
 
-def served_base(engine: EngineClient) -> Ready:
+def engine_info(engine: EngineClient) -> Ready:
     """Return the engine's description of itself. Raises EngineUnavailable before the first engine is up."""
     if engine.info is None:
         raise EngineUnavailable(engine.unready_reason or "The engine is starting.")
     return engine.info
 
 
-async def engine_up(engine: EngineClient) -> Ready:
+async def wait_until_ready(engine: EngineClient) -> Ready:
     """Wait until the engine is ready; return its description of itself."""
     while engine.unready_reason is not None or engine.info is None:  # noqa: ASYNC110 - the interface has no event
         await asyncio.sleep(_POLL_SECONDS)
@@ -155,16 +155,16 @@ class LocalEngine:
         self._on_stats = on_stats
         self._process = EngineProcess(
             config,
-            self._hear,
-            self._release_everyone,
-            self._training,
+            self._on_message,
+            self._fail_all_waiting,
+            self._is_training,
             start_seconds=start_seconds,
             stall_seconds=stall_seconds,
         )
         self._info: Ready | None = None
         self._pinned: list[AdapterRef] = []
         self._streams: dict[str, asyncio.Queue[Output | EngineUnavailable]] = {}
-        self._calls: dict[str, tuple[_Call, asyncio.Future[_Answer]]] = {}
+        self._calls: dict[str, tuple[_Call, asyncio.Future[_CallReply]]] = {}
         self._jobs: dict[str, asyncio.Queue[JobReply | EngineUnavailable]] = {}  # by the engine's id of a run
         self._job_ids: dict[str, str] = {}  # job id -> the engine's id of its latest run
         self._job_runs = itertools.count()
@@ -220,11 +220,11 @@ class LocalEngine:
                 self._send_if_up(protocol.Abort(id=request.id))
 
     async def warm(self, adapter: AdapterRef) -> float:
-        done = await self._load(adapter, lambda: protocol.Warm(id=uuid.uuid4().hex, adapter=adapter))
-        assert isinstance(done, protocol.Done)
-        if done.error is not None:
-            raise AdapterLoadFailed(done.error, done.code or protocol.LOAD_FAILED)
-        return done.seconds
+        reply = await self._load(adapter, lambda: protocol.Warm(id=uuid.uuid4().hex, adapter=adapter))
+        assert isinstance(reply, protocol.Done)
+        if reply.error is not None:
+            raise AdapterLoadFailed(reply.error, reply.code or protocol.LOAD_FAILED)
+        return reply.seconds
 
     def pin(self, adapters: Sequence[AdapterRef]) -> None:
         self._pinned = list(adapters)
@@ -247,10 +247,10 @@ class LocalEngine:
         return report
 
     async def unmerge(self, digest: str) -> bool:
-        done = await self._call(protocol.Unmerge(uuid.uuid4().hex, digest))
-        assert isinstance(done, protocol.Done)
+        reply = await self._call(protocol.Unmerge(uuid.uuid4().hex, digest))
+        assert isinstance(reply, protocol.Done)
         self._merges.pop(digest, None)
-        return done.code is None
+        return reply.code is None
 
     async def inspect(self) -> Inspection:
         report = await self._call(protocol.Inspect(id=uuid.uuid4().hex))
@@ -279,8 +279,8 @@ class LocalEngine:
             if self._jobs.pop(id_, None) is not None:
                 self._send_if_up(StopJob(id_, save=False))
 
-    async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
-        plan = await self._call(asked)
+    async def plan_memory(self, question: PlanMemory) -> MemoryPlan:
+        plan = await self._call(question)
         if isinstance(plan, protocol.Done):
             raise TrainingRefused(plan.error or "", plan.code or "")
         assert isinstance(plan, MemoryPlan)
@@ -289,16 +289,16 @@ class LocalEngine:
     async def stop_job(self, message: StopJob) -> None:
         self._process.send(replace(message, id=self._job_ids.get(message.id, message.id)))
 
-    async def _load(self, adapter: AdapterRef, message: Callable[[], _Call]) -> _Answer:
+    async def _load(self, adapter: AdapterRef, message: Callable[[], _Call]) -> _CallReply:
         """Make a call that loads the adapter; if the load fails, mend the adapter's files and repeat the call once."""
-        answer = await self._call(message())
-        if not (isinstance(answer, protocol.Done) and answer.code == protocol.LOAD_FAILED and self.mend is not None):
-            return answer
+        reply = await self._call(message())
+        if not (isinstance(reply, protocol.Done) and reply.code == protocol.LOAD_FAILED and self.mend is not None):
+            return reply
         await self.mend([adapter])
         return await self._call(message())
 
-    async def _call(self, message: _Call) -> _Answer:
-        future: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+    async def _call(self, message: _Call) -> _CallReply:
+        future: asyncio.Future[_CallReply] = asyncio.get_running_loop().create_future()
         self._calls[message.id] = message, future
         try:
             self._process.send(message)
@@ -312,7 +312,7 @@ class LocalEngine:
 
     # --- messages from the engine --------------------------------------------------------------------
 
-    def _hear(self, message: protocol.Reply) -> None:
+    def _on_message(self, message: protocol.Reply) -> None:
         """Deliver a message to the request, call or job waiting for it."""
         match message:
             case protocol.Step():
@@ -336,11 +336,11 @@ class LocalEngine:
                 if (job := self._jobs.get(message.id)) is not None:
                     job.put_nowait(message)
 
-    def _training(self) -> bool:
+    def _is_training(self) -> bool:
         """Whether a job runs on the engine or a memory plan is being computed."""
         return bool(self._jobs) or any(isinstance(message, PlanMemory) for message, _ in self._calls.values())
 
-    def _release_everyone(self, error: type[EngineUnavailable]) -> None:
+    def _fail_all_waiting(self, error: type[EngineUnavailable]) -> None:
         """Fail every waiting request, job and call, since this engine process will not reply."""
         self._merges = {}
         for queue in self._streams.values():

@@ -29,8 +29,8 @@ log = logging.getLogger("lorakeet.engine")
 _WATCH_SECONDS = 1.0  # between checks for messages from the engine
 _RETRY_SECONDS = 1.0  # before another attempt after a process could not be started
 _SOCKET = "engine.sock"
-_QUIET_SECONDS = 60.0  # of silence after which a loaded engine is no longer reported ready
-_DEATHS = 3  # in a row before the engine is not restarted any more
+_SILENCE_SECONDS = 60.0  # of silence after which a loaded engine is no longer reported ready
+_MAX_DEATHS = 3  # in a row before the engine is not restarted any more
 
 
 class EngineDied(EngineUnavailable):
@@ -42,9 +42,9 @@ class EngineProcess:
 
     Args:
         config: configuration of the process (`address` is filled in here).
-        hear: called with every message.
-        ended: called with an error class when messages sent so far will get no reply any more.
-        training: whether the engine has a job: its death then does not count. A job is never sent to more than two
+        on_message: called with every message.
+        on_lost: called with an error class when messages sent so far will get no reply any more.
+        is_training: whether the engine has a job: its death then does not count. A job is never sent to more than two
             processes that die.
         start_seconds: an engine not loaded after this long is killed and restarted.
         stall_seconds: a loaded engine that sends no message for this long is killed and restarted.
@@ -56,26 +56,26 @@ class EngineProcess:
     def __init__(
         self,
         config: EngineConfig,
-        hear: Callable[[protocol.Reply], None],
-        ended: Callable[[type[EngineUnavailable]], None],
-        training: Callable[[], bool],
+        on_message: Callable[[protocol.Reply], None],
+        on_lost: Callable[[type[EngineUnavailable]], None],
+        is_training: Callable[[], bool],
         *,
         start_seconds: float,
         stall_seconds: float,
     ) -> None:
         self._config = config
-        self._take = hear
-        self._ended = ended
-        self._training = training
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._is_training = is_training
         self._start_seconds = start_seconds
         self._stall_seconds = stall_seconds
-        self._reason: str | None = "the engine has not been started"  # why it is not up
+        self._unready_reason: str | None = "the engine has not been started"  # why it is not up
         self._ever_loaded = False
-        self._last_word = time.monotonic()
+        self._last_message_at = time.monotonic()
         self._deaths = 0  # in a row, without a step with outputs in between
         self._context = zmq.Context()
         self._process: asyncio.subprocess.Process | None = None
-        self._wire: _Wire | None = None
+        self._engine_socket: _Socket | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
         self.failed_for_good = asyncio.Event()
@@ -88,17 +88,17 @@ class EngineProcess:
     @property
     def unready_reason(self) -> str | None:
         """None when the engine is loaded and making progress, else the reason why it is not."""
-        silence = time.monotonic() - self._last_word
-        if self._reason is None and silence > _QUIET_SECONDS:
-            return f"the engine has not answered for {silence:.0f} s"
-        return self._reason
+        silence = time.monotonic() - self._last_message_at
+        if self._unready_reason is None and silence > _SILENCE_SECONDS:
+            return f"the engine has sent no message for {silence:.0f} s"
+        return self._unready_reason
 
     def send(self, message: protocol.Request) -> None:
         """Send a message to the engine. Raises EngineUnavailable when it is not up."""
-        if self._reason is not None or self._wire is None:
-            raise EngineUnavailable(self._reason or "the engine is not running")
+        if self._unready_reason is not None or self._engine_socket is None:
+            raise EngineUnavailable(self._unready_reason or "the engine is not running")
         try:
-            self._wire.send(protocol.encode(message))
+            self._engine_socket.send(protocol.encode(message))
         except zmq.ZMQError:  # the process has just died, unnoticed so far
             raise EngineUnavailable("the engine has just stopped") from None
 
@@ -106,7 +106,7 @@ class EngineProcess:
 
     def start(self) -> None:
         """Start the engine and return at once; `unready_reason` is None once it is up."""
-        self._reason = "the engine is loading the model"
+        self._unready_reason = "the engine is loading the model"
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
 
     async def stop(self, grace: float) -> None:
@@ -114,7 +114,7 @@ class EngineProcess:
         self._stopping = True
         process = self._process
         if process is not None and process.returncode is None:
-            if self._reason is None:
+            if self._unready_reason is None:
                 with contextlib.suppress(EngineUnavailable, TimeoutError):
                     self.send(protocol.Drain())
                     await asyncio.wait_for(process.wait(), max(grace, 0.0))
@@ -123,21 +123,21 @@ class EngineProcess:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
-        self._reason = "the server is shutting down"
-        self._ended(EngineUnavailable)
+        self._unready_reason = "the server is shutting down"
+        self._on_lost(EngineUnavailable)
         self._context.destroy(linger=0)
 
-    def _told_to_stop(self) -> bool:
+    def _stop_requested(self) -> bool:
         return self._stopping
 
     async def _supervise(self) -> None:
         """Run one engine process after another until stopped or given up."""
-        while not self._told_to_stop():
-            born = time.monotonic()
+        while not self._stop_requested():
+            started = time.monotonic()
             try:
                 with scratch(_SOCKET) as directory:
-                    reason, retry = await self._live(directory / _SOCKET)
-                counts = not self._training()
+                    reason, retry = await self._run_process(directory / _SOCKET)
+                counts = not self._is_training()
             except (OSError, zmq.ZMQError) as fault:  # no space for its socket, no memory for its process
                 reason, retry = f"its process cannot be started: {fault}", True
                 counts = not self._ever_loaded  # one that started before can start again
@@ -145,28 +145,30 @@ class EngineProcess:
             except Exception as fault:  # a bug of ours, which would repeat at every restart
                 log.exception("supervising the engine failed")
                 reason, retry, counts = f"a fault in the server: {fault!r}", False, False
-            self._process = self._wire = None
-            if self._told_to_stop():
+            self._process = self._engine_socket = None
+            if self._stop_requested():
                 return
             # A loaded engine that lived this long was healthy. Earlier deaths, and those without a served step, add up.
-            if self._reason is None and time.monotonic() - born > _QUIET_SECONDS:
+            if self._unready_reason is None and time.monotonic() - started > _SILENCE_SECONDS:
                 self._deaths = 0
             self._deaths += counts
-            if not retry or self._deaths >= _DEATHS:
-                self._reason = reason if not retry else f"the engine died {self._deaths} times in a row: {reason}"
-                self._ended(EngineDied)
-                log.error("the engine will not be restarted: %s", self._reason)
+            if not retry or self._deaths >= _MAX_DEATHS:
+                self._unready_reason = (
+                    reason if not retry else f"the engine died {self._deaths} times in a row: {reason}"
+                )
+                self._on_lost(EngineDied)
+                log.error("the engine will not be restarted: %s", self._unready_reason)
                 self.failed_for_good.set()
                 return
-            self._reason = f"the engine is being restarted ({reason})"
-            self._ended(EngineDied)
-            log.warning("%s", self._reason)
+            self._unready_reason = f"the engine is being restarted ({reason})"
+            self._on_lost(EngineDied)
+            log.warning("%s", self._unready_reason)
 
-    async def _live(self, socket: Path) -> tuple[str, bool]:
+    async def _run_process(self, socket: Path) -> tuple[str, bool]:
         """Run one process until it ends; return the reason for its end and whether to restart."""
         config = msgspec.structs.replace(self._config, address=f"ipc://{socket}")
         fatal: asyncio.Future[protocol.Fatal] = asyncio.get_running_loop().create_future()
-        with contextlib.closing(_Wire(self._context, config.address, partial(self._hear, fatal))) as wire:
+        with contextlib.closing(_Socket(self._context, config.address, partial(self._receive, fatal))) as engine_socket:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -177,9 +179,9 @@ class EngineProcess:
                 # torch's idle threads must sleep, not spin, or they take the cores from our own kernels' threads.
                 env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **CHILD_ENVIRONMENT},
             )
-            self._process, self._wire = process, wire
+            self._process, self._engine_socket = process, engine_socket
             death = asyncio.create_task(process.wait())
-            stall = asyncio.create_task(self._stall())
+            stall = asyncio.create_task(self._wait_for_stall())
             ends: set[asyncio.Future[Any]] = {fatal, death, stall}
             try:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -194,34 +196,34 @@ class EngineProcess:
                 stall.cancel()
                 await _kill(process)
 
-    async def _stall(self) -> str:
+    async def _wait_for_stall(self) -> str:
         """Return a reason once the engine has sent nothing for too long; while it loads, it sends nothing.
 
         Only time in which this process runs counts: if both processes were suspended, the engine has not stalled.
         """
-        heard, silence = self._last_word, 0.0
+        last_message_at, silence = self._last_message_at, 0.0
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
-            silence = silence + _WATCH_SECONDS if heard == self._last_word else 0.0
-            heard = self._last_word
-            if self._reason is not None and silence >= self._start_seconds:
+            silence = silence + _WATCH_SECONDS if last_message_at == self._last_message_at else 0.0
+            last_message_at = self._last_message_at
+            if self._unready_reason is not None and silence >= self._start_seconds:
                 return f"it was not loaded within {self._start_seconds:.0f} s (--engine-start-seconds)"
-            if self._reason is None and silence >= self._stall_seconds:
-                return f"it stood still for {self._stall_seconds:.0f} s (--engine-stall-seconds)"
+            if self._unready_reason is None and silence >= self._stall_seconds:
+                return f"it sent no message for {self._stall_seconds:.0f} s (--engine-stall-seconds)"
 
-    def _hear(self, fatal: asyncio.Future[protocol.Fatal], data: bytes) -> None:
+    def _receive(self, fatal: asyncio.Future[protocol.Fatal], data: bytes) -> None:
         """Update the process's state from a message, and pass the message on."""
-        self._last_word = time.monotonic()
+        self._last_message_at = time.monotonic()
         message = protocol.decode_reply(data)
         match message:
             case protocol.Step(outputs=outputs) if outputs:
                 self._deaths = 0
             case protocol.Ready():
-                self._reason, self._ever_loaded = None, True
+                self._unready_reason, self._ever_loaded = None, True
                 log.info("%s", _summary(message))
             case protocol.Fatal():
                 fatal.set_result(message)
-        self._take(message)
+        self._on_message(message)
 
 
 async def _kill(process: asyncio.subprocess.Process) -> None:
@@ -244,7 +246,7 @@ def _summary(ready: Ready) -> str:
     )
 
 
-class _Wire:
+class _Socket:
     """The listening end of a ZeroMQ PAIR socket on the event loop; messages are passed on as they arrive.
 
     ZeroMQ's own asyncio sockets create several futures and callbacks per message. With an engine that reports every
@@ -252,11 +254,13 @@ class _Wire:
 
     Args:
         address: the address to listen on.
-        take: called with every message, on the running event loop. Its exceptions are logged.
+        on_message: called with every message, on the running event loop. Its exceptions are logged.
     """
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: str, take: Callable[[bytes], None]) -> None:
-        self._take = take
+    def __init__(
+        self, context: "zmq.Context[zmq.Socket[bytes]]", address: str, on_message: Callable[[bytes], None]
+    ) -> None:
+        self._on_message = on_message
         self._socket = context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
         self._socket.linger = 0
@@ -283,6 +287,6 @@ class _Wire:
             except zmq.Again:
                 return
             try:
-                self._take(message)
+                self._on_message(message)
             except Exception:  # go on, or the messages behind it would wait for the next event
                 log.exception("handling a message from the engine failed")

@@ -24,7 +24,7 @@ from adapters.disk import StorageFull
 from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
 from adapters.strict_json import encode_line
-from server.client.engine import EngineClient, EngineDied, engine_up
+from server.client.engine import EngineClient, EngineDied, wait_until_ready
 from server.errors import EngineUnavailable, InternalError, ModelNotFound, as_error
 from server.finetune import hyperparameters
 from server.finetune.dataset import load_dataset
@@ -199,7 +199,7 @@ class Evaluations(Worker[Evaluation]):
     # --- evaluating --------------------------------------------------------------------------------------------
 
     async def _evaluate(self, evaluation: Evaluation) -> Evaluation:
-        base = await engine_up(self._engine)
+        base = await wait_until_ready(self._engine)
         examples = await asyncio.to_thread(self._read, evaluation, base)
         references: list[AdapterRef] = []
         learned: Sequence[int] = ()
@@ -307,7 +307,7 @@ class Evaluations(Worker[Evaluation]):
     async def _generate(self, prompt: list[int], model: _Model, sampling: Sampling) -> list[Output]:
         """Return all outputs of one sequence, waiting for an engine. Raises EngineDied, JobFailedError."""
         while True:
-            await engine_up(self._engine)
+            await wait_until_ready(self._engine)
             request = Generate(
                 id=f"eval-{uuid.uuid4().hex}",
                 prompt=prompt,

@@ -21,7 +21,7 @@ from adapters.disk import sync
 from adapters.storage import lost
 from adapters.storage.database import Database, DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
-from server.client.engine import EngineClient, EngineDied, TrainingRefused, engine_up
+from server.client.engine import EngineClient, EngineDied, TrainingRefused, wait_until_ready
 from server.errors import EngineUnavailable, StorageFull, as_error
 from server.finetune import hyperparameters, restore
 from server.finetune.checkpoints import CheckpointAdapters
@@ -275,7 +275,7 @@ class JobManager(Worker[Job]):
         await asyncio.to_thread(self._jobs.download_files, job.id, directory, job.inputs)
         if job.start is None:
             start, learned_fields = await self._preparation.start_message(
-                job, await engine_up(self._engine), directory, partial(self._ask_memory, job)
+                job, await wait_until_ready(self._engine), directory, partial(self._ask_memory, job)
             )
             message = "Files validated, moving job to queued state"
             job = await self._move(job, "queued", message, start=start, **learned_fields)
@@ -330,7 +330,7 @@ class JobManager(Worker[Job]):
 
     async def _ask_memory(self, job: Job, request: PlanMemory) -> MemoryPlan:
         while True:
-            await engine_up(self._engine)
+            await wait_until_ready(self._engine)
             try:
                 return await self._engine.plan_memory(request)
             except TrainingRefused as refusal:
@@ -353,7 +353,7 @@ class JobManager(Worker[Job]):
                         await self._move(job, "paused", "Job paused", expected="pausing")
                 else:
                     try:
-                        await engine_up(self._engine)
+                        await wait_until_ready(self._engine)
                         await self._run_once(job)
                     except EngineUnavailable as gone:
                         if isinstance(gone, EngineDied):

@@ -31,7 +31,7 @@ T = TypeVar("T")
 encode_json = msgspec.json.Encoder().encode
 
 
-class Answer:
+class CancellableResponse:
     """An ASGI response that runs `work(send)` until it is done or the client disconnects.
 
     On a disconnect the work is cancelled, which closes its iterators. The request's body must have been read.
@@ -41,26 +41,26 @@ class Answer:
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_gone(receive, self._work(send))
+        await until_disconnect(receive, self._work(send))
 
 
-async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
     """Return the result of `work`. When the client disconnects, cancel it and raise ClientDisconnect.
 
     Args:
         receive: of a request, its body already read.
     """
     working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    disconnected = asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientDisconnect
         return working.result()
     finally:
         working.cancel()
-        gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
+        disconnected.cancel()
+        await asyncio.gather(working, disconnected, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -73,44 +73,44 @@ async def send_json(send: Send, content: Any, headers: Mapping[str, str]) -> Non
     body = encode_json(content)
     length = {"content-type": "application/json", "content-length": str(len(body))}
     await _start(send, length | dict(headers))
-    await _send_body(send, body, more=False)
+    await _send_body(send, body, more_body=False)
 
 
 async def send_events(
     send: Send,
     events: AsyncIterator[Any],
     headers: Mapping[str, str],
-    failed: Callable[[LorakeetError], Any] | None = None,
+    error_event: Callable[[LorakeetError], Any] | None = None,
     *,
     ping_seconds: float,
 ) -> None:
     """Send server-sent events, one per item, and `[DONE]`; while idle, a comment every `ping_seconds` unless that is 0.
 
-    With `failed`, which creates the event of an error, each event is named by its type, and there is no `[DONE]`.
+    With `error_event`, which creates the event of an error, each event is named by its type, and there is no `[DONE]`.
     The head is sent with the first event or comment: an earlier error is an ordinary error response. A later one ends
     the stream with an error event and without `[DONE]`.
     """
-    named = failed is not None
+    named = error_event is not None
     stream = _EventStream(send, headers)
     pings = asyncio.create_task(stream.ping(ping_seconds)) if ping_seconds else None
     try:
         async for event in events:
-            await stream.write(_line(event, named=named))
+            await stream.write(_encode_event(event, named=named))
     except Exception as exc:
         if not stream.started:
             raise
         error = as_error(exc)
         if isinstance(error, InternalError):
             log.exception("a stream failed")
-        event = error.body() if failed is None else failed(error)
-        await stream.write(_line(event, named=named))
+        event = error.body() if error_event is None else error_event(error)
+        await stream.write(_encode_event(event, named=named))
     else:
         await stream.write(b"" if named else b"data: [DONE]\n\n")
     finally:
         if pings is not None:
             pings.cancel()
             await asyncio.gather(pings, return_exceptions=True)
-    await _send_body(send, b"", more=False)
+    await _send_body(send, b"", more_body=False)
 
 
 class _EventStream:
@@ -137,14 +137,14 @@ class _EventStream:
     async def ping(self, seconds: float) -> None:
         """Write a comment, ignored by clients, after each idle period, since proxies close idle connections."""
         while True:
-            left = self._last + seconds - self._clock()
-            if left <= 0:
+            remaining = self._last + seconds - self._clock()
+            if remaining <= 0:
                 await self.write(PING)
             else:
-                await asyncio.sleep(left)
+                await asyncio.sleep(remaining)
 
 
-def _line(event: Any, *, named: bool) -> bytes:
+def _encode_event(event: Any, *, named: bool) -> bytes:
     data = b"data: " + encode_line(event) + b"\n\n"
     if not named:
         return data
@@ -157,8 +157,8 @@ async def _start(send: Send, headers: Mapping[str, str]) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": raw})
 
 
-async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": more})
+async def _send_body(send: Send, body: bytes, *, more_body: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more_body})
 
 
 class WholeFile(FileResponse):

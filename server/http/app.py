@@ -12,7 +12,7 @@ from functools import partial
 from starlette.applications import Starlette
 
 from server.errors import EXCEPTION_HANDLERS
-from server.http.inside import answered
+from server.http.inside import respond
 from server.http.middleware import middleware
 from server.http.routes import (
     adapters,
@@ -59,7 +59,7 @@ def build_app(services: Services) -> Starlette:
         await services.tenants.start()
         await services.engine.start()
         await services.tuning.start()
-        services.batches.answer = partial(answered, app)
+        services.batches.answer = partial(respond, app)
         await services.batches.start()
         registry, tenants = services.registry, services.tenants
         working = registry.collect_orphans(), registry.following.run(), tenants.run(), tenants.follow()

@@ -13,14 +13,14 @@ from starlette.requests import Request
 from adapters.background import thread_pool
 from adapters.strict_json import BYTE_ORDER_MARK, JsonFault, check_characters, count_items, parse_json
 from server.errors import InvalidRequest, RequestTooLarge, UnsupportedMediaType, printable
-from server.http.answer import unless_gone
+from server.http.answer import until_disconnect
 from server.services import services_of
 from server.settings import Settings
 
 T = TypeVar("T")
 
 _LARGE = 32 * 1024  # bytes; smaller bodies are parsed on the event loop
-_reader = thread_pool(1, "body", "normal")  # parses large bodies, one at a time
+_parser_thread = thread_pool(1, "body", "normal")  # parses large bodies, one at a time
 
 
 async def read_as(request: Request, validate: Callable[[Any], T]) -> T:
@@ -38,7 +38,7 @@ async def read_as(request: Request, validate: Callable[[Any], T]) -> T:
     read = partial(_read, raw, settings, validate)
     if len(raw) < _LARGE:
         return read()
-    return await unless_gone(request.receive, asyncio.get_running_loop().run_in_executor(_reader, read))
+    return await until_disconnect(request.receive, asyncio.get_running_loop().run_in_executor(_parser_thread, read))
 
 
 def _read(raw: bytes, settings: Settings, validate: Callable[[Any], T]) -> T:

@@ -25,7 +25,7 @@ LINGER_SECONDS = 1.0  # closing with unread input resets the connection, and the
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """One connection. Pass this class, or the result of `limited`, to uvicorn as `http=`."""
+    """One connection. Pass this class, or the result of `with_limits`, to uvicorn as `http=`."""
 
     max_head_bytes = 64 * 1024  # request line and headers; also trailers and chunk framing without any body byte
     head_seconds = 30.0
@@ -37,7 +37,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     _offered = False  # another protocol, by the request whose head was last
 
     @classmethod
-    def limited(cls, *, head_bytes: int, head_seconds: float) -> type["LimitedHttpProtocol"]:
+    def with_limits(cls, *, head_bytes: int, head_seconds: float) -> type["LimitedHttpProtocol"]:
         """Return the protocol class with these limits."""
         return type(cls.__name__, (cls,), {"max_head_bytes": head_bytes, "head_seconds": head_seconds})
 
@@ -81,7 +81,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._reason = (HTTPStatus.BAD_REQUEST, "The only Transfer-Encoding that is read is `chunked`.")
             raise ValueError("unknown transfer coding")
         super().on_headers_complete()
-        self.cycle.transport = _Ending(self.transport, self._end)  # type: ignore[assignment]  # has the methods in use
+        self.cycle.transport = _Transport(self.transport, self._close_connection)  # type: ignore[assignment]  # has the methods in use
         if self.parser.get_http_version() == "1.0":
             _send_without_chunks(self.cycle)
 
@@ -106,7 +106,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             if not (length.isdigit() and int(length[:20]) <= MAX_UNREAD_BYTES):
                 self._linger()
 
-    def _end(self) -> None:
+    def _close_connection(self) -> None:
         """End the connection after its last response."""
         if self.cycle.more_body:
             self._linger()
@@ -144,14 +144,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _start_timer(self) -> None:
         self._stop_timer()
-        self._head_timer = self.loop.call_later(self.head_seconds, self._too_slow)
+        self._head_timer = self.loop.call_later(self.head_seconds, self._head_timed_out)
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _too_slow(self) -> None:
+    def _head_timed_out(self) -> None:
         if not self.transport.is_closing():
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"The request's head took longer than {self.head_seconds:g} s.")
 
@@ -175,21 +175,21 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 def _send_without_chunks(cycle: RequestResponseCycle) -> None:
     """Respond to an HTTP/1.0 client without chunks: a body of unknown length ends with the connection."""
     send = cycle.send
-    until_the_end = False
+    ends_with_connection = False
 
     async def unchunked(message: "ASGISendEvent") -> None:
-        nonlocal until_the_end
+        nonlocal ends_with_connection
         if message["type"] == "http.response.start":
-            until_the_end = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
-            cycle.chunked_encoding = False if until_the_end else None
-        elif message["type"] == "http.response.body" and until_the_end:
+            ends_with_connection = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+            cycle.chunked_encoding = False if ends_with_connection else None
+        elif message["type"] == "http.response.body" and ends_with_connection:
             cycle.expected_content_length = len(message.get("body", b""))  # as if each part were the last one
         await send(message)
 
     cycle.send = unchunked  # type: ignore[method-assign]
 
 
-class _Ending:
+class _Transport:
     """A response's transport; closing it is left to the connection."""
 
     def __init__(self, transport: asyncio.Transport, end: Callable[[], None]) -> None:

@@ -3,7 +3,7 @@
 from starlette.requests import Request
 
 from adapters.storage.versions import Version
-from server.http.quotas import check_room
+from server.http.quotas import check_storage_quota
 from server.openai.body import Body
 from server.services import caller_of, check_bound, services_of
 
@@ -27,5 +27,5 @@ async def fetch(request: Request, name: str, source: str, *, param: str, promote
     publisher.check_name(name)
     check_bound(caller, name)
     async with hub.fetched(reference, param=param) as staging:
-        await check_room(request, staging)
+        await check_storage_quota(request, staging)
         return await publisher.publish(caller.tenant, name, staging, promote=promote, strict_text=False)

@@ -16,15 +16,15 @@ from server.tenants.caller import Caller
 log = logging.getLogger(__name__)
 
 
-async def answered(app: Starlette, caller: Caller, path: str, body: bytes) -> Reply:
+async def respond(app: Starlette, caller: Caller, path: str, body: bytes) -> Reply:
     """Return the response to a POST of JSON, errors included. The middleware is skipped, so no key is needed."""
     pieces: list[bytes] = []
     status = 500
-    received = [{"type": "http.request", "body": body, "more_body": False}]
+    unread = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:
-        if received:
-            return received.pop()
+        if unread:
+            return unread.pop()
         await asyncio.Event().wait()  # this client never disconnects
         raise AssertionError
 

@@ -109,7 +109,7 @@ class _Exchange:
         given = headers.get(b"x-request-id", b"")
         self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = self.request_id
-        self._notes = collect_log_fields()
+        self._log_fields = collect_log_fields()
 
     async def receive(self) -> Message:
         if self._body_complete:  # the next message is the disconnect, without a time limit
@@ -120,13 +120,13 @@ class _Exchange:
                 param="Content-Encoding",
                 headers={"Accept-Encoding": "identity"},
             )
-        patience = self._body_idle_seconds
+        timeout = self._body_idle_seconds
         if self._min_body_rate:
-            due = BODY_GRACE_SECONDS + self._received / self._min_body_rate
-            patience = min(patience, due - self._waited)
+            deadline = BODY_GRACE_SECONDS + self._received / self._min_body_rate
+            timeout = min(timeout, deadline - self._waited)
         since = time.monotonic()
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(timeout):
                 message = await self._receive()
         except TimeoutError:
             raise RequestTimeout() from None
@@ -172,7 +172,7 @@ class _Exchange:
             path,
             status,
             seconds,
-            "".join(f" {name}={value}" for name, value in self._notes.items()),
+            "".join(f" {name}={value}" for name, value in self._log_fields.items()),
             extra={
                 FIELDS: {
                     "request_id": self.request_id,
@@ -181,7 +181,7 @@ class _Exchange:
                     "status": status,
                     "seconds": round(seconds, 6),
                     "client": (self._scope.get("client") or [None])[0],
-                    **self._notes,
+                    **self._log_fields,
                 }
             },
         )

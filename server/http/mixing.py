@@ -63,7 +63,7 @@ class MixBody(Body):
         )
 
 
-def _learned(versions: Sequence[Version]) -> AdapterText:
+def _combined_text(versions: Sequence[Version]) -> AdapterText:
     """Return the stop tokens and formats of a mix: all stop tokens taught to its sources, and a format taught to some
     if these agree."""
     texts = [trained_text(version.receipt) for version in versions]
@@ -89,7 +89,7 @@ async def mix(services: Services, caller: Caller, body: MixBody) -> tuple[Versio
             await held.enter_async_context(registry.open(caller, source.adapter, param=f"mix.{i}.adapter", verify=True))
             for i, source in enumerate(body.mix)
         ]
-        learned = _learned(versions)
+        combined = _combined_text(versions)
         async with publisher.staging_directory() as staging:
             order = {
                 "sources": [str(version.path) for version in versions],
@@ -105,5 +105,5 @@ async def mix(services: Services, caller: Caller, body: MixBody) -> tuple[Versio
                 message = f"Mixing {limit} (--mix-seconds); mix fewer adapters, or by `cat`."
                 raise InvalidRequest(message, param="mix", code="mix_too_slow") from None
             return await publisher.publish(
-                caller.tenant, body.name, staging, promote=body.promote, from_training=learned
+                caller.tenant, body.name, staging, promote=body.promote, from_training=combined
             )

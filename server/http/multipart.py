@@ -58,7 +58,7 @@ async def read_parts(request: Request, parts: Mapping[str, Part], thread: Thread
             if total > limit:
                 raise RequestTooLarge(f"The body exceeds {limit} bytes.")
             if waiting >= _GATHERED_BYTES:
-                await run_in(thread, partial(form.take, gathered))
+                await run_in(thread, partial(form.parse, gathered))
                 gathered, waiting = [], 0
         return await run_in(thread, partial(form.finish, gathered))
 
@@ -72,7 +72,7 @@ def _boundary(request: Request) -> bytes:
 
 
 @dataclass
-class _Open:
+class _OpenPart:
     """A part whose headers have been read."""
 
     name: str
@@ -88,8 +88,8 @@ class _Form:
     def __init__(self, boundary: bytes, parts: Mapping[str, Part], stack: ExitStack) -> None:
         self._parts = parts
         self._stack = stack
-        self._seen: dict[str, _Open] = {}
-        self._current: _Open | None = None
+        self._seen: dict[str, _OpenPart] = {}
+        self._current: _OpenPart | None = None
         self._header = (bytearray(), bytearray())
         self._disposition = b""
         self._complete = False
@@ -112,7 +112,7 @@ class _Form:
         except FormParserError as error:
             raise InvalidRequest(f"Malformed multipart body: {error}", param="Content-Type") from None
 
-    def take(self, chunks: Iterable[bytes]) -> None:
+    def parse(self, chunks: Iterable[bytes]) -> None:
         """Parse these chunks, and write the parts that belong in files."""
         try:
             for chunk in chunks:
@@ -122,7 +122,7 @@ class _Form:
 
     def finish(self, chunks: Iterable[bytes]) -> dict[str, bytes]:
         """Parse the last chunks; return the parts without a file."""
-        self.take(chunks)
+        self.parse(chunks)
         for seen in self._seen.values():
             if seen.file is not None:
                 seen.file.flush()
@@ -157,7 +157,7 @@ class _Form:
         if part.on_filename is not None:
             part.on_filename(options.get(b"filename", b"").decode("utf-8", "replace"))
         file = self._stack.enter_context(part.path.open("xb")) if part.path else None
-        self._current = self._seen[name] = _Open(name, part, file)
+        self._current = self._seen[name] = _OpenPart(name, part, file)
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         assert self._current is not None  # part data only follows a part's headers

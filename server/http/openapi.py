@@ -31,31 +31,33 @@ from server.settings import Settings
 _COMPONENTS = "#/components/schemas/"
 _DESCRIPTION = """One quantised base model, many LoRA adapters, fine-tuning beside them.
 
-`null` means not given. A field that is not listed is refused, unless it is `null`. Every answer has an `X-Request-Id`;
-what an adapter answered has its digest in `X-Adapter-Digest`. 429 and 503 say in `Retry-After` when to come again."""
+`null` means not given. A field that is not listed is refused, unless it is `null`. Every response has an `X-Request-Id`
+and a generated one the adapter's digest in `X-Adapter-Digest`. With 429 and 503, `Retry-After` is the time to wait."""
 
 
 def document(
-    operations: Sequence[Operation], settings: Settings, version: str, *, closed: bool = False
+    operations: Sequence[Operation], settings: Settings, version: str, *, requires_key: bool = False
 ) -> dict[str, Any]:
-    """Return the document of all operations as plain data. `closed`: requests need a key."""
-    answers = [
+    """Return the document of all operations as plain data. `requires_key`: requests need a key."""
+    types = [
         kind
         for o in operations
-        for kind in (o.answers, o.events, o.error)
+        for kind in (o.response_type, o.events, o.error_type)
         if not (kind is None or isinstance(kind, str))
     ]
-    kinds = list({repr(kind): kind for kind in answers}.values())
+    kinds = list({repr(kind): kind for kind in types}.values())
     refs, schemas = msgspec.json.schema_components(kinds, ref_template=f"{_COMPONENTS}{{name}}")
     bodies = dict.fromkeys(kind for o in operations for kind in o.bodies)
     inputs: list[tuple[type[Body], JsonSchemaMode]] = [(kind, "validation") for kind in bodies]
     named, definitions = models_json_schema(inputs, ref_template=f"{_COMPONENTS}{{model}}")
     schemas |= definitions.get("$defs", {})
-    known = dict(zip(map(repr, kinds), refs, strict=True)) | {repr(kind): ref for (kind, _), ref in named.items()}
+    refs_by_type = dict(zip(map(repr, kinds), refs, strict=True)) | {
+        repr(kind): ref for (kind, _), ref in named.items()
+    }
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         path = re.sub(r"{(\w+):path}", r"{\1}", operation.path)
-        paths.setdefault(path, {})[operation.method.lower()] = _operation(operation, settings, known)
+        paths.setdefault(path, {})[operation.method.lower()] = _operation(operation, settings, refs_by_type)
     described: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "Lorakeet", "version": version, "description": _DESCRIPTION},
@@ -63,13 +65,13 @@ def document(
         "paths": paths,
         "components": {"schemas": _untitled(dict(sorted(schemas.items())))},
     }
-    if closed:
+    if requires_key:
         described["security"] = [{"key": []}]
         described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return described
 
 
-def refusals(operation: Operation, settings: Settings) -> dict[int, list[type[LorakeetError]]]:
+def errors_by_status(operation: Operation, settings: Settings) -> dict[int, list[type[LorakeetError]]]:
     """Return an operation's errors by status."""
     found: list[type[LorakeetError]] = []
     if operation.path not in open_paths(settings) or operation.path == METRICS:  # if there are keys
@@ -87,23 +89,23 @@ def refusals(operation: Operation, settings: Settings) -> dict[int, list[type[Lo
     if (operation.methods or set()) - {"GET", "HEAD"}:
         found.append(StorageFull)
     by_status: dict[int, list[type[LorakeetError]]] = {}
-    for error in dict.fromkeys([*found, *operation.refuses]):
+    for error in dict.fromkeys([*found, *operation.errors]):
         by_status.setdefault(error.status, []).append(error)
     return dict(sorted(by_status.items()))
 
 
-def _operation(operation: Operation, settings: Settings, known: dict[str, Any]) -> dict[str, Any]:
+def _operation(operation: Operation, settings: Settings, refs_by_type: dict[str, Any]) -> dict[str, Any]:
     summary, _, more = inspect.cleandoc(operation.handler.__doc__ or "").partition("\n\n")
     described: dict[str, Any] = {
         "operationId": operation.name,
         "summary": " ".join(summary.split()),
         "tags": [_tag(operation)[0]],
         "parameters": _parameters(operation),
-        "responses": _responses(operation, settings, known),
+        "responses": _responses(operation, settings, refs_by_type),
     }
     if more:
         described["description"] = more
-    if content := _request_content(operation, settings, known):
+    if content := _request_content(operation, settings, refs_by_type):
         required = operation.body_required or operation.form is not None
         described["requestBody"] = {"required": required, "content": content}
     if operation.path in open_paths(settings):
@@ -135,7 +137,7 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
     return parameters
 
 
-def _request_content(operation: Operation, settings: Settings, known: dict[str, Any]) -> dict[str, Any]:
+def _request_content(operation: Operation, settings: Settings, refs_by_type: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if operation.form is not None:
         parts = operation.form(settings, Path())
@@ -156,28 +158,28 @@ def _request_content(operation: Operation, settings: Settings, known: dict[str, 
             }
         }
     if operation.bodies:
-        refs = [known[repr(kind)] for kind in operation.bodies]
+        refs = [refs_by_type[repr(kind)] for kind in operation.bodies]
         content["application/json"] = {"schema": refs[0] if len(refs) == 1 else {"anyOf": refs}}
     return content
 
 
-def _responses(operation: Operation, settings: Settings, known: dict[str, Any]) -> dict[str, Any]:
+def _responses(operation: Operation, settings: Settings, refs_by_type: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    if isinstance(operation.answers, str):
-        content = {media_type: {} for media_type in operation.answers.split(", ")}
-    elif operation.answers is not None:
-        content["application/json"] = {"schema": known[repr(operation.answers)]}
+    if isinstance(operation.response_type, str):
+        content = {media_type: {} for media_type in operation.response_type.split(", ")}
+    elif operation.response_type is not None:
+        content["application/json"] = {"schema": refs_by_type[repr(operation.response_type)]}
     if operation.events is not None:
-        event = known[repr(operation.events)]
-        text = "JSON of this schema; of a generation the last is `[DONE]`, which is none."
+        event = refs_by_type[repr(operation.events)]
+        text = "JSON of this schema. A generation ends with `[DONE]`, which is not JSON."
         data = {"type": "string", "description": text, "contentSchema": event}
         schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}  # schema of one event
         content["text/event-stream"] = {"schema": schema}
     responses: dict[str, Any] = {
         str(status): {"description": HTTPStatus(status).phrase, "content": content} for status in operation.statuses
     }
-    error = {"application/json": {"schema": known[repr(operation.error)]}}
-    for status, errors in refusals(operation, settings).items():
+    error = {"application/json": {"schema": refs_by_type[repr(operation.error_type)]}}
+    for status, errors in errors_by_status(operation, settings).items():
         texts = [(kind.__doc__ or "").partition(": ")[2].partition("\n")[0] for kind in errors]
         described = {"description": " ".join(text[:1].upper() + text[1:] for text in texts), "content": error}
         responses.setdefault(str(status), described)

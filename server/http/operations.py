@@ -33,12 +33,12 @@ from server.http.body import read_as
 from server.http.multipart import Part
 from server.http.objects.common import ErrorObject
 from server.http.paging import Query, read_query
-from server.http.roles import is_change, needed, roles_of
+from server.http.roles import is_change, role_error_message, roles_of
 from server.openai.body import Body
 from server.settings import Settings
 
-OPENING = (ModelNotFound, Conflict, AdapterDamaged)  # refusals of operations that open a version of an adapter
-PUBLISHING = (Conflict, TooManyRequests, StorageFull)  # refusals of operations that create one
+OPEN_ERRORS = (ModelNotFound, Conflict, AdapterDamaged)  # of operations that open an adapter
+PUBLISH_ERRORS = (Conflict, TooManyRequests, StorageFull)  # of operations that create one
 
 Form = Callable[[Settings, Path], Mapping[str, Part]]  # the parts of a multipart body; files go to the directory
 
@@ -47,13 +47,13 @@ class Operation(Route):
     """One method of one path.
 
     Args:
-        answers: the type of the JSON response (for msgspec), or the media types of another response, comma-separated.
+        response_type: the type of the JSON response (for msgspec), or other media types, comma-separated.
         events: the type of a server-sent event, if the response may be a stream.
         statuses: of successful responses.
-        refuses: errors beyond those of every operation of its kind (`openapi.refusals`).
+        errors: errors beyond those of every operation of its kind (`openapi.errors_by_status`).
         headers: request headers and their meaning.
         form: the parts of a multipart body, which the handler reads itself.
-        error: the type of an error response.
+        error_type: the type of an error response.
     """
 
     def __init__(
@@ -62,26 +62,26 @@ class Operation(Route):
         path: str,
         handler: Callable[..., Awaitable[ASGIApp]],
         *,
-        answers: Any,
+        response_type: Any,
         events: Any = None,
         statuses: Sequence[int] = (200,),
-        refuses: Sequence[type[LorakeetError]] = (),
+        errors: Sequence[type[LorakeetError]] = (),
         headers: Mapping[str, str] | None = None,
         form: Form | None = None,
-        error: Any = ErrorObject,
+        error_type: Any = ErrorObject,
     ) -> None:
         hints = get_type_hints(handler)
         declared = hints.get("body", NoneType)
         self.handler = handler
         self.bodies: list[type[Body]] = [kind for kind in get_args(declared) or [declared] if kind is not NoneType]
         self.query: type[Query] | None = hints.get("query")
-        self.answers = answers
+        self.response_type = response_type
         self.events = events
         self.statuses = statuses
-        self.refuses = refuses
+        self.errors = errors
         self.headers = headers or {}
         self.form = form
-        self.error = error
+        self.error_type = error_type
         self.method = method
         self.roles = roles_of(method, path)
         self.changes = is_change(method, path)
@@ -92,27 +92,31 @@ class Operation(Route):
 
     async def _respond(self, request: Request) -> ASGIApp:
         if self.roles.isdisjoint(request.scope["caller"].roles):
-            raise PermissionDenied(needed(self.roles))
-        given: dict[str, Any] = {}
+            raise PermissionDenied(role_error_message(self.roles))
+        arguments: dict[str, Any] = {}
         if self.query is not None:
-            given["query"] = read_query(request, self.query)
+            arguments["query"] = read_query(request, self.query)
         if self.bodies and (self.body_required or self._has_json(request)):
-            given["body"] = await read_as(request, self._validate)
-        answer = await self.handler(request, **given)
+            arguments["body"] = await read_as(request, self._validate)
+        answer = await self.handler(request, **arguments)
         if self.changes:
-            await self._record(request, answer, given.get("body"))
+            await self._record(request, answer, arguments.get("body"))
         return answer
 
     async def _record(self, request: Request, answer: ASGIApp, body: Body | None) -> None:
         """Write a change to the audit log, with its object's name and digest from the response."""
-        said: dict[str, Any] = {}
+        response_fields: dict[str, Any] = {}
         if isinstance(answer, JSONResponse):
-            said = {"digest": answer.headers.get("etag", "").strip('"') or None} | msgspec.json.decode(answer.body)
-        named = next(iter(request.path_params.values()), None) or said.get("id") or said.get("name")
-        named = named or getattr(body, "lora_name", None)
+            response_fields = {"digest": answer.headers.get("etag", "").strip('"') or None} | msgspec.json.decode(
+                answer.body
+            )
+        name = (
+            next(iter(request.path_params.values()), None) or response_fields.get("id") or response_fields.get("name")
+        )
+        name = name or getattr(body, "lora_name", None)
         request_id = request.scope.get("state", {}).get("request_id")
         audit = request.app.state.services.audit
-        await audit.record(request.scope["caller"], self.name, named, said.get("digest"), request_id)
+        await audit.record(request.scope["caller"], self.name, name, response_fields.get("digest"), request_id)
 
     def _has_json(self, request: Request) -> bool:
         """Whether an optional body is present."""

@@ -9,18 +9,18 @@ from starlette.responses import JSONResponse, Response
 
 from server.errors import InvalidRequest
 
-MOST = 100_000
+MAX_PAGE_SIZE = 100_000
 
 Q = TypeVar("Q", bound="Query")
 
 
-def _whole(text: Any) -> Any:
+def _whole_number(text: Any) -> Any:
     if isinstance(text, str) and not (text.isascii() and text.isdigit() and len(text) <= 9):
         raise ValueError("must be a whole number")
     return text
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 
 
 class Query(BaseModel):
@@ -36,11 +36,11 @@ class ListQuery(Query):
 
 
 class PageQuery(ListQuery):
-    limit: Whole = Field(20, ge=1, le=100)
+    limit: WholeNumber = Field(20, ge=1, le=100)
 
 
 class WindowQuery(ListQuery):
-    limit: Whole | None = Field(None, ge=1, le=MOST)  # None: everything
+    limit: WholeNumber | None = Field(None, ge=1, le=MAX_PAGE_SIZE)  # None: everything
 
 
 def read_query(request: Request, kind: type[Q]) -> Q:
@@ -78,7 +78,7 @@ def window_before(id_: str, limit: int | None, ids: Sequence[str]) -> tuple[slic
     return slice(start, end), start > 0
 
 
-def page(objects: Sequence[dict[str, Any]], more: bool) -> Response:
+def page(objects: Sequence[dict[str, Any]], has_more: bool) -> Response:
     """Return one page as a response."""
     ids = {"first_id": objects[0]["id"], "last_id": objects[-1]["id"]} if objects else {}
-    return JSONResponse({"object": "list", "data": list(objects), "has_more": more, **ids})
+    return JSONResponse({"object": "list", "data": list(objects), "has_more": has_more, **ids})

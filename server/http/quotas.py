@@ -12,7 +12,7 @@ from server.services import Services, caller_of, services_of
 _DAY = 86400
 
 
-async def check_room(request: Request, directory: Path | None = None) -> None:
+async def check_storage_quota(request: Request, directory: Path | None = None) -> None:
     """Check the storage quota for the files in this directory, or else for the announced body.
 
     Raises PermissionDenied beyond `stored_bytes`.
@@ -22,12 +22,12 @@ async def check_room(request: Request, directory: Path | None = None) -> None:
     if limit is None:
         return
     announced = request.headers.get("content-length", "")
-    more = int(announced) if announced.isdigit() else 0
+    added = int(announced) if announced.isdigit() else 0
     if directory is not None:
-        more = await asyncio.to_thread(_size, directory)
-    kept = await asyncio.to_thread(stored_bytes, services, caller.tenant)
-    if kept + more > limit:
-        message = f"You keep {kept} bytes, and these are {more} more; your limit is {limit}."
+        added = await asyncio.to_thread(_size, directory)
+    stored = await asyncio.to_thread(stored_bytes, services, caller.tenant)
+    if stored + added > limit:
+        message = f"You keep {stored} bytes, and these are {added} more; your limit is {limit}."
         raise PermissionDenied(message, code="storage_quota_exceeded")
 
 
@@ -37,14 +37,18 @@ def _size(directory: Path) -> int:
 
 def stored_bytes(services: Services, tenant: str) -> int:
     """Return the bytes of a tenant's adapters, files and responses; content shared by several names counts once."""
-    versions = {one.digest: one.receipt["bytes"] for one in services.store.all_versions() if one.tenant == tenant}
+    versions = {
+        version.digest: version.receipt["bytes"]
+        for version in services.store.all_versions()
+        if version.tenant == tenant
+    }
     with services.tuning.database.reading() as connection:
         query = "SELECT COALESCE(SUM(bytes), 0) FROM files WHERE tenant = ?"
         files: int = connection.execute(query, (tenant,)).fetchone()[0]
     return sum(versions.values()) + files + services.responses.stored_bytes(tenant)
 
 
-async def check_training(request: Request) -> None:
+async def check_training_quota(request: Request) -> None:
     """Check the training quotas. Raises TooManyRequests at the limit of unfinished jobs or of tokens per day."""
     services, caller = services_of(request), caller_of(request)
     limits = caller.allowance.limits
@@ -52,7 +56,7 @@ async def check_training(request: Request) -> None:
         jobs = await asyncio.to_thread(services.tuning.jobs.unfinished)
         unfinished = sum(job.tenant == caller.tenant for job in jobs)
         if unfinished >= limits.training_jobs:
-            message = f"{unfinished} of your jobs are not at an end; your limit is {limits.training_jobs}."
+            message = f"{unfinished} of your jobs are unfinished; your limit is {limits.training_jobs}."
             raise TooManyRequests(message, retry_after=60)
     if limits.training_tokens_per_day is not None:
         trained = await asyncio.to_thread(services.ledger.trained_today, caller.tenant)

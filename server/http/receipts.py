@@ -23,7 +23,7 @@ def receipt(store: AdapterStore, version: Version, tenant: str) -> dict[str, Any
     }
 
 
-def listed(services: Services, version: Version, tenant: str) -> dict[str, Any]:
+def list_entry(services: Services, version: Version, tenant: str) -> dict[str, Any]:
     """Return the receipt with the nearest tier that holds the adapter, and its use since the server started."""
     tier, usage = tier_of(services, version), services.metrics.usage.get(tenant, version.label)
     use = {"tier": tier, "requests": usage.requests, "tokens": usage.tokens, "last_used": usage.last_used}
@@ -42,7 +42,7 @@ def tier_of(services: Services, version: Version) -> str:
 
 
 def sort_key(services: Services, tenant: str, column: str, version: Version) -> Any:
-    """Return the sort key of a version for a column of `listed`."""
+    """Return the sort key of a version for a column of `list_entry`."""
     if column == "created_at":
         return version.created
     if column == "tier":
@@ -52,7 +52,7 @@ def sort_key(services: Services, tenant: str, column: str, version: Version) -> 
     return getattr(services.metrics.usage.get(tenant, version.label), column) or 0
 
 
-def resident(report: MergeReport) -> dict[str, Any]:
+def merge_report(report: MergeReport) -> dict[str, Any]:
     """Return a merge report as JSON: cost, drift from the adapter, gain in speed."""
     return {
         "dtype": report.dtype,

@@ -82,8 +82,8 @@ def _fields(schema: Schema, place: str) -> list[Field]:
 
 
 def _default(schema: Schema, owner: Schema) -> tuple[str, bool]:
-    shown = json.dumps(schema["default"]) if schema.get("default") is not None else ""
-    return shown, owner.get("required", False)
+    default = json.dumps(schema["default"]) if schema.get("default") is not None else ""
+    return default, owner.get("required", False)
 
 
 def _answer(content: Schema) -> Markup:

@@ -111,7 +111,7 @@ def is_change(method: str, path: str) -> bool:
     return method != "GET" and path not in _NO_CHANGE
 
 
-def needed(roles: frozenset[str]) -> str:
+def role_error_message(roles: frozenset[str]) -> str:
     """Return the error message for a caller without any of these roles."""
     if OPERATOR in roles:
         return "This needs the key of an admin of the default tenant."

@@ -25,7 +25,7 @@ from server.setting_table import warn_about_unknown
 from server.settings import SettingError, Settings
 from server.startup import open_services
 
-_LAST_WORDS_SECONDS = 5  # for responses still being sent when everything else has stopped
+_GRACEFUL_SHUTDOWN_SECONDS = 5  # for responses still being sent when everything else has stopped
 _SWITCH_SECONDS = 5e-4  # longest time a background thread holds the interpreter lock while responses stream
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         raise SettingError(f"--host: {host}: {error.strerror}") from None
     except UnicodeError:
-        raise SettingError(f"--host: {host!r} is no host's name") from None
+        raise SettingError(f"--host: {host!r} is not a valid host name") from None
     sockets: list[socket.socket] = []
     for family, kind, protocol, _, address in found[:1] if port == 0 else found:  # port 0 differs per address
         listener = socket.socket(family, kind, protocol)
@@ -95,7 +95,7 @@ class _Server(uvicorn.Server):
                 build_app(services),
                 host=settings.host,
                 port=settings.port,
-                http=LimitedHttpProtocol.limited(
+                http=LimitedHttpProtocol.with_limits(
                     head_bytes=settings.max_head_bytes, head_seconds=settings.head_seconds
                 ),
                 lifespan="on",
@@ -103,16 +103,16 @@ class _Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=settings.keep_alive_seconds,
-                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+                timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_SECONDS,
             )
         )
         self.failure: ModelError | SettingError | None = None
         self._services = services
         self._engine = engine
-        self._told_to_stop = False
+        self._stop_requested = False
         self._loop: asyncio.AbstractEventLoop | None = None  # once it is up
-        self._coming_up: asyncio.Task[None] | None = None
-        self._going_down: asyncio.Task[None] | None = None
+        self._start_task: asyncio.Task[None] | None = None
+        self._drain_task: asyncio.Task[None] | None = None
 
     # --- startup ----------------------------------------------------------------------------------
 
@@ -120,30 +120,30 @@ class _Server(uvicorn.Server):
         """Listen at once, so that probes get responses; become ready when the engine is."""
         await super().startup(sockets)
         log.info("listening on %s port %d; the engine is loading", *self.servers[0].sockets[0].getsockname()[:2])
-        self._coming_up = asyncio.create_task(self._come_up())
+        self._start_task = asyncio.create_task(self._start())
         self._loop = asyncio.get_running_loop()
-        if self._told_to_stop:
+        if self._stop_requested:
             self._begin_drain()
 
-    async def _come_up(self) -> None:
-        imported = asyncio.ensure_future(self._services.registry.discovery.import_configured(TENANT))
-        given_up = asyncio.ensure_future(self._engine.failed_for_good.wait())
+    async def _start(self) -> None:
+        imports = asyncio.ensure_future(self._services.registry.discovery.import_configured(TENANT))
+        engine_failed = asyncio.ensure_future(self._engine.failed_for_good.wait())
         try:
-            await asyncio.wait({imported, given_up}, return_when=asyncio.FIRST_COMPLETED)
-            if not imported.done():
+            await asyncio.wait({imports, engine_failed}, return_when=asyncio.FIRST_COMPLETED)
+            if not imports.done():
                 raise ModelError(f"the engine cannot start: {self._engine.unready_reason}")
-            imported.result()
+            imports.result()
             with contextlib.suppress(OSError):  # nobody reads standard output
                 print(self._greeting(), flush=True)
         except (ModelError, SettingError) as failure:
             self.failure = failure
         except Exception as fault:
-            log.exception("coming up failed")
+            log.exception("startup failed")
             self.failure = ModelError(f"the server cannot start: {fault}")
         finally:
             self.should_exit = self.should_exit or self.failure is not None
-            imported.cancel()
-            given_up.cancel()
+            imports.cancel()
+            engine_failed.cancel()
 
     def _greeting(self) -> str:
         settings = self._services.settings
@@ -178,14 +178,14 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain on the first signal, exit on the second. uvicorn's own handler would exit by the signal, not with 0."""
-        if self._told_to_stop:
+        if self._stop_requested:
             self.should_exit = self.force_exit = True
         elif self._loop is not None:
             self._loop.call_soon_threadsafe(self._begin_drain)
-        self._told_to_stop = True
+        self._stop_requested = True
 
     def _begin_drain(self) -> None:
-        self._going_down = asyncio.create_task(self._drain())
+        self._drain_task = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
         services, seconds = self._services, self._services.settings.drain_seconds

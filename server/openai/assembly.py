@@ -74,7 +74,7 @@ class Assembler:
         self._min_tokens = min_tokens
         self._stop_token_ids = stop_token_ids
         self._thought = thought
-        self._apart = thought is not None and not any(thought.end in stop for stop in stops)
+        self._stops_skip_thought = thought is not None and not any(thought.end in stop for stop in stops)
         self._decoded = 0  # characters decoded so far
         self._emitted = 0  # characters emitted so far
         self._pending: list[Entry] = []  # entries of text that is held back
@@ -112,7 +112,7 @@ class Assembler:
         text += fragment
         if stop is not None:
             return self._cut(text, stop)
-        text = self._shown(text + self._stops.flush())
+        text = self._visible(text + self._stops.flush())
         reason: Literal["stop", "length"] = "stop" if output.finish_reason == "stop" else "length"
         named = output.stop_token if output.stop_token in self._stop_token_ids else None
         return Piece(text, self._pending, reason, named)
@@ -122,7 +122,7 @@ class Assembler:
         if self._thought is None:
             return "", decoded
         parts = self._thought.split(decoded, last=True) if last else self._thought.add(decoded)
-        return parts if self._apart else ("", decoded)
+        return parts if self._stops_skip_thought else ("", decoded)
 
     def _feed(self, thought: str, answer: str) -> tuple[str, str | None]:
         """Return the text to emit, and the stop string if one matched. The thought comes first and is not matched."""
@@ -137,12 +137,12 @@ class Assembler:
 
     def _piece(self, text: str) -> Piece:
         """Emit `text` with the logprob entries of the tokens that begin in it."""
-        shown = self._shown(text)
+        visible = self._visible(text)
         ready = sum(entry.offset < self._emitted for entry in self._pending)  # offsets never fall
         entries, self._pending = self._pending[:ready], self._pending[ready:]
-        return Piece(shown, entries)
+        return Piece(visible, entries)
 
-    def _shown(self, text: str) -> str:
+    def _visible(self, text: str) -> str:
         """Emit decoded text without its hidden tokens."""
         start, self._emitted = self._emitted, self._emitted + len(text)
         parts, position = [], start

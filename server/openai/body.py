@@ -23,22 +23,22 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 
-def _one_by_one(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+def _validate_each(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     """Validate entries one at a time, since pydantic would check all of them and collect every error."""
     if not isinstance(value, dict):
         return validate(value)
     return {name: item for pair in value.items() for name, item in validate(dict([pair])).items()}
 
 
-class _FirstFault(FailFast):
+class _HashableFailFast(FailFast):
     """Hashable variant: members of a union must be hashable."""
 
     __hash__ = object.__hash__
 
 
 # Lists and maps of a body. Validation ends at the first error: a response names one, and there may be a million.
-Items = Annotated[list[T], _FirstFault()]
-Entries = Annotated[dict[K, T], WrapValidator(_one_by_one)]
+Items = Annotated[list[T], _HashableFailFast()]
+Entries = Annotated[dict[K, T], WrapValidator(_validate_each)]
 
 
 def _metadata(value: dict[str, str]) -> dict[str, str]:
@@ -57,23 +57,24 @@ class Body(BaseModel):
     """A JSON object with known fields. Null means not given. No coercion.
 
     An unknown field is refused by name, except a value that changes nothing (`no_ops`) and fields without effect:
-    annotations of clients or other servers that the model never sees (`marks`).
+    annotations of clients or other servers that the model never sees (`ignored_fields`).
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    marks: ClassVar[frozenset[str]] = frozenset()
+    ignored_fields: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_changes_nothing(cls, data: Any) -> Any:
+    def _drop_no_ops(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         given: dict[str, Any] = {}
-        fields, no_ops, marks = _names(cls), cls.no_ops, cls.marks  # locals: there may be thousands of such objects
+        # Locals, since there may be thousands of such objects.
+        fields, no_ops, ignored = _names(cls), cls.no_ops, cls.ignored_fields
         for name, value in data.items():
-            if value is None or name in marks or (name in no_ops and _same_as_one_of(value, no_ops[name])):
+            if value is None or name in ignored or (name in no_ops and _same_as_one_of(value, no_ops[name])):
                 continue
             given[name] = value
             if name not in fields:  # one is enough for the error, and there may be a million
@@ -88,9 +89,9 @@ class Body(BaseModel):
         required = described.get("required", ())
         properties = described.get("properties", {})
         described["properties"] = {
-            name: property_ if name in required else _or_null(property_) for name, property_ in properties.items()
+            name: property_ if name in required else _nullable(property_) for name, property_ in properties.items()
         } | {name: {"enum": [*values, None], "deprecated": True} for name, values in cls.no_ops.items()}
-        described["properties"] |= {name: {"deprecated": True} for name in sorted(cls.marks)}
+        described["properties"] |= {name: {"deprecated": True} for name in sorted(cls.ignored_fields)}
         described["additionalProperties"] = {"type": "null"}
         return schema
 
@@ -120,7 +121,7 @@ class PromptCacheOptions(Body):
     ttl: Label | None = None
 
 
-def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
     null = {"type": "null"}
     if null in schema.get("anyOf", ()):
         return schema

@@ -153,7 +153,7 @@ class _Answer:
         else:
             cut = piece.finish_reason == "length" or piece.stop_reason is not None
             found = self._parser.feed(piece.text, last=piece.finish_reason is not None, cut=cut)
-            events = [_identified(event) for event in found]
+            events = [_with_id(event) for event in found]
         self._called = self._called or any(isinstance(event, Call) for event in events)
         if piece.finish_reason is None:
             return events, None
@@ -161,18 +161,18 @@ class _Answer:
         return events, Finish("tool_calls" if called else piece.finish_reason, piece.stop_reason)
 
 
-def _identified(event: Text | Begin | Arguments | Thought) -> Event:
+def _with_id(event: Text | Begin | Arguments | Thought) -> Event:
     return Call(f"call_{uuid.uuid4().hex[:24]}", event.name) if isinstance(event, Begin) else event
 
 
 @asynccontextmanager
 async def open_chat(
-    services: Services, caller: Caller, body: ChatBody, *, most: int | None = None
+    services: Services, caller: Caller, body: ChatBody, *, default_max_tokens: int | None = None
 ) -> AsyncIterator[Chat]:
     """Validate a request against its target and prepare it; the target stays open. Nothing is generated yet.
 
     Args:
-        most: tokens of the answer if the body gives no limit; fewer if the context ends first.
+        default_max_tokens: tokens of the answer if the body gives no limit; fewer if the context ends first.
 
     Raises LorakeetError.
     """
@@ -184,17 +184,17 @@ async def open_chat(
         prompt, ids = await body.encode(target.text, info.max_model_len)
         if not ids:
             raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")
-        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        room = fit_max_tokens(info, body, ids, asked=asked, default=most, param="messages")
+        requested = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        max_tokens = fit_max_tokens(info, body, ids, requested=requested, default=default_max_tokens, param="messages")
         calling = body.calling(target.text)
         grammar = (
             await checked_grammar(services, body)
             if calling is None
-            else await calling.grammar(services, body.asked_grammar())
+            else await calling.grammar(services, body.requested_grammar())
         )
         thinking = budget = None
         if (reasoning := target.text.reasoning_format) is not None:
-            thinking = Thinking.after(target.text, reasoning, prompt, body.continued)
+            thinking = Thinking.for_prompt(target.text, reasoning, prompt, body.continued)
         if thinking is not None:
             grammar, budget = await thinking.grammar(grammar, body.max_reasoning_tokens)
         sampling = body.sampling(
@@ -204,6 +204,12 @@ async def open_chat(
             thought=budget,
         )
         generation = Generation(
-            services, body, target, [Prompt(ids, room)], sampling, calling.format.markers if calling else (), thinking
+            services,
+            body,
+            target,
+            [Prompt(ids, max_tokens)],
+            sampling,
+            calling.format.markers if calling else (),
+            thinking,
         )
         yield Chat(target.text, generation, calling, body.include_reasoning)

@@ -17,7 +17,7 @@ from server.messages.protocol import Generate, Sampling
 from server.metrics import FinishedReason
 from server.openai.body import Body, Label
 from server.openai.conversation import Conversation
-from server.openai.generation import Usage, charge, raise_failure
+from server.openai.generation import Usage, charge, raise_if_failed
 from server.openai.prompts import Prompts, encode_prompts
 from server.openai.schema import INT32
 from server.openai.target import Target
@@ -43,7 +43,7 @@ class ClassifyBody(Body):
     @model_validator(mode="after")
     def _check_truncation(self) -> Self:
         if self.truncate_prompt_tokens == 0:
-            raise InvalidRequest("`truncate_prompt_tokens` leaves nothing.", param="truncate_prompt_tokens")
+            raise InvalidRequest("`truncate_prompt_tokens` must not be 0.", param="truncate_prompt_tokens")
         return self
 
     @abstractmethod
@@ -52,10 +52,10 @@ class ClassifyBody(Body):
 
     async def prompts(self, target: Target, longest: int) -> list[list[int]]:
         """Return the token ids of each prompt, truncated as requested. Raises ContextLengthExceeded, InvalidRequest."""
-        most, prompts = self.truncate_prompt_tokens, await self.token_ids(target, longest)
-        if most is not None:
-            most = longest if most == -1 else most
-            prompts = [ids[:most] if self.truncation_side == "right" else ids[-most:] for ids in prompts]
+        max_tokens, prompts = self.truncate_prompt_tokens, await self.token_ids(target, longest)
+        if max_tokens is not None:
+            max_tokens = longest if max_tokens == -1 else max_tokens
+            prompts = [ids[:max_tokens] if self.truncation_side == "right" else ids[-max_tokens:] for ids in prompts]
         for ids in prompts:
             if len(ids) > longest:
                 message = f"This model's maximum context length is {longest} tokens, but this prompt has {len(ids)}."
@@ -103,9 +103,9 @@ async def scores(
         for ids, ticket in zip(prompts, tickets, strict=True)
     ]
     try:
-        found = await asyncio.gather(*running)
+        label_scores = await asyncio.gather(*running)
         await charge(services, target, usage)
-        return found, usage
+        return label_scores, usage
     finally:
         for task in running:
             task.cancel()
@@ -132,28 +132,28 @@ async def _scores(
     used = [(version.label, version.digest) for version in target.adapters]
     clock = services.metrics.request(*used, tenant=target.caller.tenant)
     reason: FinishedReason = "abort"
-    found: list[float] = []
+    label_scores: list[float] = []
     try:
         async with aclosing(services.engine.generate(request)) as outputs:
             async for output in outputs:
-                raise_failure(output)
+                raise_if_failed(output)
                 ticket.leave(served=True)
                 clock.output(0, len(ids), output.queue_seconds)
                 usage.cached_tokens += output.cached_tokens
                 usage.device_seconds += output.device_seconds
-                found += output.scores
+                label_scores += output.scores
         reason = "stop"
     except Exception:
         reason = "error"
         raise
     finally:
         clock.finish(reason)
-    return found
+    return label_scores
 
 
-def probabilities(found: Sequence[float]) -> list[float]:
+def probabilities(label_scores: Sequence[float]) -> list[float]:
     """Return the softmax over the labels, or the sigmoid of a single one."""
-    if len(found) == 1:
-        return [0.5 * (1.0 + math.tanh(0.5 * found[0]))]
-    weights = [math.exp(score - max(found)) for score in found]
+    if len(label_scores) == 1:
+        return [0.5 * (1.0 + math.tanh(0.5 * label_scores[0]))]
+    weights = [math.exp(score - max(label_scores)) for score in label_scores]
     return [weight / sum(weights) for weight in weights]

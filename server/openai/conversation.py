@@ -67,13 +67,13 @@ def _arguments(value: Any) -> Any:
         value = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str):
         raise ValueError("must be an object, or its JSON as a text")
-    told = as_object(value)
+    parsed = as_object(value)
     try:
-        if from_json(value) == told:
+        if from_json(value) == parsed:
             return value
     except ValueError:
         pass
-    return json.dumps(told, ensure_ascii=False)
+    return json.dumps(parsed, ensure_ascii=False)
 
 
 class CalledFunction(Body):
@@ -88,7 +88,7 @@ class ToolCall(Body):
     """A tool call in an earlier answer."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"index": tuple(range(128))}
-    marks: ClassVar[frozenset[str]] = frozenset({"extra_content", "provider_specific_fields"})
+    ignored_fields: ClassVar[frozenset[str]] = frozenset({"extra_content", "provider_specific_fields"})
 
     id: str = Field(min_length=1, max_length=256)
     type: Literal["function"] = "function"
@@ -101,7 +101,7 @@ class Message(Body):
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
         "tool_calls": ([],),
     }
-    marks: ClassVar[frozenset[str]] = frozenset(
+    ignored_fields: ClassVar[frozenset[str]] = frozenset(
         {
             *("id", "opts", "status", "metadata", "created_at", "createdAt", "timestamp", "cache_control"),
             "copilot_cache_control",

@@ -115,7 +115,7 @@ class Generation:
             "id": id,
             "object": kind,
             "created": self.created,
-            "model": self.target.asked,
+            "model": self.target.requested_name,
             "system_fingerprint": self.target.digest,
             "choices": choices,
         }
@@ -142,7 +142,7 @@ class Generation:
         Raises `TooManyRequests` before anything is submitted; `EngineUnavailable` and `LorakeetError` at any time.
         """
         tickets = self._enter() if self._tickets is None else self._tickets
-        ended, kept = False, None
+        ended, charged = False, None
         try:
             if len(tickets) == 1:
                 async with aclosing(self._sample(0, tickets[0])) as pieces:
@@ -157,14 +157,14 @@ class Generation:
             for ticket in tickets:
                 ticket.end()
             if ended or self.usage.completion_tokens:
-                kept = charge(self.services, self.target, self.usage)
+                charged = charge(self.services, self.target, self.usage)
             add_log_fields(
                 adapter="+".join(version.label for version in self.target.adapters) or None,
                 prompt_tokens=self.usage.prompt_tokens,
                 completion_tokens=self.usage.completion_tokens,
             )
-        if kept is not None:
-            await kept  # on disk before the response's last byte is sent
+        if charged is not None:
+            await charged  # on disk before the response's last byte is sent
 
     async def _merge(self, tickets: list[Ticket]) -> AsyncGenerator[tuple[int, Piece], None]:
         """Run all samples concurrently. A prompt's first sample starts alone; the others then reuse its cached KV."""
@@ -213,7 +213,7 @@ class Generation:
             outputs = self.services.engine.generate(self._request(prompt, sample))
             async with aclosing(outputs):
                 async for output in outputs:
-                    raise_failure(output)
+                    raise_if_failed(output)
                     ticket.leave(served=True)
                     before, thought_before = assembler.tokens, assembler.thought_tokens
                     piece = assembler.add(output)
@@ -250,13 +250,13 @@ class Generation:
     def _stop_token_ids(self) -> list[int]:
         """The client's stop tokens, and those of the model's files and template unless `ignore_eos` is set."""
         own = () if self.body.ignore_eos else self.target.text.stop_tokens
-        known = (id_ for id_ in own if id_ < self.target.vocab_size)
-        return list(dict.fromkeys([*self.body.stop_token_ids, *known]))
+        in_vocabulary = (id_ for id_ in own if id_ < self.target.vocab_size)
+        return list(dict.fromkeys([*self.body.stop_token_ids, *in_vocabulary]))
 
     @property
     def _speculative_tokens(self) -> int:
-        asked = self.body.speculative_tokens
-        return self.services.settings.speculative_tokens if asked is None else asked
+        requested = self.body.speculative_tokens
+        return self.services.settings.speculative_tokens if requested is None else requested
 
     def _request(self, prompt: Prompt, sample: int) -> Generate:
         sampling = msgspec.structs.replace(
@@ -309,40 +309,40 @@ def charge(services: Services, target: Target, usage: Usage) -> asyncio.Future[N
 
 
 def fit_max_tokens(
-    info: Ready, body: GenerationBody, prompt: Sequence[int], *, asked: int | None, default: int | None, param: str
+    info: Ready, body: GenerationBody, prompt: Sequence[int], *, requested: int | None, default: int | None, param: str
 ) -> int:
     """Return the number of tokens that may be generated after this prompt.
 
     Args:
-        asked: the client's `max_tokens`, which must fit.
+        requested: the client's `max_tokens`, which must fit.
         default: the limit if the client gave none, reduced to fit; None: the rest of the context.
         param: the field of the prompt, for the error.
 
     Raises `ContextLengthExceeded` with the numbers, and `InvalidRequest` when `min_tokens` exceeds the result.
     """
     room = info.max_model_len - len(prompt)
-    wanted = 1 if asked is None else asked
-    if wanted > room:
+    max_tokens = 1 if requested is None else requested
+    if max_tokens > room:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {info.max_model_len} tokens, but this request needs "
-            f"{len(prompt) + wanted}: {len(prompt)} for the prompt and {wanted} for the completion.",
-            param="max_tokens" if asked and room > 0 else param,
-            tokens=(len(prompt) + wanted, info.max_model_len),
+            f"{len(prompt) + max_tokens}: {len(prompt)} for the prompt and {max_tokens} for the completion.",
+            param="max_tokens" if requested and room > 0 else param,
+            tokens=(len(prompt) + max_tokens, info.max_model_len),
         )
-    if asked is None:
-        wanted = room if default is None else min(default, room)
-    if body.min_tokens > wanted:
+    if requested is None:
+        max_tokens = room if default is None else min(default, room)
+    if body.min_tokens > max_tokens:
         raise InvalidRequest(
-            f"`min_tokens` is {body.min_tokens}, more than the {wanted} tokens that may be generated.",
+            f"`min_tokens` is {body.min_tokens}, more than the {max_tokens} tokens that may be generated.",
             param="min_tokens",
         )
-    return wanted
+    return max_tokens
 
 
 async def checked_grammar(services: Services, body: GenerationBody) -> Grammar | None:
     """Return the body's grammar, checked. Raises `InvalidRequest` when it cannot be enforced."""
-    asked = body.asked_grammar()
-    return None if asked is None else await services.grammars.check(*asked)
+    requested = body.requested_grammar()
+    return None if requested is None else await services.grammars.check(*requested)
 
 
 def check_vocabulary(vocab_size: int, body: GenerationBody) -> None:
@@ -362,10 +362,10 @@ _CLIENT_FAULTS: dict[str | None, type[InvalidRequest]] = {
 }
 
 
-def raise_failure(output: Output) -> None:
+def raise_if_failed(output: Output) -> None:
     """Raise the error of a sequence that failed while the engine continues."""
     if output.finish_reason == "abort":
-        raise EngineUnavailable("The engine gave this request up; try again.")
+        raise EngineUnavailable("The engine aborted this request; try again.")
     if output.error is None:
         return
     if (fault := _CLIENT_FAULTS.get(output.code)) is not None:

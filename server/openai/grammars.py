@@ -91,15 +91,15 @@ class ConstrainedBody(Body):
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
 
-    def asked_grammar(self) -> tuple[Grammar, str] | None:
+    def requested_grammar(self) -> tuple[Grammar, str] | None:
         """Return the grammar and the name of its field. Raises `InvalidRequest` when there are several."""
         outputs = self.structured_outputs or StructuredOutputs.model_construct()
-        spaces = outputs.whitespace_pattern, self.guided_whitespace_pattern
+        whitespace = outputs.whitespace_pattern, self.guided_whitespace_pattern
         found = [
             *_from_response_format(self.response_format),
             *_from_kinds(
                 "structured_outputs.",
-                spaces[0],
+                whitespace[0],
                 json=outputs.json_,
                 regex=outputs.regex,
                 choice=outputs.choice,
@@ -109,7 +109,7 @@ class ConstrainedBody(Body):
             ),
             *_from_kinds(
                 "guided_",
-                spaces[1],
+                whitespace[1],
                 json=self.guided_json,
                 regex=self.guided_regex,
                 choice=self.guided_choice,
@@ -118,27 +118,31 @@ class ConstrainedBody(Body):
         ]
         if len(found) > 1:
             names = " and ".join(f"`{param}`" for _, param in found)
-            raise InvalidRequest(f"{names} both say what the answer must be; give one.", param=found[1][1])
+            raise InvalidRequest(f"{names} both constrain the answer; give one.", param=found[1][1])
         if self.structured_outputs is not None and not found:
-            raise InvalidRequest("`structured_outputs` names no kind of output.", param="structured_outputs")
+            raise InvalidRequest(
+                "`structured_outputs` has no constraint; give one, such as `json`.", param="structured_outputs"
+            )
         return found[0] if found else None
 
 
 def _from_response_format(
-    asked: TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTags | None,
+    requested: TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTags | None,
 ) -> list[tuple[Grammar, str]]:
-    match asked:
+    match requested:
         case JsonObjectFormat():
             return [(Grammar("json_object", ""), "response_format")]
         case JsonSchemaFormat():
-            schema = closed(asked.json_schema.schema_) if asked.json_schema.strict else asked.json_schema.schema_
+            schema = (
+                closed(requested.json_schema.schema_) if requested.json_schema.strict else requested.json_schema.schema_
+            )
             return [(Grammar("json", json.dumps(schema)), "response_format.json_schema.schema")]
         case StructuralTags():
-            return [(_tags(asked, "response_format"), "response_format")]
+            return [(_tags(requested, "response_format"), "response_format")]
     return []
 
 
-def _from_kinds(prefix: str, spaces: str | None, **kinds: Any) -> list[tuple[Grammar, str]]:
+def _from_kinds(prefix: str, whitespace: str | None, **kinds: Any) -> list[tuple[Grammar, str]]:
     found = []
     for kind, value in kinds.items():
         if value is None:
@@ -146,9 +150,9 @@ def _from_kinds(prefix: str, spaces: str | None, **kinds: Any) -> list[tuple[Gra
         param = prefix + kind
         match kind:
             case "json":
-                grammar = _json(value, spaces, param)
+                grammar = _json(value, whitespace, param)
             case "json_object":
-                grammar = _json({"type": "object"}, spaces, param) if spaces else Grammar("json_object", "")
+                grammar = _json({"type": "object"}, whitespace, param) if whitespace else Grammar("json_object", "")
             case "choice":
                 grammar = Grammar("choice", json.dumps(value))
             case "structural_tag":
@@ -159,10 +163,10 @@ def _from_kinds(prefix: str, spaces: str | None, **kinds: Any) -> list[tuple[Gra
     return found
 
 
-def _json(schema: Schema | str, spaces: str | None, param: str) -> Grammar:
+def _json(schema: Schema | str, whitespace: str | None, param: str) -> Grammar:
     schema = _object(schema, param)
-    if spaces is not None:
-        schema = schema | {"x-guidance": {"whitespace_pattern": spaces}}
+    if whitespace is not None:
+        schema = schema | {"x-guidance": {"whitespace_pattern": whitespace}}
     return Grammar("json", json.dumps(schema))
 
 

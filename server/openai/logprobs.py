@@ -10,7 +10,7 @@ from server.messages.protocol import TokenLogprob
 from server.openai.assembly import Entry
 from server.text.processor import TextProcessor
 
-_PART = 256  # tokens encoded at once
+_TOKENS_AT_ONCE = 256  # tokens encoded at once
 _LOWEST = -9999.0  # JSON has no infinity; vLLM's stand-in
 
 Columns = dict[str, list[Any]]
@@ -22,12 +22,12 @@ class AnswerSize:
     Args:
         limit: `max_response_bytes`.
         alternatives: number per token, without the token itself; None: no log-probabilities.
-        each: bytes of one token's value and text.
+        bytes_per_token: bytes of one token's value and text.
     """
 
-    def __init__(self, limit: int, alternatives: int | None, each: int) -> None:
+    def __init__(self, limit: int, alternatives: int | None, bytes_per_token: int) -> None:
         self._limit = limit
-        self._per_token = 0 if alternatives is None else 40 + each * (1 + alternatives)
+        self._per_token = 0 if alternatives is None else 40 + bytes_per_token * (1 + alternatives)
         self._bytes = 0
 
     def add(self, tokens: int, text: int = 0) -> None:
@@ -35,8 +35,8 @@ class AnswerSize:
         self._bytes += tokens * self._per_token + text
         if self._bytes > self._limit:
             raise InvalidRequest(
-                f"The answer has about {self._bytes} bytes or more, of {self._limit} that it may have "
-                "(--max-response-bytes). Ask for less (`n`, `logprobs`, `max_tokens`, `echo`), or for a stream.",
+                f"The answer has about {self._bytes} bytes or more; the limit is {self._limit} "
+                "(--max-response-bytes). Reduce `n`, `logprobs`, `max_tokens` or `echo`, or use `stream`.",
                 param="logprobs" if self._per_token else "echo",
                 code="response_too_large",
             )
@@ -44,10 +44,10 @@ class AnswerSize:
 
 def columns(text: TextProcessor, entries: Iterable[Entry], *, start: int = 0) -> Columns:
     """Return `logprobs` of a completion's choice. `start`: characters of the choice's text before this sequence's."""
-    made = no_columns()
+    table = empty_columns()
     for entry in entries:
-        _append(made, text, start + entry.offset, entry.logprob.token, entry.logprob)
-    return made
+        _append(table, text, start + entry.offset, entry.logprob.token, entry.logprob)
+    return table
 
 
 def echoed_columns(
@@ -58,49 +58,49 @@ def echoed_columns(
     They are encoded once for all samples, and in parts, so that the interpreter lock is held only briefly. The first
     token has no logprob, as nothing precedes it.
     """
-    parts: dict[str, list[bytes]] = {name: [] for name in no_columns()}
-    for start in range(0, len(ids), _PART):
-        made = no_columns()
-        part = slice(start, start + _PART)
+    parts: dict[str, list[bytes]] = {name: [] for name in empty_columns()}
+    for start in range(0, len(ids), _TOKENS_AT_ONCE):
+        table = empty_columns()
+        part = slice(start, start + _TOKENS_AT_ONCE)
         for token, offset, logprob in zip(ids[part], offsets[part], logprobs[part], strict=True):
-            _append(made, text, offset, token, logprob)
-        for name, column in made.items():
+            _append(table, text, offset, token, logprob)
+        for name, column in table.items():
             parts[name].append(msgspec.json.encode(column)[1:-1])
     return {name: b",".join(written) for name, written in parts.items()}
 
 
-def behind_echo(echoed: dict[str, bytes], made: Columns) -> dict[str, msgspec.Raw]:
+def with_echo(echoed: dict[str, bytes], table: Columns) -> dict[str, msgspec.Raw]:
     """Return the columns of an echoed prompt and its completion as JSON."""
     return {
         name: msgspec.Raw(b"[%b%b%b]" % (echoed[name], b"," if column else b"", msgspec.json.encode(column)[1:-1]))
-        for name, column in made.items()
+        for name, column in table.items()
     }
 
 
-def no_columns() -> Columns:
+def empty_columns() -> Columns:
     """Return columns without tokens."""
     return {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
 
 
-def extend(made: Columns, more: Columns) -> None:
+def extend(table: Columns, more: Columns) -> None:
     """Append the columns of later tokens in place."""
-    for name, column in made.items():
+    for name, column in table.items():
         column += more[name]
 
 
-def _append(made: Columns, text: TextProcessor, offset: int, token: int, logprob: TokenLogprob | None) -> None:
+def _append(table: Columns, text: TextProcessor, offset: int, token: int, logprob: TokenLogprob | None) -> None:
     token_text = text.token(token).text
-    made["text_offset"].append(offset)
-    made["tokens"].append(token_text)
+    table["text_offset"].append(offset)
+    table["tokens"].append(token_text)
     if logprob is None:
-        made["token_logprobs"].append(None)
-        made["top_logprobs"].append(None)
+        table["token_logprobs"].append(None)
+        table["top_logprobs"].append(None)
         return
     value = max(logprob.logprob, _LOWEST)
     top = {text.token(other).text: max(other_value, _LOWEST) for other, other_value in logprob.top}
     top.setdefault(token_text, value)  # the chosen token is always included, as an extra one if necessary
-    made["token_logprobs"].append(value)
-    made["top_logprobs"].append(top)
+    table["token_logprobs"].append(value)
+    table["top_logprobs"].append(top)
 
 
 def chat_tokens(text: TextProcessor, entries: Iterable[Entry]) -> list[dict[str, Any]]:

@@ -19,13 +19,13 @@ def read_part(kinds: Kinds, value: Any, place: str, type_of: Callable[[Mapping[s
         raise InvalidRequest(f"`{place}` must be an object.", param=place)
     kind = kinds.get(name) if isinstance(name := type_of(value), str) else None
     if kind is None:
-        asked = f"`{printable(name)}` is not served" if isinstance(name, str) else "must be a string"
-        message = f"`{place}.type`: {asked}; it may be {', '.join(kinds)}."
+        problem = f"`{printable(name)}` is not served" if isinstance(name, str) else "must be a string"
+        message = f"`{place}.type`: {problem}; it may be {', '.join(kinds)}."
         raise InvalidRequest(message, param=f"{place}.type", code="unsupported_parameter")
     try:
         return kind.validate_object(value)
     except LorakeetError as error:
-        raise moved(error, f"{place}.{error.param}" if error.param else place) from None
+        raise with_param(error, f"{place}.{error.param}" if error.param else place) from None
 
 
 def parts(
@@ -53,23 +53,23 @@ def parts(
     return BeforeValidator(validate, json_schema_input_type=str | kind if of_text else kind)
 
 
-def moved(error: LorakeetError, param: str) -> LorakeetError:
+def with_param(error: LorakeetError, param: str) -> LorakeetError:
     """Return the error with another field name."""
     error.message = error.message.replace(f"`{error.param}`", f"`{param}`")
     error.param = param
     return error
 
 
-def renamed(error: LorakeetError, names: Sequence[tuple[str, str]]) -> LorakeetError:
+def with_renamed_param(error: LorakeetError, names: Sequence[tuple[str, str]]) -> LorakeetError:
     """Return a chat request's error with the field name of the body that it was converted from.
 
     Args:
         names: prefixes of the chat request's fields, and their names in the body; the first match counts.
     """
     param = error.param or ""
-    for ours, theirs in names:
-        if param == ours or param.startswith(f"{ours}."):
-            error.message = error.message.replace(f"`{ours}", f"`{theirs}")
-            error.param = theirs + param[len(ours) :]
+    for source, target in names:
+        if param == source or param.startswith(f"{source}."):
+            error.message = error.message.replace(f"`{source}", f"`{target}")
+            error.param = target + param[len(source) :]
             break
     return error

@@ -41,12 +41,12 @@ Prompts = Annotated[
 
 
 async def encode_prompts(
-    target: Target, given: Sequence[str | list[int]], max_tokens: int, *, add_special_tokens: bool, param: str
+    target: Target, inputs: Sequence[str | list[int]], max_tokens: int, *, add_special_tokens: bool, param: str
 ) -> list[list[int]]:
     """Return the token ids of each prompt. Raises `InvalidRequest` for an empty one or ids outside the vocabulary."""
-    texts = [prompt for prompt in given if isinstance(prompt, str)]  # all prompts or none
+    texts = [prompt for prompt in inputs if isinstance(prompt, str)]  # all prompts or none
     encoded = await target.text.encode(texts, add_special_tokens=add_special_tokens, max_tokens=max_tokens, param=param)
-    prompts = encoded or [prompt for prompt in given if not isinstance(prompt, str)]
+    prompts = encoded or [prompt for prompt in inputs if not isinstance(prompt, str)]
     for ids in prompts:
         if not ids:
             raise InvalidRequest(f"`{param}` is empty: it has no token.", param=param)

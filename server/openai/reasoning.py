@@ -7,7 +7,7 @@ import msgspec
 
 from server.messages.protocol import Grammar, ThoughtBudget
 from server.text.processor import TextProcessor
-from server.text.reasoning import ReasoningFormat, ThoughtTokens, begun, lark_of_thought, thinking
+from server.text.reasoning import ReasoningFormat, ThoughtTokens, ends_in_thought, thought_grammar, thought_reader
 from server.text.tools.source import Reader
 
 _ANY_TEXT = Grammar("lark", "%llguidance {}\nstart: <[*]>*\n")
@@ -28,30 +28,32 @@ class Thinking:
     stops: Collection[int]
 
     @classmethod
-    def after(
+    def for_prompt(
         cls, text: TextProcessor, reasoning: ReasoningFormat, prompt: str, continued: str | None
     ) -> "Thinking | None":
         """Return it for a prompt, with its last message's text if continued; None if the answers cannot think."""
-        inside = begun(reasoning, prompt, continued)
+        inside = ends_in_thought(reasoning, prompt, continued)
         return None if inside is False else cls(text, reasoning, inside, list(text.stop_tokens))
 
-    def reader(self, then: Reader) -> Reader:
-        """Return a reader of the thought, followed by the reader `then`."""
-        return thinking(self.format, self.inside, then)
+    def reader(self, answer_reader: Reader) -> Reader:
+        """Return a reader of the thought, followed by `answer_reader`."""
+        return thought_reader(self.format, self.inside, answer_reader)
 
     def counter(self) -> ThoughtTokens:
         """Return a counter of one answer's thought tokens."""
         return ThoughtTokens(self.format, self.inside)
 
-    async def grammar(self, answer: Grammar | None, most: int | None) -> tuple[Grammar | None, ThoughtBudget | None]:
-        """Return the grammar of thought and answer, and the thought's budget of `most` tokens if set."""
+    async def grammar(
+        self, answer: Grammar | None, max_tokens: int | None
+    ) -> tuple[Grammar | None, ThoughtBudget | None]:
+        """Return the grammar of thought and answer, and the thought's budget of `max_tokens` tokens if set."""
         if answer is not None:
             tokens = {token: id_ for id_, token in self.text.added_tokens.items()}
-            lark = lark_of_thought(self.format, self.inside, tokens, self.stops)
+            lark = thought_grammar(self.format, self.inside, tokens, self.stops)
             answer = msgspec.structs.replace(answer, thought=lark)
-        if most is None:
+        if max_tokens is None:
             return answer, None
         close = self.format.close
         [ids] = await self.text.encode([close], add_special_tokens=False, max_tokens=len(close), param="messages")
         begin = "" if self.inside else self.format.begin
-        return answer or _ANY_TEXT, ThoughtBudget(most, begin, self.format.end, ids)
+        return answer or _ANY_TEXT, ThoughtBudget(max_tokens, begin, self.format.end, ids)

@@ -12,10 +12,10 @@ from server.messages.protocol import Grammar
 from server.openai.body import Body, Entries, Items, Label, Metadata, PromptCacheOptions
 from server.openai.chat import ChatBody
 from server.openai.grammars import JsonObjectFormat, Schema, TextFormat
-from server.openai.parts import parts, renamed
+from server.openai.parts import parts, with_renamed_param
 from server.openai.response_input import INPUT_ITEMS, Item, messages_of
 from server.openai.schema import INT32, MAX_ADAPTERS, SERVICE_TIERS, SamplingBody, WeightedAdapter
-from server.openai.tools import CHOOSING, FunctionTool, NamedFunction, Word, arguments_schema
+from server.openai.tools import TOOL_CHOICE_KIND, FunctionTool, NamedFunction, Word, arguments_schema
 
 
 class ResponseFunction(FunctionTool):
@@ -73,7 +73,7 @@ class AllowedTools(Body):
 
 
 ToolChoice = Annotated[
-    Word | Annotated[FunctionChoice, Tag("function")] | Annotated[AllowedTools, Tag("allowed_tools")], CHOOSING
+    Word | Annotated[FunctionChoice, Tag("function")] | Annotated[AllowedTools, Tag("allowed_tools")], TOOL_CHOICE_KIND
 ]
 
 
@@ -94,7 +94,7 @@ Include = Literal[
     "code_interpreter_call.outputs",
 ]
 _TOOLS: dict[str, type[Body]] = {"function": ResponseFunction}
-_NAMES = (  # fields of the chat request -> fields of this body
+_FIELD_NAMES = (  # fields of the chat request -> fields of this body
     ("messages", "input"),
     ("max_completion_tokens", "max_output_tokens"),
     ("max_tokens", "max_output_tokens"),
@@ -151,10 +151,10 @@ class ResponseBody(SamplingBody):
             raise InvalidRequest("`stream_options` may only be given with `stream: true`.", param="stream_options")
         if self.background and self.store is False:
             raise InvalidRequest("`background` needs `store`: the answer is fetched later.", param="store")
-        known = {tool.name for tool in self.tools}
+        names = {tool.name for tool in self.tools}
         if isinstance(self.tool_choice, AllowedTools):
             for i, allowed in enumerate(self.tool_choice.tools):
-                if allowed.name not in known:
+                if allowed.name not in names:
                     param = f"tool_choice.tools.{i}.name"
                     raise InvalidRequest(f"`{param}` is none of the `tools`.", param=param)
         return self
@@ -164,8 +164,8 @@ class ResponseBody(SamplingBody):
         """Whether the answer has log-probabilities."""
         return self.top_logprobs is not None or "message.output_text.logprobs" in self.include
 
-    async def settled(self, check: Callable[[Grammar, str], Awaitable[Grammar]]) -> Self:
-        """Return the body with `strict` settled: if not given, a function is strict if its schema can be enforced.
+    async def with_resolved_strict(self, check: Callable[[Grammar, str], Awaitable[Grammar]]) -> Self:
+        """Return the body with `strict` resolved: if not given, a function is strict if its schema can be enforced.
 
         Args:
             check: raises InvalidRequest for a schema that cannot be enforced.
@@ -206,13 +206,13 @@ class ResponseBody(SamplingBody):
         try:
             return ChatBody.validate_object(given)
         except (ValidationError, LorakeetError) as fault:
-            raise self.refusal(as_error(fault)) from None
+            raise self.translate_error(as_error(fault)) from None
 
     @staticmethod
-    def refusal(error: LorakeetError) -> LorakeetError:
-        """Return a refusal of the chat request with the field names of this body."""
+    def translate_error(error: LorakeetError) -> LorakeetError:
+        """Return an error of the chat request with the field names of this body."""
         tool = re.match(r"tools\.\d+", error.param or "")
-        return renamed(error, [(f"{tool[0]}.function", tool[0])] if tool else _NAMES)
+        return with_renamed_param(error, [(f"{tool[0]}.function", tool[0])] if tool else _FIELD_NAMES)
 
     def _tools(self) -> list[dict[str, Any]]:
         return [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools]
@@ -228,13 +228,13 @@ class ResponseBody(SamplingBody):
                 return choice
 
     def _format(self) -> dict[str, Any] | None:
-        asked = self.text.format
-        if isinstance(asked, JsonSchemaText):
-            schema = asked.model_dump(by_alias=True, exclude={"type"})
+        requested = self.text.format
+        if isinstance(requested, JsonSchemaText):
+            schema = requested.model_dump(by_alias=True, exclude={"type"})
             return {"type": "json_schema", "json_schema": schema}
-        return None if asked is None else asked.model_dump()
+        return None if requested is None else requested.model_dump()
 
-    def shown(self) -> dict[str, Any]:
+    def echoed_fields(self) -> dict[str, Any]:
         """Return the request's fields that a response repeats."""
         choice, form = self.tool_choice, self.text.format or TextFormat(type="text")
         text = {"format": form.model_dump(by_alias=True, exclude_none=True)}

@@ -63,13 +63,13 @@ class MessageItem(Body):
     status: ItemStatus | None = None
 
 
-_DIRECT: dict[str, tuple[Any, ...]] = {"caller": ({"type": "direct"},), "async": (False,)}
+_CALL_NO_OPS: dict[str, tuple[Any, ...]] = {"caller": ({"type": "direct"},), "async": (False,)}
 
 
 class CallItem(CalledFunction):
     """A tool call in an earlier answer."""
 
-    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = _DIRECT
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = _CALL_NO_OPS
 
     type: Literal["function_call"]
     call_id: _Id
@@ -80,7 +80,7 @@ class CallItem(CalledFunction):
 class CallOutputItem(Body):
     """The result of a tool call."""
 
-    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = _DIRECT
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = _CALL_NO_OPS
 
     type: Literal["function_call_output"]
     call_id: _Id
@@ -171,12 +171,12 @@ def messages_of(items: Sequence[Item], instructions: str | None) -> list[dict[st
         match item["type"]:
             case "message":
                 text = "\n".join(part["text"] for part in item["content"])
-                spoken = item["role"] == "assistant"
-                if spoken and not thought and messages and "tool_calls" in messages[-1]:
+                is_assistant = item["role"] == "assistant"
+                if is_assistant and not thought and messages and "tool_calls" in messages[-1]:
                     # Templates accept no message between calls and their results.
                     messages[-1]["content"] = "\n".join(filter(None, [messages[-1]["content"], text]))
                 else:
-                    messages.append({"role": item["role"], "content": text} | (thought if spoken else {}))
+                    messages.append({"role": item["role"], "content": text} | (thought if is_assistant else {}))
                 thought = {}
             case "reasoning":
                 thought = {"reasoning": "\n".join(part["text"] for part in item["content"] or item["summary"])}

@@ -151,79 +151,79 @@ class _Event(_Tagged, frozen=True, kw_only=True):
     sequence_number: Annotated[int, Meta(ge=0)]
 
 
-class _OfResponse(_Event, frozen=True, kw_only=True):
+class _StatusEvent(_Event, frozen=True, kw_only=True):
     response: ResponseObject
 
 
-class _OfItem(_Event, frozen=True, kw_only=True):
+class _ItemEvent(_Event, frozen=True, kw_only=True):
     output_index: int
 
 
-class _OfPart(_OfItem, frozen=True, kw_only=True):
+class _PartEvent(_ItemEvent, frozen=True, kw_only=True):
     item_id: str
     content_index: int = 0
 
 
-class Created(_OfResponse, frozen=True, kw_only=True, tag="response.created"):
+class Created(_StatusEvent, frozen=True, kw_only=True, tag="response.created"):
     pass
 
 
-class InProgress(_OfResponse, frozen=True, kw_only=True, tag="response.in_progress"):
+class InProgress(_StatusEvent, frozen=True, kw_only=True, tag="response.in_progress"):
     pass
 
 
-class Completed(_OfResponse, frozen=True, kw_only=True, tag="response.completed"):
+class Completed(_StatusEvent, frozen=True, kw_only=True, tag="response.completed"):
     pass
 
 
-class IncompleteEvent(_OfResponse, frozen=True, kw_only=True, tag="response.incomplete"):
+class IncompleteEvent(_StatusEvent, frozen=True, kw_only=True, tag="response.incomplete"):
     pass
 
 
-class Failed(_OfResponse, frozen=True, kw_only=True, tag="response.failed"):
+class Failed(_StatusEvent, frozen=True, kw_only=True, tag="response.failed"):
     pass
 
 
-class ItemAdded(_OfItem, frozen=True, kw_only=True, tag="response.output_item.added"):
+class ItemAdded(_ItemEvent, frozen=True, kw_only=True, tag="response.output_item.added"):
     item: OutputItem
 
 
-class ItemDone(_OfItem, frozen=True, kw_only=True, tag="response.output_item.done"):
+class ItemDone(_ItemEvent, frozen=True, kw_only=True, tag="response.output_item.done"):
     item: OutputItem
 
 
-class PartAdded(_OfPart, frozen=True, kw_only=True, tag="response.content_part.added"):
+class PartAdded(_PartEvent, frozen=True, kw_only=True, tag="response.content_part.added"):
     part: OutputText | ReasoningText
 
 
-class PartDone(_OfPart, frozen=True, kw_only=True, tag="response.content_part.done"):
+class PartDone(_PartEvent, frozen=True, kw_only=True, tag="response.content_part.done"):
     part: OutputText | ReasoningText
 
 
-class TextDelta(_OfPart, frozen=True, kw_only=True, tag="response.output_text.delta"):
+class TextDelta(_PartEvent, frozen=True, kw_only=True, tag="response.output_text.delta"):
     delta: str
     logprobs: Logprobs
 
 
-class TextDone(_OfPart, frozen=True, kw_only=True, tag="response.output_text.done"):
+class TextDone(_PartEvent, frozen=True, kw_only=True, tag="response.output_text.done"):
     text: str
     logprobs: Logprobs
 
 
-class ReasoningDelta(_OfPart, frozen=True, kw_only=True, tag="response.reasoning_text.delta"):
+class ReasoningDelta(_PartEvent, frozen=True, kw_only=True, tag="response.reasoning_text.delta"):
     delta: str
 
 
-class ReasoningDone(_OfPart, frozen=True, kw_only=True, tag="response.reasoning_text.done"):
+class ReasoningDone(_PartEvent, frozen=True, kw_only=True, tag="response.reasoning_text.done"):
     text: str
 
 
-class ArgumentsDelta(_OfItem, frozen=True, kw_only=True, tag="response.function_call_arguments.delta"):
+class ArgumentsDelta(_ItemEvent, frozen=True, kw_only=True, tag="response.function_call_arguments.delta"):
     item_id: str
     delta: str
 
 
-class ArgumentsDone(_OfItem, frozen=True, kw_only=True, tag="response.function_call_arguments.done"):
+class ArgumentsDone(_ItemEvent, frozen=True, kw_only=True, tag="response.function_call_arguments.done"):
     item_id: str
     name: str
     arguments: str

@@ -18,7 +18,7 @@ _PREFIX = {"message": "msg", "function_call": "fc", "reasoning": "rs"}
 
 
 @dataclass
-class _Open:
+class _OpenItem:
     """The output item being written."""
 
     kind: Literal["message", "function_call", "reasoning"]
@@ -50,16 +50,16 @@ class ResponseWriter:
 
     Args:
         number: of the response; its id and its items' ids contain it.
-        kept: whether the response is stored.
+        stored: whether the response is stored.
         max_bytes: `max_response_bytes`.
     """
 
-    def __init__(self, body: ResponseBody, chat: Chat, number: str, *, kept: bool, max_bytes: int) -> None:
+    def __init__(self, body: ResponseBody, chat: Chat, number: str, *, stored: bool, max_bytes: int) -> None:
         self._body = body
         self._chat = chat
         self._number = number
         self._events = 0
-        self._item: _Open | None = None
+        self._item: _OpenItem | None = None
         self._pending: o.Logprobs = []  # of text not written yet
         self._size = AnswerSize(max_bytes, body.top_logprobs or 0 if body.logprobs else None, 65)
         sampling, target = chat.generation.sampling, chat.generation.target
@@ -67,17 +67,17 @@ class ResponseWriter:
             id=f"resp_{number}",
             created_at=int(time.time()),
             status="in_progress",
-            model=target.asked,
+            model=target.requested_name,
             system_fingerprint=target.digest,
-            store=kept,
+            store=stored,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            **body.shown(),
+            **body.echoed_fields(),
         )
 
     def begin(self) -> list[o.ResponseEvent]:
         """Return the first events of a response."""
-        return [self._of(o.Created, response=self.response), self._of(o.InProgress, response=self.response)]
+        return [self._event(o.Created, response=self.response), self._event(o.InProgress, response=self.response)]
 
     def add(self, addition: Addition) -> list[o.ResponseEvent]:
         """Return the events of an addition."""
@@ -106,12 +106,12 @@ class ResponseWriter:
     def last(self) -> o.ResponseEvent:
         """Return the last event, once the response has ended."""
         kind = {"completed": o.Completed, "incomplete": o.IncompleteEvent}.get(self.response.status, o.Failed)
-        return self._of(kind, response=self.response)
+        return self._event(kind, response=self.response)
 
     def fail(self, error: LorakeetError) -> o.ResponseEvent:
         """End the response with an error; return the last event."""
-        code = {InvalidRequest: "invalid_prompt", TooManyRequests: "rate_limit_exceeded"}
-        named = next((name for kind, name in code.items() if isinstance(error, kind)), "server_error")
+        codes = {InvalidRequest: "invalid_prompt", TooManyRequests: "rate_limit_exceeded"}
+        named = next((name for kind, name in codes.items() if isinstance(error, kind)), "server_error")
         self._end("failed", o.ResponseFault(code=named, message=error.message))
         return self.last()
 
@@ -133,21 +133,21 @@ class ResponseWriter:
         if kind == "message":
             item.logprobs += logprobs
             if text:
-                yield self._of(o.TextDelta, **at, delta=text, logprobs=logprobs)
+                yield self._event(o.TextDelta, **at, delta=text, logprobs=logprobs)
         elif kind == "reasoning":
-            yield self._of(o.ReasoningDelta, **at, delta=text)
+            yield self._event(o.ReasoningDelta, **at, delta=text)
         else:
-            yield self._of(o.ArgumentsDelta, **at, delta=text)
+            yield self._event(o.ArgumentsDelta, **at, delta=text)
 
     def _open(
         self, kind: Literal["message", "function_call", "reasoning"], call: Call | None = None
     ) -> Iterator[o.ResponseEvent]:
         yield from self._close("completed")
         index = len(self.response.output)
-        self._item = item = _Open(kind, f"{_PREFIX[kind]}_{self._number}_{index}", index, call)
-        yield self._of(o.ItemAdded, output_index=index, item=item.item("in_progress"))
+        self._item = item = _OpenItem(kind, f"{_PREFIX[kind]}_{self._number}_{index}", index, call)
+        yield self._event(o.ItemAdded, output_index=index, item=item.item("in_progress"))
         if call is None:
-            yield self._of(o.PartAdded, item_id=item.id, output_index=index, part=item.part())
+            yield self._event(o.PartAdded, item_id=item.id, output_index=index, part=item.part())
 
     def _close(self, status: o.ItemStatus) -> Iterator[o.ResponseEvent]:
         item, self._item = self._item, None
@@ -156,19 +156,19 @@ class ResponseWriter:
         at: dict[str, Any] = {"item_id": item.id, "output_index": item.index}
         text = "".join(item.text)
         if item.call is not None:
-            yield self._of(o.ArgumentsDone, **at, name=item.call.name, arguments=text)
+            yield self._event(o.ArgumentsDone, **at, name=item.call.name, arguments=text)
         else:
             if item.kind == "message":
                 item.logprobs += self._pending
-                yield self._of(o.TextDone, **at, text=text, logprobs=item.logprobs)
+                yield self._event(o.TextDone, **at, text=text, logprobs=item.logprobs)
             else:
-                yield self._of(o.ReasoningDone, **at, text=text)
-            yield self._of(o.PartDone, **at, part=item.part())
+                yield self._event(o.ReasoningDone, **at, text=text)
+            yield self._event(o.PartDone, **at, part=item.part())
         self._pending = []
         done = item.item(status)
         # A new list, since unsent events refer to the old one.
         self.response = replace(self.response, output=[*self.response.output, done])
-        yield self._of(o.ItemDone, output_index=item.index, item=done)
+        yield self._event(o.ItemDone, output_index=item.index, item=done)
 
     def _end(self, status: o.Status, error: o.ResponseFault | None = None) -> None:
         usage = self._chat.generation.usage
@@ -187,7 +187,7 @@ class ResponseWriter:
             ),
         )
 
-    def _of(self, kind: Any, **fields: Any) -> o.ResponseEvent:
+    def _event(self, kind: Any, **fields: Any) -> o.ResponseEvent:
         event: o.ResponseEvent = kind(sequence_number=self._events, **fields)
         self._events += 1
         return event

@@ -45,12 +45,12 @@ def sampling_defaults(source: str, ref: str, model: Path) -> dict[str, float]:
     except ValueError as fault:
         raise SettingError(f"--generation-config: {path} is not JSON: {fault}") from None
     if not isinstance(content, dict):
-        raise SettingError(f"--generation-config: {path} holds no JSON object")
+        raise SettingError(f"--generation-config: {path} is not a JSON object")
     defaults: dict[str, float] = {}
     for name, (lowest, highest) in _RANGES.items():
         value = content.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value <= highest:
             defaults[name] = int(value) if name == "top_k" else float(value)
         elif value is not None:
-            log.warning("%s: %s = %r is no value that a request may have; not used as a default", path, name, value)
+            log.warning("%s: %s = %r is out of range; not used as a default", path, name, value)
     return defaults

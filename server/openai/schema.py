@@ -87,7 +87,7 @@ class SamplingBody(Body):
 
 
 # Sampling parameters of other servers with the values that disable them, as their clients send them.
-_OF_OTHERS: dict[str, tuple[Any, ...]] = {
+_FOREIGN_NO_OPS: dict[str, tuple[Any, ...]] = {
     "typical_p": (1, 1.0),
     "tfs_z": (1, 1.0),
     "top_a": (0, 0.0),
@@ -105,7 +105,7 @@ SERVICE_TIERS = ("auto", "default", "flex", "priority", "scale")  # OpenAI's; no
 class GenerationBody(ConstrainedBody, SamplingBody):
     """Fields of both endpoints. Labels and hints that cannot change the answer are validated and ignored."""
 
-    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = _OF_OTHERS | {
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = _FOREIGN_NO_OPS | {
         "use_beam_search": (False,),
         "length_penalty": (1, 1.0),
         "early_stopping": (False,),

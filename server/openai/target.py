@@ -27,7 +27,7 @@ class Target:
     """The base or the adapter versions that serve a request."""
 
     caller: Caller
-    asked: str  # the name in the client's request
+    requested_name: str  # the name in the client's request
     digest: str  # of the adapter or the base; of several adapters: each digest with its weight
     text: TextProcessor
     vocab_size: int
@@ -59,69 +59,71 @@ async def open_target(
     base = services.settings.base_aliases
     async with AsyncExitStack() as held:
 
-        async def opened(name: str, param: str) -> Version:
+        async def open_version(name: str, param: str) -> Version:
             return await held.enter_async_context(services.registry.open(caller, name, user=user, param=param))
 
         if adapters:
             if adapter_id is not None:
                 raise InvalidRequest("Give either `adapter_id` or `adapters`.", param="adapters")
             if model not in base:
-                await opened(model, "model")  # an unknown model is reported first
+                await open_version(model, "model")  # an unknown model is reported first
                 raise InvalidRequest("With `adapters`, `model` is the base.", param="adapters")
-            yield _for_task(await _several(services, caller, model, adapters, opened), task, "adapters")
+            yield _for_task(await _weighted_target(services, caller, model, adapters, open_version), task, "adapters")
             return
-        asked, param = model, "model"
+        name, param = model, "model"
         if adapter_id is not None and adapter_id != model:
             if model not in base:
-                await opened(model, "model")
+                await open_version(model, "model")
                 raise InvalidRequest(
                     "`model` and `adapter_id` name two adapters; give one of them.", param="adapter_id"
                 )
-            asked, param = adapter_id, "adapter_id"
-        if asked in base:
-            yield _for_task(_base_target(services, caller, asked), task, param)
+            name, param = adapter_id, "adapter_id"
+        if name in base:
+            yield _for_task(_base_target(services, caller, name), task, param)
             return
-        version = await opened(asked, param)
-        yield _for_task(await _adapter_target(services, caller, asked, version), task, param)
+        version = await open_version(name, param)
+        yield _for_task(await _adapter_target(services, caller, name, version), task, param)
 
 
 def _for_task(target: Target, task: Task, param: str) -> Target:
     """Return the target. Raises InvalidRequest when it does not support the task."""
     if task == "any" or bool(target.num_labels) == (task == "classify"):
         return target
-    name = printable(target.adapters[0].name_for(target.caller.tenant) if target.adapters else target.asked)
+    name = printable(target.adapters[0].name_for(target.caller.tenant) if target.adapters else target.requested_name)
     if task == "generate":
-        message = f"`{name}` classifies and generates nothing: ask /v1/classify."
+        message = f"`{name}` is a classifier and generates no text; use /v1/classify."
     else:
-        message = f"`{name}` generates text: /v1/classify is for adapters with a classification head (SEQ_CLS)."
+        message = f"`{name}` generates text; /v1/classify is for adapters with a classification head (SEQ_CLS)."
     raise InvalidRequest(message, param=param, code="unsupported_task")
 
 
-def _base_target(services: Services, caller: Caller, asked: str) -> Target:
+def _base_target(services: Services, caller: Caller, requested_name: str) -> Target:
     info = services.engine_info
-    return Target(caller, asked, info.base_digest, services.text, info.vocab_size, [], [])
+    return Target(caller, requested_name, info.base_digest, services.text, info.vocab_size, [], [])
 
 
-async def _adapter_target(services: Services, caller: Caller, asked: str, version: Version) -> Target:
+async def _adapter_target(services: Services, caller: Caller, requested_name: str, version: Version) -> Target:
     text = await text_of(services, version)
     vocab_size = services.engine_info.vocab_size + version.receipt.get("new_tokens", 0)
     labels = version.receipt.get("num_labels", 0)
-    return Target(caller, asked, version.digest, text, vocab_size, [version], [reference(version, caller)], labels)
+    return Target(
+        caller, requested_name, version.digest, text, vocab_size, [version], [adapter_ref(version, caller)], labels
+    )
 
 
-async def _several(
+async def _weighted_target(
     services: Services,
     caller: Caller,
     model: str,
     adapters: Sequence[WeightedAdapter],
-    opened: Callable[[str, str], Awaitable[Version]],
+    open_version: Callable[[str, str], Awaitable[Version]],
 ) -> Target:
     """Return the target of several adapters, in a normal order, so that equal mixtures share their cached KV."""
     weights: dict[str, float] = {}
     versions: dict[str, Version] = {}
     for i, adapter in enumerate(adapters):
-        version = await opened(adapter.id, f"adapters.{i}.id")
-        _check_mixable(version, f"adapters.{i}", alone=len(adapters) == 1 and adapter.weight == 1)
+        version = await open_version(adapter.id, f"adapters.{i}.id")
+        _check_mixable(version, f"adapters.{i}", unweighted=len(adapters) == 1 and adapter.weight == 1)
         if version.digest in versions:
             message = (
                 f"`adapters` has the content of `{version.name}` twice; give it once, with the sum of the weights."
@@ -136,22 +138,22 @@ async def _several(
     if len(versions) == 1 and weights[used[0].digest] == 1:
         alone = await _adapter_target(services, caller, model, used[0])
         return replace(alone, digest=f"{alone.digest}*1.0")
-    taught = sorted({token for version in used for token in stop_tokens(version)})
+    stop_ids = sorted({token for version in used for token in stop_tokens(version)})
     return Target(
         caller,
         model,
         "+".join(f"{version.digest}*{weights[version.digest]!r}" for version in used),
-        services.text.with_stops(taught, "fine-tune"),
+        services.text.with_stops(stop_ids, "fine-tune"),
         services.engine_info.vocab_size,
         used,
-        [reference(version, caller, weights[version.digest]) for version in used],
+        [adapter_ref(version, caller, weights[version.digest]) for version in used],
     )
 
 
-def _check_mixable(version: Version, param: str, *, alone: bool) -> None:
+def _check_mixable(version: Version, param: str, *, unweighted: bool) -> None:
     """Check that an adapter can be weighted and summed. Raises InvalidRequest for one with replaced parameters."""
     replacing = set(version.receipt.get("variants", ())) - {"alora", "experts"}
-    if replacing and not alone:
+    if replacing and not unweighted:
         raise InvalidRequest(
             f"`{version.name}` is more than plain LoRA ({', '.join(sorted(replacing))}): it runs alone, with weight 1.",
             param=param,
@@ -174,8 +176,8 @@ def _check_fit(services: Services, versions: Sequence[Version]) -> None:
 async def text_of(services: Services, version: Version) -> TextProcessor:
     """Return the text processor of a version, with its tokenizer, chat template, stop tokens and formats."""
     text = services.text
-    if brings_text(services, version):
-        text = await text.adapted(version.digest, lambda: AdapterSpec.read(version.path).text)
+    if has_own_text(services, version):
+        text = await text.with_adapter_text(version.digest, lambda: AdapterSpec.read(version.path).text)
     text = text.with_stops(stop_tokens(version), "fine-tune")
     receipt = version.receipt
     return text.with_formats(receipt.get("trained_tool_format"), receipt.get("trained_reasoning_format"))
@@ -183,19 +185,19 @@ async def text_of(services: Services, version: Version) -> TextProcessor:
 
 def stop_tokens(version: Version) -> Sequence[int]:
     """Return the stop tokens learned by a fine-tuned version."""
-    taught: Sequence[int] = version.receipt.get("stop_token_ids", ())
-    return taught
+    stop_ids: Sequence[int] = version.receipt.get("stop_token_ids", ())
+    return stop_ids
 
 
-def brings_text(services: Services, version: Version) -> bool:
+def has_own_text(services: Services, version: Version) -> bool:
     """Whether a version has tokens of its own, or a chat template and templates are allowed."""
     templates = services.text.renderer is not None
     return bool(version.receipt.get("tokenizer_tokens") or (templates and version.receipt.get("chat_template")))
 
 
-def reference(version: Version, caller: Caller | None = None, weight: float = 1.0) -> AdapterRef:
+def adapter_ref(version: Version, caller: Caller | None = None, weight: float = 1.0) -> AdapterRef:
     """Return the engine's reference to a version, with the caller's limit of device rows."""
     tokens = bool(version.receipt.get("tokenizer_tokens"))
-    most = None if caller is None else caller.allowance.limits.device_rows
-    owner = None if caller is None or most is None else (caller.tenant, most)
+    max_rows = None if caller is None else caller.allowance.limits.device_rows
+    owner = None if caller is None or max_rows is None else (caller.tenant, max_rows)
     return AdapterRef(digest=version.digest, path=str(version.path), weight=weight, tokens=tokens, owner=owner)

@@ -25,7 +25,7 @@ _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": Fal
 class FunctionTool(Body):
     """A function. Without `parameters` it takes none. The arguments of a `strict` function always validate."""
 
-    marks: ClassVar[frozenset[str]] = frozenset({"cache_control"})
+    ignored_fields: ClassVar[frozenset[str]] = frozenset({"cache_control"})
 
     name: FunctionName
     description: str | None = None
@@ -36,7 +36,7 @@ class FunctionTool(Body):
 class Tool(Body):
     """One tool of a request."""
 
-    marks: ClassVar[frozenset[str]] = frozenset({"cache_control"})
+    ignored_fields: ClassVar[frozenset[str]] = frozenset({"cache_control"})
 
     type: Literal["function"]
     function: FunctionTool
@@ -73,20 +73,20 @@ class AllowedTools(Body):
     allowed_tools: AllowedFunctions
 
 
-def kind_of_choice(value: Any) -> str | None:
+def tool_choice_kind(value: Any) -> str | None:
     """Return the kind of a `tool_choice`, for the discriminator."""
     kind = value.get("type") if isinstance(value, dict) else "word"
     return kind if isinstance(kind, str) else None
 
 
-CHOOSING = Discriminator(
-    kind_of_choice,
+TOOL_CHOICE_KIND = Discriminator(
+    tool_choice_kind,
     custom_error_type="tool_choice",
     custom_error_message="must be none, auto, required, a function or allowed_tools; other tools are not served",
 )
 Word = Annotated[Literal["none", "auto", "required"], Tag("word")]
 ToolChoice = Annotated[
-    Word | Annotated[NamedTool, Tag("function")] | Annotated[AllowedTools, Tag("allowed_tools")], CHOOSING
+    Word | Annotated[NamedTool, Tag("function")] | Annotated[AllowedTools, Tag("allowed_tools")], TOOL_CHOICE_KIND
 ]
 
 
@@ -112,14 +112,14 @@ def check_choice(choice: ToolChoice, tools: Sequence[Tool]) -> None:
     """Check the choice. Raises `InvalidRequest` if it needs tools without any, or names an unknown one."""
     if choice == "required" and not tools:
         raise InvalidRequest("`tool_choice` needs `tools`.", param="tool_choice")
-    known = {tool.function.name for tool in tools}
+    names = {tool.function.name for tool in tools}
     named: Sequence[tuple[str, NamedTool]] = []
     if isinstance(choice, NamedTool):
         named = [("tool_choice", choice)]
     elif isinstance(choice, AllowedTools):
         named = [(f"tool_choice.allowed_tools.tools.{i}", tool) for i, tool in enumerate(choice.allowed_tools.tools)]
     for place, tool in named:
-        if tool.function.name not in known:
+        if tool.function.name not in names:
             message = f"`{place}` names `{tool.function.name}`, which is none of the `tools`."
             raise InvalidRequest(message, param=f"{place}.function.name")
 
@@ -158,33 +158,33 @@ class Calling:
         parameters = {tool.function.name: tool.function.parameters for tool in self.tools}
         return Parser(reader, parameters, calls_only=self.required)
 
-    async def grammar(self, services: Services, asked: tuple[Grammar, str] | None) -> Grammar | None:
+    async def grammar(self, services: Services, requested: tuple[Grammar, str] | None) -> Grammar | None:
         """Return the answer's grammar, checked; None if any text is allowed.
 
         Args:
-            asked: the grammar of an answer without calls, and the name of its field.
+            requested: the grammar of an answer without calls, and the name of its field.
 
         Raises `InvalidRequest`.
         """
         strict = any(tool.function.strict for tool in self._callable)
-        if asked is None and self.parallel and not strict and not self.required:
+        if requested is None and self.parallel and not strict and not self.required:
             return None
-        if asked is not None and not self.required and not self.format.frame.marker:
-            message = f"`{asked[1]}` beside `tools` needs `tool_choice`: this model's calls look like JSON."
-            raise InvalidRequest(message, param=asked[1])
+        if requested is not None and not self.required and not self.format.frame.marker:
+            message = f"`{requested[1]}` with `tools` needs `tool_choice`: this model writes calls as bare JSON."
+            raise InvalidRequest(message, param=requested[1])
         lark = calls_grammar(
             self.format.frame,
             [(tool.function.name, self._schema(tool)) for tool in self._callable],
             {token: id_ for id_, token in self.text.added_tokens.items() if token in self.format.markers},
             required=self.required,
             several=self.parallel and not isinstance(self.choice, NamedTool),
-            answer=None if asked is None or self.required else _schema_of(*asked),
+            answer=None if requested is None or self.required else _schema_of(*requested),
         )
         try:
             return await services.grammars.check(Grammar("lark", lark), "tools")
         except InvalidRequest:  # find the cause
-            if asked is not None:
-                await services.grammars.check(*asked)
+            if requested is not None:
+                await services.grammars.check(*requested)
             for i, tool in enumerate(self.tools):
                 if tool not in self._callable:
                     continue

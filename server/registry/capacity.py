@@ -11,7 +11,7 @@ from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.sizes import EXTRAS, device_bytes
 from adapters.storage.versions import Version
-from server.client.engine import EngineClient, served_base
+from server.client.engine import EngineClient, engine_info
 from server.errors import Conflict
 from server.messages.protocol import Ready
 from server.settings import Settings
@@ -86,7 +86,7 @@ class PinLimit:
 
     def check(self, versions: Collection[Version]) -> None:
         """Raise Conflict when these together exceed the limit; EngineUnavailable while the engine is not up."""
-        room = self.room(served_base(self._engine))
+        room = self.room(engine_info(self._engine))
         fitting = first_that_fit(versions, room)
         if len(fitting) < len(versions):
             excess = row_units([*fitting, list(versions)[len(fitting)]])

@@ -33,7 +33,7 @@ from adapters.storage.receipt import trained_text
 from adapters.storage.store import AdapterStore, Change
 from adapters.storage.versions import Pointer, UnknownAdapter, Version, check_name
 from server.children.helper import HelperLimit, Helpers
-from server.client.engine import EngineClient, served_base
+from server.client.engine import EngineClient, engine_info
 from server.errors import InvalidRequest, disk_faults
 from server.logs import FIELDS
 from server.messages.protocol import Ready
@@ -131,7 +131,7 @@ class Publisher:
         Returns the version and whether the name changed. Raises AdapterError (the adapter's fault), StorageFull,
         EngineUnavailable.
         """
-        base = served_base(self._engine)
+        base = engine_info(self._engine)
         self.check_name(name, fine_tuned=fine_tuned)
         self._store.check_case(tenant, name)
         text, warnings = await self._read_text_files(name, staging, strict=strict_text)
@@ -187,7 +187,7 @@ class Publisher:
 
         Raises AdapterError or DamagedAdapter when these are damaged, too; EngineUnavailable, StorageFull.
         """
-        base = served_base(self._engine)
+        base = engine_info(self._engine)
         await run_in(self._workers, partial(check_recorded, version.path, CONFIG_NAME))
         async with self.staging_directory() as staging:
             with disk_faults():

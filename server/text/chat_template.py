@@ -32,7 +32,7 @@ RESERVED = frozenset(
     | {"return_tensors", "return_dict", "return_assistant_tokens_mask"}
 )
 _PART = "{'type': 'text'"  # in a prompt: a template printed the part itself in place of its text
-_MOST = 64  # messages searched for in a prompt
+_MAX_SEARCHED = 64  # messages searched for in a prompt
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # ends in a space, which shows whether the template trims messages
 
 
@@ -173,9 +173,9 @@ class ChatTemplate:
             refusal = exc
         contents = [message["content"].strip() for message in leading]
         if refusal is not None or not all(content in text for content in contents):
-            one = leading[0] | {"content": "\n\n".join(filter(None, (message["content"] for message in leading)))}
+            joined = leading[0] | {"content": "\n\n".join(filter(None, (message["content"] for message in leading)))}
             with suppress(TemplateRefusal):
-                other = self._render([one, *chat[len(leading) :]], context)
+                other = self._render([joined, *chat[len(leading) :]], context)
                 if refusal is not None or all(content in other for content in contents):
                     return other
         if refusal is not None:
@@ -186,30 +186,30 @@ class ChatTemplate:
         """Render; if the template drops or refuses contents as strings, pass them as lists of parts."""
         text, refusal = "", None
         try:
-            text = self._written(chat, context)
+            text = self._generate(chat, context)
         except _Unbounded:
             raise
         except TemplateRefusal as exc:
             refusal = exc
         contents = [message["content"].strip() for message in chat if isinstance(message.get("content"), str)]
-        lost = len(contents) if refusal else _lost(contents, text)
-        if not lost:
+        missing = len(contents) if refusal else _count_missing(contents, text)
+        if not missing:
             return text
-        parted = [
+        with_parts = [
             message | {"content": [{"type": "text", "text": message["content"]}]}
             if isinstance(message.get("content"), str)
             else message
             for message in chat
         ]
         with suppress(TemplateRefusal):
-            other = self._written(parted, context)
-            if _PART not in other and _lost(contents, other) < lost:
+            other = self._generate(with_parts, context)
+            if _PART not in other and _count_missing(contents, other) < missing:
                 return other
         if refusal is not None:
             raise refusal
         return text
 
-    def _written(self, chat: list[dict[str, Any]], context: Mapping[str, Any]) -> str:
+    def _generate(self, chat: list[dict[str, Any]], context: Mapping[str, Any]) -> str:
         context = self._special_tokens | dict(context) | {"messages": chat, "documents": None}
         pieces, size = [], 0
         self._environment.start_clock()
@@ -229,10 +229,14 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def _lost(contents: Sequence[str], text: str) -> int:
+def _count_missing(contents: Sequence[str], text: str) -> int:
     """Return the number of messages missing in a prompt's text; of a long chat, only those at its ends count."""
-    some = contents if len(contents) <= _MOST else [*contents[: _MOST // 2], *contents[-_MOST // 2 :]]
-    return sum(content not in text for content in some)
+    searched = (
+        contents
+        if len(contents) <= _MAX_SEARCHED
+        else [*contents[: _MAX_SEARCHED // 2], *contents[-_MAX_SEARCHED // 2 :]]
+    )
+    return sum(content not in text for content in searched)
 
 
 def _raise_exception(message: str) -> None:

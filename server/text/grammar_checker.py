@@ -14,8 +14,8 @@ from server.children.helper import FORK_GRACE_SECONDS, HelperFailed, HelperLimit
 from server.errors import InvalidRequest, Unavailable, printable
 from server.messages.protocol import INVALID_GRAMMAR, Grammar
 
-_KEPT = 1024  # answers, a few numbers each
-_WAIT = 4.0  # wall time per processor time of the limit, as a busy machine takes longer
+_CACHE_SIZE = 1024  # answers, a few numbers each
+_WALL_TIME_FACTOR = 4.0  # wall time per processor time of the limit, as a busy machine takes longer
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class GrammarChecker:
     def __init__(self, seconds: float, memory: int) -> None:
         self._seconds = seconds
         self._memory = memory
-        self._helpers = forking_helpers("grammar_check", _WAIT * seconds, math.ceil(seconds), memory)
+        self._helpers = forking_helpers("grammar_check", _WALL_TIME_FACTOR * seconds, math.ceil(seconds), memory)
         self._answers: OrderedDict[bytes, dict[str, Any] | None] = OrderedDict()
 
     async def close(self) -> None:
@@ -55,17 +55,19 @@ class GrammarChecker:
             order = {"grammar": msgspec.to_builtins(grammar), "seconds": self._seconds / 2}
             answer = None
             try:
-                answer = await self._helpers.ask(key.hex(), order, _WAIT * self._seconds + FORK_GRACE_SECONDS)
-            except HelperTimeout as late:  # not the grammar's fault
-                log.warning("a grammar was not compiled: it %s", late)
+                answer = await self._helpers.ask(
+                    key.hex(), order, _WALL_TIME_FACTOR * self._seconds + FORK_GRACE_SECONDS
+                )
+            except HelperTimeout as timeout:  # not the grammar's fault
+                log.warning("a grammar was not compiled: it %s", timeout)
                 raise Unavailable(f"The server was too busy to compile `{param}`.", retry_after=5) from None
             except (HelperLimit, HelperFailed) as fault:
                 if grammar.kind == "json":
-                    answer = {"path": await asyncio.to_thread(_heaviest, grammar.text)}
+                    answer = {"path": await asyncio.to_thread(_path_to_largest, grammar.text)}
                 if isinstance(fault, HelperFailed):  # not remembered: it may succeed the next time
                     raise self._refusal(answer or {}, param) from None
             self._answers[key] = answer
-            if len(self._answers) > _KEPT:
+            if len(self._answers) > _CACHE_SIZE:
                 self._answers.popitem(last=False)
         if answer is not None and "size" in answer:
             return msgspec.structs.replace(grammar, size=answer["size"])
@@ -82,7 +84,7 @@ class GrammarChecker:
         )
 
 
-def _heaviest(text: str) -> list[str]:
+def _path_to_largest(text: str) -> list[str]:
     """Return the path to the part of a schema that makes it large; empty if the schema is nested too deep to parse."""
     path: list[str] = []
     try:

@@ -162,7 +162,7 @@ class TextProcessor:
 
     # --- adapters
 
-    async def adapted(self, key: str, read: Callable[[], AdapterText]) -> "TextProcessor":
+    async def with_adapter_text(self, key: str, read: Callable[[], AdapterText]) -> "TextProcessor":
         """Return a copy with an adapter's tokens and template, cached under `key`. `read` runs in a thread."""
         found = self._adapted.get(key)
         if found is None:
@@ -259,18 +259,18 @@ class TextProcessor:
         Raises `ContextLengthExceeded`, before any work, for a text of more bytes than `max_tokens` can stand for. (A
         tokenizer that drops white space could fit it nevertheless, but only with hundreds of kilobytes of that.)
         """
-        most = max_tokens * self.longest_token
+        max_bytes = max_tokens * self.longest_token
         for text in texts:
-            size = len(text) if len(text) > most or 4 * len(text) <= most else len(text.encode())
-            if size > most:
+            size = len(text) if len(text) > max_bytes or 4 * len(text) <= max_bytes else len(text.encode())
+            if size > max_bytes:
                 raise ContextLengthExceeded(
-                    f"`{param}` has a text of more than {most} bytes, which cannot fit into {max_tokens} tokens.",
+                    f"`{param}` has a text of more than {max_bytes} bytes, which cannot fit into {max_tokens} tokens.",
                     param=param,
                 )
         ids: list[list[int]] = []
-        for turn in _turns(texts):
-            work = partial(self._encode, turn, add_special_tokens)
-            ids += await self.in_thread(sum(map(len, turn)) + len(turn), work)
+        for batch in _batches(texts):
+            work = partial(self._encode, batch, add_special_tokens)
+            ids += await self.in_thread(sum(map(len, batch)) + len(batch), work)
         return ids
 
     def offsets(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -385,7 +385,7 @@ def _is_more_than_text(message: Mapping[str, Any]) -> bool:
     return message["role"] == "tool" or "tool_calls" in message or "reasoning" in message
 
 
-def _turns(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     """Yield texts in groups, so that a request with many of them lets others run in between."""
     turn: list[str] = []
     size = 0

@@ -35,7 +35,7 @@ class ReasoningFormat:
         """Texts of the marks; those that are special tokens must be decoded."""
         return (self.begin, self.end, *self.silent)
 
-    def written(self, thought: str) -> str:
+    def as_text(self, thought: str) -> str:
         """Return a thought as text in front of its answer, for templates without thoughts."""
         between = self.close.partition(self.end)[0]
         return f"{self.begin}{between}{thought}{self.close}"
@@ -106,7 +106,7 @@ def reasoning_of(template: str) -> ReasoningFormat | None:
     return next((each for each in _ALL if any(sign in template for sign in each.signs)), None)
 
 
-def begun(reasoning: ReasoningFormat, prompt: str, continued: str | None = None) -> bool | None:
+def ends_in_thought(reasoning: ReasoningFormat, prompt: str, continued: str | None = None) -> bool | None:
     """Whether a prompt ends within a thought; None if the answer may begin with one.
 
     Args:
@@ -119,8 +119,8 @@ def begun(reasoning: ReasoningFormat, prompt: str, continued: str | None = None)
     return True if tail.endswith(reasoning.begin) else False if tail.endswith(reasoning.end) else None
 
 
-def thinking(reasoning: ReasoningFormat, inside: bool | None, then: Reader) -> Reader:
-    """Return a reader of an optional thought, and of the answer by `then`. `inside`: the result of `begun`."""
+def thought_reader(reasoning: ReasoningFormat, inside: bool | None, answer_reader: Reader) -> Reader:
+    """Return a reader of an optional thought, and of the answer. `inside`: the result of `ends_in_thought`."""
 
     def reader(source: Source) -> Step[None]:
         source.silent = reasoning.silent
@@ -128,12 +128,12 @@ def thinking(reasoning: ReasoningFormat, inside: bool | None, then: Reader) -> R
         if inside is None:
             source.attempt()
             yield from source.space()
-            source.thinking = yield from source.follows(reasoning.begin)
+            source.thinking = yield from source.read_if(reasoning.begin)
         if source.thinking:
             yield from source.thought(reasoning.end)
         else:
-            source.give_back()
-        yield from then(source)
+            source.abandon_call()
+        yield from answer_reader(source)
 
     return reader
 
@@ -147,7 +147,7 @@ class ThoughtTokens:
     """The count of the tokens of an answer's thought, marks included, and the split of its text from the answer's."""
 
     def __init__(self, reasoning: ReasoningFormat, inside: bool | None) -> None:
-        self._parser = Parser(thinking(reasoning, inside, any_text), {})
+        self._parser = Parser(thought_reader(reasoning, inside, any_text), {})
         self._parser.feed("")
         self._format = reasoning
         self.end = reasoning.end
@@ -200,7 +200,7 @@ class ThoughtTokens:
         return self._tokens if self._thought else 0
 
 
-def lark_of_thought(
+def thought_grammar(
     reasoning: ReasoningFormat, inside: bool | None, tokens: Mapping[str, int], stops: Collection[int]
 ) -> str:
     """Return the Lark grammar of a thought followed by `@answer`, the answer's grammar; empty without a thought.
@@ -236,5 +236,5 @@ def with_thoughts(chat: list[dict[str, Any]], template: str, reasoning: Reasonin
         if known and reasoning.name != "mistral":
             message.update(dict.fromkeys(known, thought))
         else:
-            message["content"] = reasoning.written(thought) + message["content"]
+            message["content"] = reasoning.as_text(thought) + message["content"]
     return chat

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Sequence
 from functools import lru_cache
 
 _CONTEXT = 6  # prompt tokens decoded as left context of the first new token
-_PATIENCE = 64
+_MAX_INCOMPLETE_TOKENS = 64
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -16,8 +16,8 @@ class Detokenizer:
 
     Tokens cannot be decoded one by one: a character may span several, and sentencepiece-style decoders drop the leading
     space. So a short window is decoded with and without the new tokens; the difference is emitted once it does not end
-    within a character. (After `_PATIENCE` tokens without a complete character it is emitted as it is, so that the
-    window stays short.)
+    within a character. (After `_MAX_INCOMPLETE_TOKENS` tokens without a complete character it is emitted as it is, so
+    that the window stays short.)
 
     Args:
         decode: token ids -> text.
@@ -30,9 +30,9 @@ class Detokenizer:
     ) -> None:
         self._decode = decode
         self._silent = silent
-        self._window = [token for token in prompt[-_PATIENCE:] if token not in silent][-_CONTEXT:]
+        self._window = [token for token in prompt[-_MAX_INCOMPLETE_TOKENS:] if token not in silent][-_CONTEXT:]
         self._emitted = len(decode(self._window)) if self._window else 0  # characters of the window's text already out
-        self._settled = len(self._window)  # tokens of the window already out entirely
+        self._emitted_tokens = len(self._window)  # tokens of the window already out entirely
 
     def add(self, token: int) -> str:
         """Add a token and return the text that it completes; empty while a character is incomplete."""
@@ -41,13 +41,13 @@ class Detokenizer:
         self._window.append(token)
         text = self._decode(self._window)
         incomplete = len(text) <= self._emitted or text.endswith(_INCOMPLETE)
-        if incomplete and len(self._window) - self._settled < _PATIENCE:
+        if incomplete and len(self._window) - self._emitted_tokens < _MAX_INCOMPLETE_TOKENS:
             return ""
         piece = text[self._emitted :]
         if len(self._window) > _CONTEXT:  # the tokens just emitted are enough left context
-            self._window = self._window[self._settled :]
+            self._window = self._window[self._emitted_tokens :]
             text = self._decode(self._window)
-        self._settled = len(self._window)
+        self._emitted_tokens = len(self._window)
         self._emitted = len(text)
         return piece
 

@@ -14,46 +14,46 @@ from adapters.peft_format.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, T
 from adapters.storage.receipt import details_of
 from adapters.storage.versions import AmbiguousDigest, Version, split_reference
 from server.errors import Conflict, InvalidRequest, as_not_found, disk_faults
-from server.http.answer import WholeFile, unless_gone
+from server.http.answer import WholeFile, until_disconnect
 from server.http.fetching import FetchBody, fetch
 from server.http.mixing import MixBody, mix
 from server.http.multipart import Part, read_parts
 from server.http.objects.adapters import AdapterObject, AdapterReceipt, DeletedAdapter, ListedAdapter
 from server.http.objects.common import ListObject
-from server.http.operations import OPENING, PUBLISHING, Operation
+from server.http.operations import OPEN_ERRORS, PUBLISH_ERRORS, Operation
 from server.http.paging import WindowQuery, window
-from server.http.quotas import check_room
-from server.http.receipts import listed, readers, receipt, resident, sort_key
+from server.http.quotas import check_storage_quota
+from server.http.receipts import list_entry, merge_report, readers, receipt, sort_key
 from server.openai.target import text_of
 from server.services import Services, caller_of, check_bound, services_of
 from server.settings import Settings
 
 _MAX_NAME_BYTES = 1024  # far above the limit of names, so that the error of a long name says so
-_MAX_WORD_BYTES = 64
+_MAX_BOOLEAN_BYTES = 64
 
 
 async def upload_adapter(request: Request, body: FetchBody | MixBody | None = None) -> Response:
     """Upload, fetch or mix an adapter. 201 when the name changed, 200 when it already had this content."""
     services = services_of(request)
     _ = services.engine_info  # nothing can be checked without a base, so refuse before receiving
-    await check_room(request)
+    await check_storage_quota(request)
     async with services.uploads.slot():
         if isinstance(body, FetchBody):
             fetched = fetch(request, body.name, body.source, param="source", promote=body.promote)
-            version, changed = await unless_gone(request.receive, fetched)
+            version, changed = await until_disconnect(request.receive, fetched)
         elif body is not None:
-            version, changed = await unless_gone(request.receive, mix(services, caller_of(request), body))
+            version, changed = await until_disconnect(request.receive, mix(services, caller_of(request), body))
         else:
             publisher = services.registry.publisher
             async with publisher.staging_directory() as staging:
                 with disk_faults():
                     name, promote = await _receive(request, services, staging)
                 check_bound(caller_of(request), name)
-                await check_room(request, staging)
-                admitted = publisher.publish(caller_of(request).tenant, name, staging, promote=promote)
-                version, changed = await unless_gone(request.receive, admitted)
-    made = receipt(services.store, version, version.tenant)
-    return JSONResponse(made, status_code=201 if changed else 200, headers=_digest_header(version))
+                await check_storage_quota(request, staging)
+                publishing = publisher.publish(caller_of(request).tenant, name, staging, promote=promote)
+                version, changed = await until_disconnect(request.receive, publishing)
+    content = receipt(services.store, version, version.tenant)
+    return JSONResponse(content, status_code=201 if changed else 200, headers=_digest_header(version))
 
 
 class AdaptersQuery(WindowQuery):
@@ -67,18 +67,18 @@ class AdaptersQuery(WindowQuery):
 async def list_adapters(request: Request, query: AdaptersQuery) -> Response:
     """List the adapters' receipts by name; all of them unless `limit` and `after` select a page."""
     services, tenant = services_of(request), caller_of(request).tenant
-    wanted = query.search.lower()
+    search = query.search.lower()
     versions = [
-        one
-        for one in services.registry.list(caller_of(request))
-        if wanted in one.name_for(tenant).lower() or wanted in one.digest
+        version
+        for version in services.registry.list(caller_of(request))
+        if search in version.name_for(tenant).lower() or search in version.digest
     ]
     if query.sort != "name":
         versions.sort(key=partial(sort_key, services, tenant, query.sort), reverse=query.order == "desc")
     elif query.order == "desc":
         versions.reverse()
     part, more = window(query, [version.name_for(tenant) for version in versions])
-    data = [listed(services, version, tenant) for version in versions[part]]
+    data = [list_entry(services, version, tenant) for version in versions[part]]
     return JSONResponse({"object": "list", "data": data, "has_more": more, "total": len(versions)})
 
 
@@ -97,11 +97,11 @@ async def get_adapter(request: Request) -> Response:
         "versions": [other.digest for other in pointer.versions],
         "split": dict(pointer.split) or None,
         "shared_with": readers(pointer) if version.tenant == tenant else [],
-        "merged": None if merged is None else resident(merged),
+        "merged": None if merged is None else merge_report(merged),
         **text.details(),
     }
     headers = {**_digest_header(version), "ETag": f'"{pointer.etag}"'}
-    return JSONResponse(listed(services, version, tenant) | details | more, headers=headers)
+    return JSONResponse(list_entry(services, version, tenant) | details | more, headers=headers)
 
 
 async def delete_adapter(request: Request) -> Response:
@@ -138,7 +138,7 @@ async def _receive(request: Request, services: Services, staging: Path) -> tuple
 def _parts(settings: Settings, directory: Path) -> dict[str, Part]:
     return {
         "name": Part(_MAX_NAME_BYTES),
-        "promote": Part(_MAX_WORD_BYTES, required=False),
+        "promote": Part(_MAX_BOOLEAN_BYTES, required=False),
         "config": Part(MAX_CONFIG_BYTES, directory / CONFIG_NAME, on_beginning=check_not_swapped),
         "weights": Part(settings.max_upload_bytes, directory / WEIGHTS_NAME),
         "tokenizer": Part(MAX_TOKENIZER_BYTES, directory / TOKENIZER_NAME, required=False),
@@ -148,10 +148,10 @@ def _parts(settings: Settings, directory: Path) -> dict[str, Part]:
 
 async def _find(request: Request) -> Version:
     """Find the version in the path, `name` or `name@digest-prefix`."""
-    asked = request.path_params["name"]
-    name, prefix = split_reference(asked)
+    reference = request.path_params["name"]
+    name, prefix = split_reference(reference)
     try:
-        with as_not_found(asked):
+        with as_not_found(reference):
             return await services_of(request).registry.find(caller_of(request), name, prefix)
     except AmbiguousDigest:
         raise Conflict(f"Several versions of `{name}` start with {prefix}.", param="name") from None
@@ -183,15 +183,21 @@ routes = [
         "/v1/adapters",
         upload_adapter,
         form=_parts,
-        answers=AdapterReceipt,
+        response_type=AdapterReceipt,
         statuses=(200, 201),
-        refuses=(*OPENING, *PUBLISHING),
+        errors=(*OPEN_ERRORS, *PUBLISH_ERRORS),
     ),
-    Operation("GET", "/v1/adapters", list_adapters, answers=ListObject[ListedAdapter]),
-    Operation("GET", "/v1/adapters/{name:path}/config", get_config, answers="application/json", refuses=OPENING),
+    Operation("GET", "/v1/adapters", list_adapters, response_type=ListObject[ListedAdapter]),
     Operation(
-        "GET", "/v1/adapters/{name:path}/weights", get_weights, answers="application/octet-stream", refuses=OPENING
+        "GET", "/v1/adapters/{name:path}/config", get_config, response_type="application/json", errors=OPEN_ERRORS
     ),
-    Operation("GET", "/v1/adapters/{name:path}", get_adapter, answers=AdapterObject, refuses=OPENING),
-    Operation("DELETE", "/v1/adapters/{name:path}", delete_adapter, answers=DeletedAdapter),
+    Operation(
+        "GET",
+        "/v1/adapters/{name:path}/weights",
+        get_weights,
+        response_type="application/octet-stream",
+        errors=OPEN_ERRORS,
+    ),
+    Operation("GET", "/v1/adapters/{name:path}", get_adapter, response_type=AdapterObject, errors=OPEN_ERRORS),
+    Operation("DELETE", "/v1/adapters/{name:path}", delete_adapter, response_type=DeletedAdapter),
 ]

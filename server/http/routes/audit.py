@@ -20,4 +20,4 @@ async def list_audit(request: Request, query: PageQuery) -> Response:
     return page([to_builtins(entry) for entry in entries], more)
 
 
-routes = [Operation("GET", "/v1/admin/audit", list_audit, answers=ListObject[Entry])]
+routes = [Operation("GET", "/v1/admin/audit", list_audit, response_type=ListObject[Entry])]

@@ -41,7 +41,7 @@ async def create_batch(request: Request, body: BatchBody) -> Response:
         raise InvalidRequest(message, param="input_file_id")
     with disk_faults():
         batch = await services.batches.create(caller_of(request), body.endpoint, file, body.metadata)
-    return JSONResponse(_shown(request, batch))
+    return JSONResponse(_batch_object(request, batch))
 
 
 async def list_batches(request: Request, query: PageQuery) -> Response:
@@ -49,12 +49,12 @@ async def list_batches(request: Request, query: PageQuery) -> Response:
     batches, more = await asyncio.to_thread(
         services_of(request).batches.store.page, caller_of(request).tenant, limit=query.limit, after=query.after
     )
-    return page([_shown(request, batch) for batch in batches], more)
+    return page([_batch_object(request, batch) for batch in batches], more)
 
 
 async def get_batch(request: Request) -> Response:
     """Get one batch."""
-    return JSONResponse(_shown(request, await _find(request)))
+    return JSONResponse(_batch_object(request, await _find(request)))
 
 
 async def cancel_batch(request: Request) -> Response:
@@ -63,7 +63,7 @@ async def cancel_batch(request: Request) -> Response:
         batch = await services_of(request).batches.cancel(await _find(request))
     except BatchStateError as refusal:
         raise Conflict(str(refusal)) from None
-    return JSONResponse(_shown(request, batch))
+    return JSONResponse(_batch_object(request, batch))
 
 
 async def _find(request: Request) -> Batch:
@@ -74,7 +74,7 @@ async def _find(request: Request) -> Batch:
         raise NotFound(f"No such batch: {printable(batch_id)}", param="id", code="batch_not_found") from None
 
 
-def _shown(request: Request, batch: Batch) -> dict[str, Any]:
+def _batch_object(request: Request, batch: Batch) -> dict[str, Any]:
     """Return OpenAI's object."""
     completed, failed = services_of(request).batches.progress(batch)
     faults = {"object": "list", "data": to_builtins(batch.faults)} if batch.faults else None
@@ -103,8 +103,8 @@ def _shown(request: Request, batch: Batch) -> dict[str, Any]:
 
 
 routes = [
-    Operation("POST", "/v1/batches", create_batch, answers=BatchObject, refuses=(StorageFull,)),
-    Operation("GET", "/v1/batches", list_batches, answers=ListObject[BatchObject]),
-    Operation("GET", "/v1/batches/{id}", get_batch, answers=BatchObject),
-    Operation("POST", "/v1/batches/{id}/cancel", cancel_batch, answers=BatchObject, refuses=(Conflict,)),
+    Operation("POST", "/v1/batches", create_batch, response_type=BatchObject, errors=(StorageFull,)),
+    Operation("GET", "/v1/batches", list_batches, response_type=ListObject[BatchObject]),
+    Operation("GET", "/v1/batches/{id}", get_batch, response_type=BatchObject),
+    Operation("POST", "/v1/batches/{id}/cancel", cancel_batch, response_type=BatchObject, errors=(Conflict,)),
 ]

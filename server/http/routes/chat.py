@@ -12,9 +12,9 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from server.errors import TooManyRequests
-from server.http.answer import Answer, encode_json, send_events, send_json
+from server.http.answer import CancellableResponse, encode_json, send_events, send_json
 from server.http.objects.generation import ChatCompletion, ChatCompletionChunk
-from server.http.operations import OPENING, Operation
+from server.http.operations import OPEN_ERRORS, Operation
 from server.openai.chat import Addition, Call, Chat, ChatBody, Event, open_chat
 from server.openai.logprobs import AnswerSize, chat_tokens
 from server.services import Services, caller_of, services_of
@@ -22,9 +22,9 @@ from server.tenants.caller import Caller
 from server.text.tools.source import Arguments, Text, Thought
 
 
-async def create_chat_completion(request: Request, body: ChatBody) -> Answer:
+async def create_chat_completion(request: Request, body: ChatBody) -> CancellableResponse:
     """Generate the next message, whole or as server-sent events."""
-    return Answer(partial(_answer, services_of(request), caller_of(request), body))
+    return CancellableResponse(partial(_answer, services_of(request), caller_of(request), body))
 
 
 async def _answer(services: Services, caller: Caller, body: ChatBody, send: Send) -> None:
@@ -35,7 +35,7 @@ async def _answer(services: Services, caller: Caller, body: ChatBody, send: Send
             async with aclosing(writer.chunks()) as chunks:
                 await send_events(send, chunks, headers, ping_seconds=services.settings.stream_ping_seconds)
         else:
-            await send_json(send, await writer.whole(), headers)
+            await send_json(send, await writer.full_response(), headers)
 
 
 # --- OpenAI's shapes --------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class _Message:
             deltas.append(self.add(Text("")))
         return deltas
 
-    def whole(self) -> dict[str, Any]:
+    def full_message(self) -> dict[str, Any]:
         """Return the whole message."""
         calls = {"tool_calls": self.calls} if self.calls else {}
         thought = _thought(self.thought) if self.thought else {}
@@ -108,20 +108,20 @@ class _Writer:
                 deltas = self._messages.setdefault(addition.choice, _Message()).deltas(addition)
                 if begins:
                     first = self._prompt_ids()
-                    content = deltas.pop(0) if deltas and "content" in deltas[0] else {"content": self._nothing}
+                    content = deltas.pop(0) if deltas and "content" in deltas[0] else {"content": self._empty_content}
                     deltas.insert(0, {"role": "assistant"} | content)
                 elif not deltas and (addition.entries or addition.finish or addition.tokens):
                     deltas = [{}]
-                bare = replace(addition, entries=[], tokens=(), finish=None)
+                without_extras = replace(addition, entries=[], tokens=(), finish=None)
                 for i, delta in enumerate(deltas):  # the last delta carries logprobs, ids and finish
-                    common = self._common(addition if i == len(deltas) - 1 else bare)
+                    common = self._common(addition if i == len(deltas) - 1 else without_extras)
                     choice = {"index": addition.choice, "delta": delta} | common
                     yield self._envelope("chat.completion.chunk", [choice]) | first | generation.chunk_usage()
                     first = {}
         if self._body.include_usage:
             yield self._envelope("chat.completion.chunk", []) | {"usage": generation.usage.as_json()}
 
-    async def whole(self) -> dict[str, Any]:
+    async def full_response(self) -> dict[str, Any]:
         """Return the whole response in one object."""
         tokens: dict[int, list[dict[str, Any]]] = {}
         choices: dict[int, Raw] = {}  # encoded when finished: far smaller, and spread over time
@@ -137,7 +137,7 @@ class _Writer:
                     tokens.setdefault(index, []).extend(chat_tokens(self._chat.text, addition.entries))
                 if addition.finish is not None:
                     common = self._common(replace(addition, entries=[], tokens=ids[index]), tokens.pop(index, []))
-                    choices[index] = Raw(encode_json({"index": index, "message": message.whole()} | common))
+                    choices[index] = Raw(encode_json({"index": index, "message": message.full_message()} | common))
         ordered = [choices[index] for index in sorted(choices)]
         answer = self._envelope("chat.completion", ordered) | self._prompt_ids()
         return answer | {"usage": self._chat.generation.usage.as_json()}
@@ -147,7 +147,7 @@ class _Writer:
         return {"prompt_token_ids": prompt.ids} if self._body.return_token_ids else {}
 
     @property
-    def _nothing(self) -> str | None:
+    def _empty_content(self) -> str | None:
         """The content of the first delta without text."""
         return "" if self._chat.calling is None else None
 
@@ -171,8 +171,8 @@ routes = [
         "POST",
         "/v1/chat/completions",
         create_chat_completion,
-        answers=ChatCompletion,
+        response_type=ChatCompletion,
         events=ChatCompletionChunk,
-        refuses=(*OPENING, TooManyRequests),
+        errors=(*OPEN_ERRORS, TooManyRequests),
     )
 ]

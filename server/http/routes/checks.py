@@ -14,19 +14,19 @@ from server.children.helper import HelperLimit, ask_once
 from server.client.engine import AdapterLoadFailed
 from server.errors import ContextLengthExceeded, InternalError, InvalidRequest, TooManyRequests
 from server.http.objects.adapters import Residency, Verification
-from server.http.operations import OPENING, Operation
+from server.http.operations import OPEN_ERRORS, Operation
 from server.messages.protocol import AdapterRef, Generate, Sampling
 from server.model_source import resolve
 from server.openai.body import Body
-from server.openai.generation import raise_failure
-from server.openai.target import reference
+from server.openai.generation import raise_if_failed
+from server.openai.target import adapter_ref
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import Caller
 
 _PROMPT = "The quick brown fox jumps over the lazy dog. In the beginning there was a question, and the answer was:"
 
 
-ORACLES = ("nf4", "fp4", "none")  # quantisations that `adapters.offline.oracle` supports
+ORACLE_QUANTIZATIONS = ("nf4", "fp4", "none")  # quantisations that `adapters.offline.oracle` supports
 
 
 class VerifyBody(Body):
@@ -41,17 +41,17 @@ async def warm(request: Request) -> Response:
     services, name = services_of(request), request.path_params["name"]
     async with AsyncExitStack() as held:
 
-        async def version_of(asked: str) -> Version:
-            return await held.enter_async_context(services.registry.open(caller_of(request), asked, param="name"))
+        async def open_version(reference: str) -> Version:
+            return await held.enter_async_context(services.registry.open(caller_of(request), reference, param="name"))
 
-        versions = [await version_of(name)]
+        versions = [await open_version(name)]
         if "@" not in name:
             others = services.store.pointer(versions[0].tenant, versions[0].name).shares.keys() - {versions[0].digest}
-            versions += [await version_of(f"{name}@{digest}") for digest in sorted(others)]
+            versions += [await open_version(f"{name}@{digest}") for digest in sorted(others)]
         caller = caller_of(request)
         caller.allowance.check_rows(services.registry.rows(caller, versions))
         try:
-            seconds = [await services.engine.warm(reference(version, caller)) for version in versions]
+            seconds = [await services.engine.warm(adapter_ref(version, caller)) for version in versions]
         except AdapterLoadFailed:
             raise InternalError("The adapter could not be loaded.") from None
     digests = [version.digest for version in versions]
@@ -74,7 +74,7 @@ async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:
         rows = services.registry.rows(caller, [version])
         tickets = services.admission.enter([len(ids)] * 2, caller.tenant, caller.allowance, 2 * len(ids), rows)
         try:
-            with_adapter = await _score(services, caller, ids, [reference(version, caller)])
+            with_adapter = await _score(services, caller, ids, [adapter_ref(version, caller)])
             without = await _score(services, caller, ids, [])
         finally:
             for ticket in tickets:
@@ -107,7 +107,7 @@ async def _score(services: Services, caller: Caller, ids: list[int], adapters: l
     scores: list[float] = []
     async with aclosing(services.engine.generate(request)) as outputs:
         async for output in outputs:
-            raise_failure(output)
+            raise_if_failed(output)
             scores += [entry.logprob for entry in output.prompt_logprobs if entry is not None]
             if output.finish_reason is not None:
                 break
@@ -118,7 +118,7 @@ def _check_oracle(services: Services) -> None:
     if importlib.util.find_spec("peft") is None:
         raise InvalidRequest("The package peft is not installed on the server.", param="peft")
     quantization = services.settings.quantization
-    if quantization not in ORACLES:
+    if quantization not in ORACLE_QUANTIZATIONS:
         raise InvalidRequest(
             f"PEFT rounds activations on an {quantization} base: there is no comparison.", param="peft"
         )
@@ -155,10 +155,14 @@ routes = [
         "POST",
         "/v1/adapters/{name:path}/warm",
         warm,
-        answers=Residency,
-        refuses=(*OPENING, InternalError, TooManyRequests),
+        response_type=Residency,
+        errors=(*OPEN_ERRORS, InternalError, TooManyRequests),
     ),
     Operation(
-        "POST", "/v1/adapters/{name:path}/verify", verify, answers=Verification, refuses=(*OPENING, TooManyRequests)
+        "POST",
+        "/v1/adapters/{name:path}/verify",
+        verify,
+        response_type=Verification,
+        errors=(*OPEN_ERRORS, TooManyRequests),
     ),
 ]

@@ -13,13 +13,13 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from server.errors import InvalidRequest, TooManyRequests
-from server.http.answer import Answer, encode_json, send_events, send_json
+from server.http.answer import CancellableResponse, encode_json, send_events, send_json
 from server.http.objects.generation import Completion
-from server.http.operations import OPENING, Operation
+from server.http.operations import OPEN_ERRORS, Operation
 from server.messages.protocol import Ready
 from server.openai.assembly import Piece
 from server.openai.generation import Generation, Prompt, check_vocabulary, checked_grammar, fit_max_tokens
-from server.openai.logprobs import AnswerSize, behind_echo, columns, echoed_columns, extend
+from server.openai.logprobs import AnswerSize, columns, echoed_columns, extend, with_echo
 from server.openai.prompts import Prompts, encode_prompts
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import Target, open_target
@@ -43,11 +43,11 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool = True
 
 
-async def create_completion(request: Request, body: CompletionBody) -> Answer:
+async def create_completion(request: Request, body: CompletionBody) -> CancellableResponse:
     """Generate a completion, whole or as server-sent events."""
     if body.max_tokens == 0 and not body.echo:
         raise InvalidRequest("`max_tokens` may be 0 only with `echo`.", param="max_tokens")
-    return Answer(partial(_answer, services_of(request), caller_of(request), body))
+    return CancellableResponse(partial(_answer, services_of(request), caller_of(request), body))
 
 
 async def _answer(services: Services, caller: Caller, body: CompletionBody, send: Send) -> None:
@@ -56,7 +56,7 @@ async def _answer(services: Services, caller: Caller, body: CompletionBody, send
         services, caller, body.model, body.adapter_id, adapters=body.adapters, user=body.user
     ) as target:
         check_vocabulary(target.vocab_size, body)
-        prompts = await _prompts_of(services.engine_info, target, body)
+        prompts = await _encode_prompts(services.engine_info, target, body)
         echoes: list[_Echo] = []
         if body.echo:
             work = partial(_echoes, target.text, body, prompts)
@@ -74,15 +74,15 @@ async def _answer(services: Services, caller: Caller, body: CompletionBody, send
             async with aclosing(writer.chunks()) as chunks:
                 await send_events(send, chunks, headers, ping_seconds=services.settings.stream_ping_seconds)
         else:
-            await send_json(send, await writer.whole(), headers)
+            await send_json(send, await writer.full_response(), headers)
 
 
-async def _prompts_of(info: Ready, target: Target, body: CompletionBody) -> list[Prompt]:
+async def _encode_prompts(info: Ready, target: Target, body: CompletionBody) -> list[Prompt]:
     special = body.add_special_tokens
     encoded = await encode_prompts(target, body.prompt, info.max_model_len, add_special_tokens=special, param="prompt")
     prompts = []
     for given, ids in zip(body.prompt, encoded, strict=True):
-        room = fit_max_tokens(info, body, ids, asked=body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
+        room = fit_max_tokens(info, body, ids, requested=body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
         prompts.append(Prompt(ids, room, given if isinstance(given, str) else None))
     return prompts
 
@@ -104,8 +104,8 @@ def _echoes(text: TextProcessor, body: CompletionBody, prompts: Sequence[Prompt]
 
 def _echo(text: TextProcessor, body: CompletionBody, prompt: Prompt) -> _Echo:
     if prompt.text is not None:
-        wanted = body.logprobs is not None
-        offsets = text.offsets(prompt.text, add_special_tokens=body.add_special_tokens) if wanted else []
+        with_offsets = body.logprobs is not None
+        offsets = text.offsets(prompt.text, add_special_tokens=body.add_special_tokens) if with_offsets else []
         return _Echo(prompt.text, offsets)
     skip = body.skip_special_tokens
     decode = partial(text.decode, skip_special_tokens=skip)
@@ -138,48 +138,48 @@ class _Writer:
                 size().add(len(prompt.ids), len(echo.text))  # one event holds a whole prompt
             else:
                 self._size.add(len(prompt.ids) * body.n, len(echo.text) * body.n)
-        self._begun: set[int] = set()  # choices whose first part has been sent
+        self._started: set[int] = set()  # choices whose first part has been sent
         self._id = f"cmpl-{uuid.uuid4().hex}"
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """Yield a chunk per piece; with `include_usage` a last one of usage."""
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
-                await self._take_prompt(index, piece)
-                begins = index not in self._begun
+                await self._encode_prompt_logprobs(index, piece)
+                begins = index not in self._started
                 if choice := self._choice(index, piece):
                     if begins:
-                        choice = self._behind_echo(index, choice)
+                        choice = self._with_echo(index, choice)
                     yield self._envelope([choice]) | self._generation.chunk_usage()
         if self._body.include_usage:
             yield self._envelope([]) | {"usage": self._generation.usage.as_json()}
 
-    async def whole(self) -> dict[str, Any]:
+    async def full_response(self) -> dict[str, Any]:
         """Return the whole response in one object."""
         choices: dict[int, dict[str, Any]] = {}
-        ended: dict[int, Raw] = {}
+        encoded_choices: dict[int, Raw] = {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
                 self._size.add(len(piece.entries))
-                await self._take_prompt(index, piece)
+                await self._encode_prompt_logprobs(index, piece)
                 more = self._choice(index, piece)
                 if more is None:
                     continue
-                made = choices.setdefault(index, more)
-                if made is not more:
-                    made["text"] += more["text"]
-                    if made["logprobs"] is not None:
-                        extend(made["logprobs"], more["logprobs"])
+                choice = choices.setdefault(index, more)
+                if choice is not more:
+                    choice["text"] += more["text"]
+                    if choice["logprobs"] is not None:
+                        extend(choice["logprobs"], more["logprobs"])
                     if self._body.return_token_ids:
-                        made["token_ids"] += more["token_ids"]
-                    made |= {key: more[key] for key in ("finish_reason", "stop_reason")}
+                        choice["token_ids"] += more["token_ids"]
+                    choice |= {key: more[key] for key in ("finish_reason", "stop_reason")}
                 if piece.finish_reason is not None:
-                    whole = self._behind_echo(index, choices.pop(index))
-                    ended[index] = Raw(encode_json(whole))  # far smaller, and spread over time
-        ordered = [ended[index] for index in sorted(ended)]
+                    choice = self._with_echo(index, choices.pop(index))
+                    encoded_choices[index] = Raw(encode_json(choice))  # far smaller, and spread over time
+        ordered = [encoded_choices[index] for index in sorted(encoded_choices)]
         return self._envelope(ordered) | {"usage": self._generation.usage.as_json()}
 
-    async def _take_prompt(self, index: int, piece: Piece) -> None:
+    async def _encode_prompt_logprobs(self, index: int, piece: Piece) -> None:
         """Encode a prompt's log-probabilities once for all its samples."""
         if piece.prompt_logprobs:
             prompt = index // self._body.n
@@ -193,13 +193,13 @@ class _Writer:
         echo = self._echoes[prompt] if self._echoes else None
         with_logprobs = self._body.logprobs is not None
         text = piece.text
-        begins = index not in self._begun
+        begins = index not in self._started
         logprobs = columns(self._text, piece.entries, start=len(echo.text) if echo else 0) if with_logprobs else None
         if echo is not None and begins:
             text = echo.text + text
         elif not piece:
             return None
-        self._begun.add(index)
+        self._started.add(index)
         choice = {
             "index": index,
             "text": text,
@@ -212,10 +212,10 @@ class _Writer:
             choice |= {"token_ids": list(piece.tokens)} | ({"prompt_token_ids": ids} if begins else {})
         return choice
 
-    def _behind_echo(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
+    def _with_echo(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
         """Return the choice with its prompt's log-probabilities first, if requested."""
         echoed = self._echoed.get(index // self._body.n)
-        return choice if echoed is None else choice | {"logprobs": behind_echo(echoed, choice["logprobs"])}
+        return choice if echoed is None else choice | {"logprobs": with_echo(echoed, choice["logprobs"])}
 
     def _envelope(self, choices: Sequence[Any]) -> dict[str, Any]:
         return self._generation.envelope(self._id, "text_completion", choices)
@@ -226,8 +226,8 @@ routes = [
         "POST",
         "/v1/completions",
         create_completion,
-        answers=Completion,
+        response_type=Completion,
         events=Completion,
-        refuses=(*OPENING, TooManyRequests),
+        errors=(*OPEN_ERRORS, TooManyRequests),
     )
 ]

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.errors import InvalidRequest
-from server.http.operations import OPENING, Operation
+from server.http.operations import OPEN_ERRORS, Operation
 from server.openai.body import Body, Items, Label
 from server.openai.schema import INT32
 from server.openai.target import open_target
@@ -36,5 +36,5 @@ async def create_embedding(request: Request, body: EmbeddingBody) -> Response:
 
 
 routes = [
-    Operation("POST", "/v1/embeddings", create_embedding, answers=dict[str, Any], refuses=OPENING),
+    Operation("POST", "/v1/embeddings", create_embedding, response_type=dict[str, Any], errors=OPEN_ERRORS),
 ]

@@ -15,7 +15,7 @@ from server.finetune.evaluation_store import Evaluation, UnknownEvaluationError
 from server.finetune.files import UnknownFileError
 from server.http.objects.common import DeletedObject, ListObject
 from server.http.objects.training import EvaluationObject
-from server.http.operations import OPENING, Operation
+from server.http.operations import OPEN_ERRORS, Operation
 from server.http.paging import PageQuery, page
 from server.openai.body import Body
 from server.openai.schema import INT32
@@ -70,19 +70,19 @@ async def get_evaluation(request: Request) -> Response:
 async def delete_evaluation(request: Request) -> Response:
     """Delete an evaluation; a running one is stopped."""
     evaluation_id = request.path_params["id"]
-    with _known(evaluation_id):
+    with _as_not_found(evaluation_id):
         await services_of(request).tuning.evaluations.delete(caller_of(request).tenant, evaluation_id)
     return JSONResponse({"id": evaluation_id, "object": "evaluation", "deleted": True})
 
 
 async def _find(request: Request) -> Evaluation:
     evaluation_id, evaluations = request.path_params["id"], services_of(request).tuning.evaluations
-    with _known(evaluation_id):
+    with _as_not_found(evaluation_id):
         return await asyncio.to_thread(evaluations.store.get, caller_of(request).tenant, evaluation_id)
 
 
 @contextmanager
-def _known(evaluation_id: str) -> Iterator[None]:
+def _as_not_found(evaluation_id: str) -> Iterator[None]:
     try:
         yield
     except UnknownEvaluationError:
@@ -110,8 +110,8 @@ def evaluation_object(evaluation: Evaluation) -> dict[str, Any]:
 
 
 routes = [
-    Operation("POST", "/v1/evaluations", create_evaluation, answers=EvaluationObject, refuses=OPENING),
-    Operation("GET", "/v1/evaluations", list_evaluations, answers=ListObject[EvaluationObject]),
-    Operation("GET", "/v1/evaluations/{id}", get_evaluation, answers=EvaluationObject),
-    Operation("DELETE", "/v1/evaluations/{id}", delete_evaluation, answers=DeletedObject),
+    Operation("POST", "/v1/evaluations", create_evaluation, response_type=EvaluationObject, errors=OPEN_ERRORS),
+    Operation("GET", "/v1/evaluations", list_evaluations, response_type=ListObject[EvaluationObject]),
+    Operation("GET", "/v1/evaluations/{id}", get_evaluation, response_type=EvaluationObject),
+    Operation("DELETE", "/v1/evaluations/{id}", delete_evaluation, response_type=DeletedObject),
 ]

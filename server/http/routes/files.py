@@ -21,9 +21,9 @@ from server.http.answer import WholeFile
 from server.http.multipart import Part, read_parts
 from server.http.objects.common import DeletedObject, ListObject
 from server.http.objects.training import FileObject, PreviewedLine
-from server.http.operations import PUBLISHING, Operation
-from server.http.paging import ListQuery, Query, Whole, page
-from server.http.quotas import check_room
+from server.http.operations import PUBLISH_ERRORS, Operation
+from server.http.paging import ListQuery, Query, WholeNumber, page
+from server.http.quotas import check_storage_quota
 from server.services import Services, caller_of, services_of
 from server.settings import Settings
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class FilesQuery(ListQuery):
-    limit: Whole = Field(10_000, ge=1, le=10_000)
+    limit: WholeNumber = Field(10_000, ge=1, le=10_000)
     order: Literal["asc", "desc"] = "desc"
     purpose: str | None = None
 
@@ -42,19 +42,19 @@ class FilesQuery(ListQuery):
 class PreviewQuery(Query):
     """Lines after the one with the number `after`."""
 
-    after: Whole = 0
-    limit: Whole = Field(20, ge=1, le=100)
+    after: WholeNumber = 0
+    limit: WholeNumber = Field(20, ge=1, le=100)
 
 
 async def upload_file(request: Request) -> Response:
     """Upload a file. Every line of training data is validated."""
     services = services_of(request)
     _ = services.engine_info  # lines cannot be checked without a base, so refuse before receiving
-    await check_room(request)
+    await check_storage_quota(request)
     async with services.uploads.slot():
         with disk_faults(), services.tuning.files.staging() as directory:
             path, filename, purpose = await _receive(request, services, directory)
-            await check_room(request, directory)
+            await check_storage_quota(request, directory)
             report = await asyncio.to_thread(_check, services, path) if purpose == TRAINING else None
             add = partial(
                 services.tuning.files.add,
@@ -147,17 +147,17 @@ async def preview_file(request: Request, query: PreviewQuery) -> Response:
 
 async def delete_file(request: Request) -> Response:
     """Delete a file. Jobs that have already read it are not affected."""
-    await _asked(request, services_of(request).tuning.files.delete)
+    await _on_file(request, services_of(request).tuning.files.delete)
     return JSONResponse({"id": request.path_params["id"], "object": "file", "deleted": True})
 
 
 async def _find(request: Request, *, fetched: bool = False) -> StoredFile:
     """Find the file in the path; with `fetched`, its bytes are on the local disk."""
     files = services_of(request).tuning.files
-    return await _asked(request, files.fetch if fetched else files.get)
+    return await _on_file(request, files.fetch if fetched else files.get)
 
 
-async def _asked(request: Request, work: Callable[[str, str], T]) -> T:
+async def _on_file(request: Request, work: Callable[[str, str], T]) -> T:
     """Run `work` for the file in the path. Raises NotFound if there is none."""
     file_id = request.path_params["id"]
     try:
@@ -184,10 +184,10 @@ def file_object(stored: StoredFile) -> dict[str, Any]:
 
 
 routes = [
-    Operation("POST", "/v1/files", upload_file, form=_parts, answers=FileObject, refuses=PUBLISHING),
-    Operation("GET", "/v1/files", list_files, answers=ListObject[FileObject]),
-    Operation("GET", "/v1/files/{id}", get_file, answers=FileObject),
-    Operation("GET", "/v1/files/{id}/content", get_content, answers="application/jsonl, text/csv"),
-    Operation("GET", "/v1/files/{id}/preview", preview_file, answers=ListObject[PreviewedLine]),
-    Operation("DELETE", "/v1/files/{id}", delete_file, answers=DeletedObject),
+    Operation("POST", "/v1/files", upload_file, form=_parts, response_type=FileObject, errors=PUBLISH_ERRORS),
+    Operation("GET", "/v1/files", list_files, response_type=ListObject[FileObject]),
+    Operation("GET", "/v1/files/{id}", get_file, response_type=FileObject),
+    Operation("GET", "/v1/files/{id}/content", get_content, response_type="application/jsonl, text/csv"),
+    Operation("GET", "/v1/files/{id}/preview", preview_file, response_type=ListObject[PreviewedLine]),
+    Operation("DELETE", "/v1/files/{id}", delete_file, response_type=DeletedObject),
 ]

@@ -26,9 +26,9 @@ from server.finetune.preparation import memory_request
 from server.http.answer import PING
 from server.http.objects.common import ListObject
 from server.http.objects.training import CheckpointObject, Estimate, EventObject, JobObject
-from server.http.operations import OPENING, Operation
-from server.http.paging import ListQuery, PageQuery, Whole, page
-from server.http.quotas import check_training
+from server.http.operations import OPEN_ERRORS, Operation
+from server.http.paging import ListQuery, PageQuery, WholeNumber, page
+from server.http.quotas import check_training_quota
 from server.messages.training import ModuleShape
 from server.openai.target import Target, open_target
 from server.openai.training_body import EstimateBody, JobBody, LoraBody
@@ -47,11 +47,11 @@ class JobsQuery(PageQuery):
 
 
 class EventsQuery(ListQuery):
-    limit: Whole = Field(20, ge=1, le=1000)
+    limit: WholeNumber = Field(20, ge=1, le=1000)
 
 
 class CheckpointsQuery(ListQuery):
-    limit: Whole = Field(10, ge=1, le=1000)
+    limit: WholeNumber = Field(10, ge=1, le=1000)
 
 
 # --- creation and estimates -------------------------------------------------------------------------
@@ -61,7 +61,7 @@ async def create_job(request: Request, body: JobBody) -> Response:
     """Create a job: validate the request, as far as possible now, and queue it."""
     services = services_of(request)
     chosen = body.chosen_hyperparameters
-    await check_training(request)
+    await check_training_quota(request)
     for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
         if file_id is not None:
             await asyncio.to_thread(_check_file, services, caller_of(request).tenant, param, file_id)
@@ -96,9 +96,9 @@ async def estimate(request: Request, body: EstimateBody) -> Response:
         lora, shapes = _shape(services, target, body.lora)
     training = _training(services, body)
     tokens = max(hyperparameters.micro_batch_tokens(training, base), hyperparameters.max_seq_len(training, base))
-    asked = memory_request(shapes, lora, hyperparameters.optimizer(training, base), tokens)
+    memory_question = memory_request(shapes, lora, hyperparameters.optimizer(training, base), tokens)
     try:
-        plan = await services.engine.plan_memory(asked)
+        plan = await services.engine.plan_memory(memory_question)
     except TrainingRefused as refusal:
         raise InvalidRequest(str(refusal), param="model", code=refusal.code) from None
     return JSONResponse(
@@ -130,25 +130,25 @@ def _check_file(services: Services, tenant: str, param: str, file_id: str) -> No
 
 
 def _shape(
-    services: Services, target: Target, asked: LoraBody | None
+    services: Services, target: Target, requested: LoraBody | None
 ) -> tuple[hyperparameters.LoraOptions, dict[str, ModuleShape]]:
     """Return the adapter's shape, checked to be servable. Raises InvalidRequest."""
     base = services.engine_info
     if target.refs:
-        if asked is not None and asked.model_fields_set - {"lora_dropout", "scale_vector"}:
-            message = f"`lora`: {printable(target.asked)} is an adapter, and its shape stays as it is."
+        if requested is not None and requested.model_fields_set - {"lora_dropout", "scale_vector"}:
+            message = f"`lora`: {printable(target.requested_name)} is an adapter, and its shape stays as it is."
             raise InvalidRequest(message, param="lora")
         spec = AdapterSpec.read(Path(target.refs[0].path))
-        options = (asked or LoraBody()).options()
+        options = (requested or LoraBody()).options()
         try:
             shapes = hyperparameters.trained_on(spec)
         except AdapterError as error:
-            raise InvalidRequest(f"`model`: {printable(target.asked)} {error}.", param="model") from None
+            raise InvalidRequest(f"`model`: {printable(target.requested_name)} {error}.", param="model") from None
         if spec.variants.experts and options.lora_dropout:
             message = "`lora.lora_dropout`: adapters of experts are trained without."
             raise InvalidRequest(message, param="lora.lora_dropout")
         return options, shapes
-    lora = (asked or LoraBody()).options()
+    lora = (requested or LoraBody()).options()
     try:
         shapes = hyperparameters.modules(hyperparameters.adapter_config(lora, services.settings.base_name, base), base)
         check_fit(hyperparameters.saved_spec(shapes, base), base)
@@ -212,7 +212,7 @@ async def _stream_events(request: Request, job: Job, after: str | None) -> Respo
     await asyncio.to_thread(jobs.events, job.id, limit=1, after=after)
 
     async def stream() -> AsyncIterator[bytes]:
-        last, silent = after, 0.0
+        last, idle_seconds = after, 0.0
         pings = services.settings.stream_ping_seconds
         while True:
             now = await asyncio.to_thread(jobs.get, caller_of(request).tenant, job.id)
@@ -223,18 +223,18 @@ async def _stream_events(request: Request, job: Job, after: str | None) -> Respo
                     jobs.events, job.id, limit=_STREAM_PAGE, after=last, newest_first=False
                 )
                 for event in events:
-                    last, silent = event.id, 0.0
+                    last, idle_seconds = event.id, 0.0
                     yield b"id: %b\ndata: %b\n\n" % (event.id.encode(), encode_line(event_object(event)))
             if ended:
                 break
-            if pings and silent >= pings:
+            if pings and idle_seconds >= pings:
                 yield PING
-                silent = 0.0
+                idle_seconds = 0.0
             began = time.monotonic()
             await services.tuning.manager.wait_for_change(
-                min(_POLL_SECONDS, pings - silent) if pings else _POLL_SECONDS
+                min(_POLL_SECONDS, pings - idle_seconds) if pings else _POLL_SECONDS
             )
-            silent += time.monotonic() - began
+            idle_seconds += time.monotonic() - began
         yield b"data: [DONE]\n\n"
 
     return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -290,11 +290,11 @@ async def _steer(request: Request, change: Callable[[Job], Awaitable[Job]]) -> R
 def job_object(services: Services, job: Job) -> dict[str, Any]:
     """Return OpenAI's object. `lora`, `training`, `step`, `total_steps`, `stop_token_ids`, the formats are ours."""
     spec, plan = job.spec, None if job.start is None else job.start.plan
-    shown = to_builtins(spec.hyperparameters)
+    effective = to_builtins(spec.hyperparameters)
     if plan is not None:
-        shown |= {"n_epochs": plan.n_epochs, "batch_size": plan.batch_size}
+        effective |= {"n_epochs": plan.n_epochs, "batch_size": plan.batch_size}
         if spec.hyperparameters.learning_rate_multiplier == "auto":
-            shown["learning_rate_multiplier"] = 1.0
+            effective["learning_rate_multiplier"] = 1.0
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -303,7 +303,7 @@ def job_object(services: Services, job: Job) -> dict[str, Any]:
         "estimated_finish": services.tuning.manager.estimated_finish(job),
         "error": None if job.error is None else to_builtins(job.error),
         "fine_tuned_model": job.fine_tuned_model,
-        "hyperparameters": shown,
+        "hyperparameters": effective,
         "model": spec.model,
         "organization_id": _ORGANIZATION,
         "result_files": job.result_files,
@@ -314,7 +314,7 @@ def job_object(services: Services, job: Job) -> dict[str, Any]:
         "validation_file": spec.validation_file,
         "integrations": spec.integrations,
         "metadata": spec.metadata,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": shown}},
+        "method": {"type": "supervised", "supervised": {"hyperparameters": effective}},
         "lora": to_builtins(spec.lora) if job.start is None else job.start.config,
         "training": to_builtins(spec.training if plan is None else plan),
         "step": job.step,
@@ -353,20 +353,22 @@ def checkpoint_object(job: Job, checkpoint: StoredCheckpoint) -> dict[str, Any]:
 
 _JOB = "/v1/fine_tuning/jobs/{id}"
 routes = [
-    Operation("POST", "/v1/fine_tuning/jobs", create_job, answers=JobObject, refuses=(*OPENING, TooManyRequests)),
-    Operation("GET", "/v1/fine_tuning/jobs", list_jobs, answers=ListObject[JobObject]),
-    Operation("POST", "/v1/fine_tuning/estimate", estimate, answers=Estimate, refuses=OPENING),
-    Operation("GET", _JOB, get_job, answers=JobObject),
+    Operation(
+        "POST", "/v1/fine_tuning/jobs", create_job, response_type=JobObject, errors=(*OPEN_ERRORS, TooManyRequests)
+    ),
+    Operation("GET", "/v1/fine_tuning/jobs", list_jobs, response_type=ListObject[JobObject]),
+    Operation("POST", "/v1/fine_tuning/estimate", estimate, response_type=Estimate, errors=OPEN_ERRORS),
+    Operation("GET", _JOB, get_job, response_type=JobObject),
     Operation(
         "GET",
         f"{_JOB}/events",
         list_events,
-        answers=ListObject[EventObject],
+        response_type=ListObject[EventObject],
         events=EventObject,
-        headers={"Last-Event-ID": "Of a stream: the event to go on after."},
+        headers={"Last-Event-ID": "Of a stream: the event after which to continue."},
     ),
-    Operation("GET", f"{_JOB}/checkpoints", list_checkpoints, answers=ListObject[CheckpointObject]),
-    Operation("POST", f"{_JOB}/cancel", cancel_job, answers=JobObject),
-    Operation("POST", f"{_JOB}/pause", pause_job, answers=JobObject),
-    Operation("POST", f"{_JOB}/resume", resume_job, answers=JobObject),
+    Operation("GET", f"{_JOB}/checkpoints", list_checkpoints, response_type=ListObject[CheckpointObject]),
+    Operation("POST", f"{_JOB}/cancel", cancel_job, response_type=JobObject),
+    Operation("POST", f"{_JOB}/pause", pause_job, response_type=JobObject),
+    Operation("POST", f"{_JOB}/resume", resume_job, response_type=JobObject),
 ]

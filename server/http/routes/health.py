@@ -58,8 +58,8 @@ async def metrics(request: Request) -> Response:
 
 
 routes = [
-    Operation("GET", "/health", health, answers=Health),
-    Operation("GET", "/ready", ready, answers=Readiness, statuses=(200, 503)),
-    Operation("GET", "/version", server_version, answers=Version),
-    Operation("GET", "/metrics", metrics, answers="text/plain"),
+    Operation("GET", "/health", health, response_type=Health),
+    Operation("GET", "/ready", ready, response_type=Readiness, statuses=(200, 503)),
+    Operation("GET", "/version", server_version, response_type=Version),
+    Operation("GET", "/metrics", metrics, response_type="text/plain"),
 ]

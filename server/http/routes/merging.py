@@ -35,13 +35,13 @@ from server.errors import (
 )
 from server.http.answer import WholeFile
 from server.http.objects.adapters import DeletedMerge, MergeObject
-from server.http.operations import OPENING, PUBLISHING, Operation
+from server.http.operations import OPEN_ERRORS, PUBLISH_ERRORS, Operation
 from server.http.paging import Query
-from server.http.receipts import resident
+from server.http.receipts import merge_report
 from server.messages.protocol import LOAD_FAILED
 from server.model_source import resolve
 from server.openai.body import Body, Items
-from server.openai.target import reference
+from server.openai.target import adapter_ref
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import Caller
 
@@ -87,63 +87,63 @@ class DeleteMergeQuery(Query):
 async def merge(request: Request, body: MergeBody) -> Response:
     """Merge an adapter. 201 when the merge was made, 200 when it existed."""
     services = services_of(request)
-    whole = body.dtype is None
+    to_checkpoint = body.dtype is None
     caller, name = caller_of(request), request.path_params["name"]
-    await _check_own(services, caller, name)
-    async with services.registry.open(caller, name, param="name", verify=whole) as version:
+    await _check_owner(services, caller, name)
+    async with services.registry.open(caller, name, param="name", verify=to_checkpoint) as version:
         if body.dtype is None:
-            return await _checkpoint(services, version)
-        return await _resident(services, version, body.dtype, body.prompts or _PROMPTS)
+            return await _merge_to_checkpoint(services, version)
+        return await _merge_resident(services, version, body.dtype, body.prompts or _PROMPTS)
 
 
-async def _resident(services: Services, version: Version, dtype: MergedDtype, texts: Sequence[str]) -> Response:
+async def _merge_resident(services: Services, version: Version, dtype: MergedDtype, texts: Sequence[str]) -> Response:
     """Serve the version on merged weights, and respond with the merge's report."""
     if variants := version.receipt.get("variants"):
         instead = ": it can be merged to a `checkpoint`" if list(variants) == ["experts"] else ""
         message = f"Only plain LoRA can be merged to be `resident`, not {', '.join(variants)}{instead}."
         raise InvalidRequest(message, param="to", code="unsupported_adapter_feature")
-    replaced = Conflict(f"No name means {version.digest}; merge what requests get.", param="name")
+    replaced = Conflict(f"No name points at {version.digest}; merge a version that serves requests.", param="name")
     if not services.store.is_answering(version.digest):
         raise replaced
     prompts = await services.text.encode(texts, add_special_tokens=True, max_tokens=MAX_PROMPT_TOKENS, param="prompts")
     for i, ids in enumerate(prompts):
         if not 0 < len(ids) <= MAX_PROMPT_TOKENS:
-            message = f"`prompts.{i}` has {len(ids)} tokens; 1 to {MAX_PROMPT_TOKENS} are taken."
+            message = f"`prompts.{i}` has {len(ids)} tokens; 1 to {MAX_PROMPT_TOKENS} are accepted."
             raise InvalidRequest(message, param=f"prompts.{i}")
-    there = version.digest in services.engine.merges
+    is_merged = version.digest in services.engine.merges
     try:
-        report = await services.engine.merge(reference(version), dtype, prompts)
+        report = await services.engine.merge(adapter_ref(version), dtype, prompts)
     except MergeRefused as refusal:
-        known = _REFUSALS.get(refusal.code)
-        if known is not None:
-            raise known(f"{refusal}.") from None
+        make_error = _REFUSALS.get(refusal.code)
+        if make_error is not None:
+            raise make_error(f"{refusal}.") from None
         raise InvalidRequest(f"{refusal}.", param="to", code=refusal.code) from None
     if not services.store.is_answering(version.digest):  # replaced while the merge was built
         await services.engine.unmerge(version.digest)
         raise replaced
-    more = {} if there else {"prompts": list(texts)}
-    body = {"object": "merge", "name": version.name, "digest": version.digest, "resident": resident(report) | more}
-    return JSONResponse(body, status_code=200 if there else 201, headers={"X-Adapter-Digest": version.digest})
+    more = {} if is_merged else {"prompts": list(texts)}
+    body = {"object": "merge", "name": version.name, "digest": version.digest, "resident": merge_report(report) | more}
+    return JSONResponse(body, status_code=200 if is_merged else 201, headers={"X-Adapter-Digest": version.digest})
 
 
-async def _checkpoint(services: Services, version: Version) -> Response:
+async def _merge_to_checkpoint(services: Services, version: Version) -> Response:
     """Write W + BA as a bfloat16 checkpoint."""
     target = _directory(services, version)
     if target.is_dir():
         return _receipt(version, target, 200)
     if services.checkpoint_lock.locked():
-        raise TooManyRequests("A checkpoint is being made already.", retry_after=30)
+        raise TooManyRequests("Another checkpoint is being written.", retry_after=30)
     async with services.checkpoint_lock:
-        await _make(services, version, target)
+        await _write_checkpoint(services, version, target)
     return _receipt(version, target, 201)
 
 
 async def get_checkpoint_file(request: Request) -> Response:
     """Download a file of the checkpoint."""
-    target, wanted = await _existing(request), request.path_params["file"]
-    if wanted not in {path.name for path in target.iterdir()}:
-        raise NotFound(f"The checkpoint has no file `{printable(wanted)}`.", param="file")
-    return WholeFile(target / wanted, filename=wanted)
+    target, filename = await _checkpoint_directory(request), request.path_params["file"]
+    if filename not in {path.name for path in target.iterdir()}:
+        raise NotFound(f"The checkpoint has no file `{printable(filename)}`.", param="file")
+    return WholeFile(target / filename, filename=filename)
 
 
 async def get_merge(request: Request) -> Response:
@@ -158,7 +158,7 @@ async def get_merge(request: Request) -> Response:
         "name": version.name,
         "digest": version.digest,
         "checkpoint": _files(target) if target.is_dir() else None,
-        "resident": None if report is None else resident(report),
+        "resident": None if report is None else merge_report(report),
     }
     return JSONResponse(body, headers={"X-Adapter-Digest": version.digest})
 
@@ -166,43 +166,43 @@ async def get_merge(request: Request) -> Response:
 async def delete_merge(request: Request, query: DeleteMergeQuery) -> Response:
     """Delete the checkpoint and the resident merge, or with `to` one of them; the adapter stays."""
     services, name, to = services_of(request), request.path_params["name"], query.to
-    await _check_own(services, caller_of(request), name)
+    await _check_owner(services, caller_of(request), name)
     version = await _version(services, caller_of(request), name)
     target, deleted = _directory(services, version), []
     if to != "checkpoint" and await services.engine.unmerge(version.digest):
         deleted.append("resident")
     if to != "resident" and target.is_dir():
-        doomed = target.with_name(f".{uuid.uuid4().hex}")
-        target.rename(doomed)
-        await run_in_threadpool(shutil.rmtree, doomed, ignore_errors=True)
+        trash = target.with_name(f".{uuid.uuid4().hex}")
+        target.rename(trash)
+        await run_in_threadpool(shutil.rmtree, trash, ignore_errors=True)
         deleted.append("checkpoint")
     if not deleted:
         raise NotFound(f"`{printable(name)}` is not merged.", param="name", code="merge_not_found")
     return JSONResponse({"object": "merge", "name": name, "digest": version.digest, "deleted": deleted})
 
 
-async def _make(services: Services, version: Version, target: Path) -> None:
+async def _write_checkpoint(services: Services, version: Version, target: Path) -> None:
     settings = services.settings
     base = await asyncio.to_thread(resolve, settings.model, settings.cache_dir)
-    work = target.with_name(f".{uuid.uuid4().hex}")
+    staging = target.with_name(f".{uuid.uuid4().hex}")
     try:
         with disk_faults():
-            await asyncio.to_thread(_clear, target.parent)
-            work.mkdir(mode=0o700)
+            await asyncio.to_thread(_prepare_directory, target.parent)
+            staging.mkdir(mode=0o700)
             info = services.engine_info
             experts = {name: size._asdict() for name, size in info.experts.items()}
             files = {"renamed": info.renamed, "transposed": info.transposed, "experts": experts}
-            order = {"base": str(base), "adapter": str(version.path), "target": str(work), **files}
+            order = {"base": str(base), "adapter": str(version.path), "target": str(staging), **files}
             await ask_once("adapters.offline.merge.carry_out", order, settings.merge_seconds)
-            work.rename(target)
+            staging.rename(target)
     except HelperLimit as limit:
         message = f"Merging {limit} (--merge-seconds)."
         raise InvalidRequest(message, param="to", code="merge_too_slow") from None
     finally:
-        await run_in_threadpool(shutil.rmtree, work, ignore_errors=True)
+        await run_in_threadpool(shutil.rmtree, staging, ignore_errors=True)
 
 
-def _clear(checkpoints: Path) -> None:
+def _prepare_directory(checkpoints: Path) -> None:
     """Create the directory, and remove the leftovers of interrupted merges."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     for left in checkpoints.glob(".*"):
@@ -213,12 +213,12 @@ def _directory(services: Services, version: Version) -> Path:
     return services.settings.data_dir / "checkpoints" / version.digest.removeprefix("sha256:")
 
 
-async def _check_own(services: Services, caller: Caller, asked: str) -> None:
+async def _check_owner(services: Services, caller: Caller, reference: str) -> None:
     """Check that the caller owns the adapter. Raises ModelNotFound, PermissionDenied."""
     try:
-        await services.registry.find_owned(caller, split_reference(asked)[0])
+        await services.registry.find_owned(caller, split_reference(reference)[0])
     except UnknownAdapter:
-        raise ModelNotFound(asked, param="name") from None
+        raise ModelNotFound(reference, param="name") from None
 
 
 async def _version(services: Services, caller: Caller, name: str) -> Version:
@@ -227,7 +227,7 @@ async def _version(services: Services, caller: Caller, name: str) -> Version:
         return version
 
 
-async def _existing(request: Request) -> Path:
+async def _checkpoint_directory(request: Request) -> Path:
     services, name = services_of(request), request.path_params["name"]
     target = _directory(services, await _version(services, caller_of(request), name))
     if not target.is_dir():
@@ -254,17 +254,17 @@ routes = [
         "GET",
         "/v1/adapters/{name:path}/merge/{file}",
         get_checkpoint_file,
-        answers="*/*",
-        refuses=OPENING,
+        response_type="*/*",
+        errors=OPEN_ERRORS,
     ),
     Operation(
         "POST",
         "/v1/adapters/{name:path}/merge",
         merge,
-        answers=MergeObject,
+        response_type=MergeObject,
         statuses=(200, 201),
-        refuses=(*OPENING, *PUBLISHING, InternalError),
+        errors=(*OPEN_ERRORS, *PUBLISH_ERRORS, InternalError),
     ),
-    Operation("GET", "/v1/adapters/{name:path}/merge", get_merge, answers=MergeObject, refuses=OPENING),
-    Operation("DELETE", "/v1/adapters/{name:path}/merge", delete_merge, answers=DeletedMerge, refuses=OPENING),
+    Operation("GET", "/v1/adapters/{name:path}/merge", get_merge, response_type=MergeObject, errors=OPEN_ERRORS),
+    Operation("DELETE", "/v1/adapters/{name:path}/merge", delete_merge, response_type=DeletedMerge, errors=OPEN_ERRORS),
 ]

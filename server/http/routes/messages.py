@@ -13,23 +13,23 @@ from server.anthropic.body import CountBody, MessageBody
 from server.anthropic.objects import MessageError, MessageEvent, MessageObject, TokenCount
 from server.anthropic.writer import MessageWriter
 from server.errors import LorakeetError, TooManyRequests, anthropic_body
-from server.http.answer import Answer, encode_json, send_events, send_json
-from server.http.operations import OPENING, Operation
+from server.http.answer import CancellableResponse, encode_json, send_events, send_json
+from server.http.operations import OPEN_ERRORS, Operation
 from server.openai.chat import Chat, open_chat
 from server.openai.target import open_target
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import Caller
 
 
-async def create_message(request: Request, body: MessageBody) -> Answer:
+async def create_message(request: Request, body: MessageBody) -> CancellableResponse:
     """Generate the next message, whole or as server-sent events."""
-    return Answer(partial(_answer, services_of(request), caller_of(request), body))
+    return CancellableResponse(partial(_answer, services_of(request), caller_of(request), body))
 
 
 async def _answer(services: Services, caller: Caller, body: MessageBody, send: Send) -> None:
     try:
         chat_body = await asyncio.to_thread(body.chat)  # slow for long conversations
-        async with open_chat(services, caller, chat_body, most=body.max_tokens) as chat:
+        async with open_chat(services, caller, chat_body, default_max_tokens=body.max_tokens) as chat:
             writer = MessageWriter(chat, body.max_tokens)
             headers = {"X-Adapter-Digest": chat.generation.target.digest}
             async with aclosing(_events(writer, chat)) as events:
@@ -41,15 +41,15 @@ async def _answer(services: Services, caller: Caller, body: MessageBody, send: S
                         pass
                     await send_json(send, writer.message(), headers)
     except LorakeetError as error:
-        raise body.refusal(error) from None
+        raise body.translate_error(error) from None
 
 
 async def _events(writer: MessageWriter, chat: Chat) -> AsyncGenerator[MessageEvent, None]:
-    begun = False
+    started = False
     async with aclosing(chat.additions()) as additions:
         async for addition in additions:
-            if not begun:
-                begun = True
+            if not started:
+                started = True
                 for event in writer.begin():
                     yield event
             for event in writer.add(addition):
@@ -64,7 +64,7 @@ async def count_message_tokens(request: Request, body: CountBody) -> Response:
         async with open_target(services, caller_of(request), chat.model, task="any") as target:
             _, ids = await chat.encode(target.text, services.engine_info.max_model_len)
     except LorakeetError as error:
-        raise body.refusal(error) from None
+        raise body.translate_error(error) from None
     return Response(encode_json(TokenCount(input_tokens=len(ids))), media_type="application/json")
 
 
@@ -73,17 +73,17 @@ routes = [
         "POST",
         "/v1/messages",
         create_message,
-        answers=MessageObject,
+        response_type=MessageObject,
         events=MessageEvent,
-        refuses=(*OPENING, TooManyRequests),
-        error=MessageError,
+        errors=(*OPEN_ERRORS, TooManyRequests),
+        error_type=MessageError,
     ),
     Operation(
         "POST",
         "/v1/messages/count_tokens",
         count_message_tokens,
-        answers=TokenCount,
-        refuses=OPENING,
-        error=MessageError,
+        response_type=TokenCount,
+        errors=OPEN_ERRORS,
+        error_type=MessageError,
     ),
 ]

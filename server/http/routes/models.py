@@ -15,9 +15,9 @@ from adapters.storage.versions import UnknownAdapter, Version
 from server.errors import ModelNotFound, NotFound, PermissionDenied
 from server.http.objects.common import DeletedObject, ListObject
 from server.http.objects.models import ModelCard, ModelDetails
-from server.http.operations import OPENING, Operation
+from server.http.operations import OPEN_ERRORS, Operation
 from server.http.paging import WindowQuery, page, place, window, window_before
-from server.openai.target import brings_text, text_of
+from server.openai.target import has_own_text, text_of
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import tenant_name
 
@@ -51,19 +51,19 @@ async def list_models(request: Request, query: ModelsQuery) -> Response:
 
 async def get_model(request: Request) -> Response:
     """Get one model by id: the base, an adapter, or a version of it as `name@digest prefix`."""
-    services, asked = services_of(request), request.path_params["id"]
-    if not asked:
+    services, model_id = services_of(request), request.path_params["id"]
+    if not model_id:
         raise NotFound("No model is named behind `/v1/models/`; the list of all is at `/v1/models`.", param="id")
-    if asked in services.settings.base_aliases:
+    if model_id in services.settings.base_aliases:
         return JSONResponse(_base_card(services) | services.text.details())
-    if "@" in asked:
-        async with services.registry.open(caller_of(request), asked, param="model") as version:
-            return JSONResponse(await _adapter_details(services, version, caller_of(request).tenant) | {"id": asked})
+    if "@" in model_id:
+        async with services.registry.open(caller_of(request), model_id, param="model") as version:
+            return JSONResponse(await _adapter_details(services, version, caller_of(request).tenant) | {"id": model_id})
     try:
-        version = await services.registry.find(caller_of(request), asked)
+        version = await services.registry.find(caller_of(request), model_id)
         return JSONResponse(await _adapter_details(services, version, caller_of(request).tenant))
     except UnknownAdapter:
-        raise ModelNotFound(asked) from None
+        raise ModelNotFound(model_id) from None
 
 
 async def delete_model(request: Request) -> Response:
@@ -80,7 +80,7 @@ async def delete_model(request: Request) -> Response:
 
 async def _adapter_details(services: Services, version: Version, tenant: str) -> dict[str, Any]:
     """Return the card with stop tokens and formats. Raises UnknownAdapter when the version was removed meanwhile."""
-    async with services.registry.hold(version) if brings_text(services, version) else nullcontext():
+    async with services.registry.hold(version) if has_own_text(services, version) else nullcontext():
         text = await text_of(services, version)
     return _adapter_card(services, version, tenant) | text.details()
 
@@ -118,7 +118,7 @@ def _card(services: Services, name: str, created: int, *, root: str, parent: str
 
 
 routes = [
-    Operation("GET", "/v1/models", list_models, answers=ListObject[ModelCard]),
-    Operation("GET", "/v1/models/{id:path}", get_model, answers=ModelDetails, refuses=OPENING),
-    Operation("DELETE", "/v1/models/{id:path}", delete_model, answers=DeletedObject, refuses=(PermissionDenied,)),
+    Operation("GET", "/v1/models", list_models, response_type=ListObject[ModelCard]),
+    Operation("GET", "/v1/models/{id:path}", get_model, response_type=ModelDetails, errors=OPEN_ERRORS),
+    Operation("DELETE", "/v1/models/{id:path}", delete_model, response_type=DeletedObject, errors=(PermissionDenied,)),
 ]

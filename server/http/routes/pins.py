@@ -16,15 +16,15 @@ from server.services import caller_of, services_of
 
 async def pin(request: Request) -> Response:
     """Pin an adapter to the device. 409 when more would be pinned than `--adapter-pinned-bytes` allows."""
-    return await _answer(request, pinned=True)
+    return await _set_pinned(request, pinned=True)
 
 
 async def unpin(request: Request) -> Response:
     """Unpin an adapter: it may be evicted again when others need its rows."""
-    return await _answer(request, pinned=False)
+    return await _set_pinned(request, pinned=False)
 
 
-async def _answer(request: Request, *, pinned: bool) -> Response:
+async def _set_pinned(request: Request, *, pinned: bool) -> Response:
     services, name = services_of(request), request.path_params["name"]
     with as_not_found(name):
         caller = caller_of(request)
@@ -40,13 +40,13 @@ async def _answer(request: Request, *, pinned: bool) -> Response:
             "name": version.name,
             "pinned": pointer.pinned,
             "digests": list(pointer.shares),
-            "bytes_on_device": sum(device_bytes(one.receipt["rows"], linears) for one in pointer.answering),
+            "bytes_on_device": sum(device_bytes(version.receipt["rows"], linears) for version in pointer.answering),
         },
         headers={"ETag": f'"{pointer.etag}"'},
     )
 
 
 routes = [
-    Operation("POST", "/v1/adapters/{name:path}/pin", pin, answers=PinObject, refuses=(Conflict, TooManyRequests)),
-    Operation("DELETE", "/v1/adapters/{name:path}/pin", unpin, answers=PinObject),
+    Operation("POST", "/v1/adapters/{name:path}/pin", pin, response_type=PinObject, errors=(Conflict, TooManyRequests)),
+    Operation("DELETE", "/v1/adapters/{name:path}/pin", unpin, response_type=PinObject),
 ]

@@ -27,16 +27,18 @@ async def get_docs(request: Request) -> Response:
 
 def _document(request: Request) -> dict[str, Any]:
     """Return the document, built on first use and when keys appear or disappear, as it takes a tenth of a second."""
-    state, closed = request.app.state, services_of(request).tenants.requires_key
-    if getattr(state, "openapi_closed", None) != closed:
+    state, requires_key = request.app.state, services_of(request).tenants.requires_key
+    if getattr(state, "openapi_requires_key", None) != requires_key:
         operations = [route for route in request.app.routes if isinstance(route, Operation)]
-        state.openapi = openapi.document(operations, services_of(request).settings, version("lorakeet"), closed=closed)
-        state.openapi_closed = closed
+        state.openapi = openapi.document(
+            operations, services_of(request).settings, version("lorakeet"), requires_key=requires_key
+        )
+        state.openapi_requires_key = requires_key
     document: dict[str, Any] = state.openapi
     return document
 
 
 routes = [
-    Operation("GET", "/openapi.json", get_openapi, answers=dict[str, Any]),
-    Operation("GET", "/docs", get_docs, answers="text/html"),
+    Operation("GET", "/openapi.json", get_openapi, response_type=dict[str, Any]),
+    Operation("GET", "/docs", get_docs, response_type="text/html"),
 ]

@@ -13,9 +13,9 @@ from starlette.responses import Response
 from starlette.types import Send
 
 from server.errors import InvalidRequest, LorakeetError, NotFound, TooManyRequests, as_error
-from server.http.answer import Answer, encode_json, send_events, send_json, unless_gone
-from server.http.operations import OPENING, Operation
-from server.http.paging import Query, Whole, WindowQuery, window
+from server.http.answer import CancellableResponse, encode_json, send_events, send_json, until_disconnect
+from server.http.operations import OPEN_ERRORS, Operation
+from server.http.paging import Query, WholeNumber, WindowQuery, window
 from server.openai.chat import Chat, ChatBody, open_chat
 from server.openai.response_body import ResponseBody
 from server.openai.response_input import Item, ItemReference, as_item
@@ -29,11 +29,11 @@ from server.tenants.caller import Caller
 
 class RetrieveQuery(Query):
     stream: Literal["true", "false"] = "false"
-    starting_after: Whole | None = Field(None, ge=0)
+    starting_after: WholeNumber | None = Field(None, ge=0)
 
 
 class ItemsQuery(WindowQuery):
-    limit: Whole = Field(20, ge=1, le=100)
+    limit: WholeNumber = Field(20, ge=1, le=100)
     order: Literal["asc", "desc"] = "desc"
 
 
@@ -46,7 +46,7 @@ class _Work:
         self.body = body
         self.items = items
         self.chat: ChatBody = body.chat(items)
-        self.kept = body.store is not False and services.responses.enabled
+        self.stored = body.store is not False and services.responses.enabled
         self._number = number
 
     @property
@@ -55,24 +55,24 @@ class _Work:
 
     def writer(self, chat: Chat) -> ResponseWriter:
         limit = self.services.settings.max_response_bytes
-        return ResponseWriter(self.body, chat, self._number, kept=self.kept, max_bytes=limit)
+        return ResponseWriter(self.body, chat, self._number, stored=self.stored, max_bytes=limit)
 
     async def keep(self, writer: ResponseWriter, events: list[Any] | None = None) -> bool:
         """False when clients were told that it ended otherwise."""
-        if not self.kept:
+        if not self.stored:
             return True
         return await self.services.responses.keep(self.caller.tenant, writer.response, self.items, events)
 
 
-async def create_response(request: Request, body: ResponseBody) -> Answer:
+async def create_response(request: Request, body: ResponseBody) -> CancellableResponse:
     """Generate the next items, whole or as server-sent events; with `background`, return at once to be polled."""
     services = services_of(request)
     if not services.responses.enabled and (body.store or body.background):
         param = "store" if body.store else "background"
         raise InvalidRequest(f"`{param}`: this server keeps no responses (--response-days).", param=param)
-    body = await unless_gone(request.receive, body.settled(services.grammars.check))
+    body = await until_disconnect(request.receive, body.with_resolved_strict(services.grammars.check))
     work = await asyncio.to_thread(_work, services, caller_of(request), body)  # slow for long inputs
-    return Answer(partial(_in_background if body.background else _answer, work))
+    return CancellableResponse(partial(_in_background if body.background else _answer, work))
 
 
 def _work(services: Services, caller: Caller, body: ResponseBody) -> _Work:
@@ -93,13 +93,13 @@ def _items(services: Services, tenant: str, body: ResponseBody, number: str) -> 
     taken = {item["id"] for item in items}
     for i, item in enumerate(body.input):
         if isinstance(item, ItemReference):
-            made = services.responses.item(tenant, item.id, f"input.{i}.id")
+            resolved = services.responses.item(tenant, item.id, f"input.{i}.id")
         else:
-            made = as_item(item, f"{number}_in{i}")
-        if made["id"] in taken:  # ids must be unique for paging
-            made = made | {"id": f"again_{number}_in{i}"}
-        taken.add(made["id"])
-        items.append(made)
+            resolved = as_item(item, f"{number}_in{i}")
+        if resolved["id"] in taken:  # ids must be unique for paging
+            resolved = resolved | {"id": f"again_{number}_in{i}"}
+        taken.add(resolved["id"])
+        items.append(resolved)
     return items
 
 
@@ -117,7 +117,7 @@ async def _answer(work: _Work, send: Send) -> None:
                         pass
                     await send_json(send, writer.response, headers)
     except LorakeetError as error:
-        raise work.body.refusal(error) from None
+        raise work.body.translate_error(error) from None
 
 
 async def _events(work: _Work, writer: ResponseWriter, chat: Chat) -> AsyncGenerator[ResponseEvent, None]:
@@ -133,9 +133,9 @@ async def _events(work: _Work, writer: ResponseWriter, chat: Chat) -> AsyncGener
 async def _in_background(work: _Work, send: Send) -> None:
     """Start a background response; send its object, or follow its events."""
     running = Running(work.caller.tenant, work.id, streamed=bool(work.body.stream))
-    begun: asyncio.Future[ResponseObject] = asyncio.get_running_loop().create_future()
-    work.services.responses.start(running, partial(_run, work, running, begun))
-    response = await asyncio.shield(begun)
+    started: asyncio.Future[ResponseObject] = asyncio.get_running_loop().create_future()
+    work.services.responses.start(running, partial(_run, work, running, started))
+    response = await asyncio.shield(started)
     headers = {"X-Adapter-Digest": response.system_fingerprint}
     if work.body.stream:
         await _send_log(work.services, send, running, -1, headers)
@@ -143,7 +143,7 @@ async def _in_background(work: _Work, send: Send) -> None:
         await send_json(send, response, headers)
 
 
-async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObject]) -> None:
+async def _run(work: _Work, running: Running, started: asyncio.Future[ResponseObject]) -> None:
     """Generate a background response, publish its events and store the result."""
     drain = work.services.drain
     drain.enter()
@@ -155,7 +155,7 @@ async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObje
                 await work.keep(writer, log)
                 for event in writer.begin():
                     running.publish(event)
-                begun.set_result(writer.response)
+                started.set_result(writer.response)
                 try:
                     async with aclosing(chat.additions()) as additions:
                         async for addition in additions:
@@ -169,13 +169,13 @@ async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObje
                     await work.keep(writer, log)
                     return
                 except Exception as fault:
-                    last = writer.fail(work.body.refusal(as_error(fault)))
+                    last = writer.fail(work.body.translate_error(as_error(fault)))
                 if await work.keep(writer, None if log is None else [*log, last]):
                     running.publish(last)
     except Exception as fault:
-        if begun.done():
+        if started.done():
             raise
-        begun.set_exception(work.body.refusal(as_error(fault)))
+        started.set_exception(work.body.translate_error(as_error(fault)))
     finally:
         drain.leave()
 
@@ -191,43 +191,43 @@ async def count_input_tokens(request: Request, body: ResponseBody) -> Response:
         ) as target:
             _, ids = await chat.encode(target.text, services.engine_info.max_model_len)
     except LorakeetError as error:
-        raise body.refusal(error) from None
+        raise body.translate_error(error) from None
     return _json(InputCount(input_tokens=len(ids)))
 
 
 async def compact_response(request: Request) -> Response:
-    """Say that there is no such thing here."""
+    """Refuse: compaction is not supported."""
     raise NotFound("`/v1/responses/compact` is not served: send fewer items, or a summary of them.", code="unsupported")
 
 
-async def get_response(request: Request, query: RetrieveQuery) -> Response | Answer:
+async def get_response(request: Request, query: RetrieveQuery) -> Response | CancellableResponse:
     """Get a stored response; with `stream`, its events, if it was created with `background` and `stream`."""
     responses, tenant, id_ = services_of(request).responses, caller_of(request).tenant, request.path_params["id"]
-    kept = await asyncio.to_thread(responses.get, tenant, id_)
+    stored = await asyncio.to_thread(responses.get, tenant, id_)
     if query.stream == "false":
-        return _json(kept.response)
-    if (followed := responses.events(kept, tenant)) is None:
-        message = "`stream` needs a response that was begun with `background` and `stream`."
+        return _json(stored.response)
+    if (followed := responses.events(stored, tenant)) is None:
+        message = "`stream` needs a response that was started with `background` and `stream`."
         raise InvalidRequest(message, param="stream")
     after = -1 if query.starting_after is None else query.starting_after
-    return Answer(partial(_send_log, services_of(request), followed=followed, after=after, headers={}))
+    return CancellableResponse(partial(_send_log, services_of(request), followed=followed, after=after, headers={}))
 
 
 async def _send_log(services: Services, send: Send, followed: Followed, after: int, headers: dict[str, str]) -> None:
     pings = services.settings.stream_ping_seconds
     async with aclosing(followed.follow(after)) as events:
-        await send_events(send, events, headers, _log_failed, ping_seconds=pings)
+        await send_events(send, events, headers, _error_event, ping_seconds=pings)
 
 
-def _log_failed(error: LorakeetError) -> dict[str, Any]:
+def _error_event(error: LorakeetError) -> dict[str, Any]:
     return error.body()["error"] | {"type": "error"}
 
 
 async def list_input_items(request: Request, query: ItemsQuery) -> Response:
     """List a page of a response's input items, newest first unless `order=asc`."""
     tenant, id_ = caller_of(request).tenant, request.path_params["id"]
-    kept = await asyncio.to_thread(services_of(request).responses.get, tenant, id_)
-    items = kept.items if query.order == "asc" else kept.items[::-1]
+    stored = await asyncio.to_thread(services_of(request).responses.get, tenant, id_)
+    items = stored.items if query.order == "asc" else stored.items[::-1]
     part, more = window(query, [item["id"] for item in items])
     page = items[part]
     ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
@@ -237,8 +237,8 @@ async def list_input_items(request: Request, query: ItemsQuery) -> Response:
 async def cancel_response(request: Request) -> Response:
     """Cancel a background response; a finished one stays unchanged."""
     responses, tenant, id_ = services_of(request).responses, caller_of(request).tenant, request.path_params["id"]
-    kept = await asyncio.to_thread(responses.get, tenant, id_)
-    if not kept.response["background"]:
+    stored = await asyncio.to_thread(responses.get, tenant, id_)
+    if not stored.response["background"]:
         raise InvalidRequest("Only responses with `background` can be cancelled.", param="id")
     await responses.cancel(tenant, id_)
     return _json((await asyncio.to_thread(responses.get, tenant, id_)).response)
@@ -260,14 +260,14 @@ routes = [
         "POST",
         "/v1/responses",
         create_response,
-        answers=ResponseObject,
+        response_type=ResponseObject,
         events=ResponseEvent,
-        refuses=(*OPENING, TooManyRequests),
+        errors=(*OPEN_ERRORS, TooManyRequests),
     ),
-    Operation("POST", "/v1/responses/input_tokens", count_input_tokens, answers=InputCount, refuses=OPENING),
-    Operation("POST", "/v1/responses/compact", compact_response, answers=dict[str, Any], refuses=(NotFound,)),
-    Operation("GET", "/v1/responses/{id}", get_response, answers=ResponseObject, events=ResponseEvent),
-    Operation("GET", "/v1/responses/{id}/input_items", list_input_items, answers=InputItems),
-    Operation("POST", "/v1/responses/{id}/cancel", cancel_response, answers=ResponseObject),
-    Operation("DELETE", "/v1/responses/{id}", delete_response, answers=DeletedResponse),
+    Operation("POST", "/v1/responses/input_tokens", count_input_tokens, response_type=InputCount, errors=OPEN_ERRORS),
+    Operation("POST", "/v1/responses/compact", compact_response, response_type=dict[str, Any], errors=(NotFound,)),
+    Operation("GET", "/v1/responses/{id}", get_response, response_type=ResponseObject, events=ResponseEvent),
+    Operation("GET", "/v1/responses/{id}/input_items", list_input_items, response_type=InputItems),
+    Operation("POST", "/v1/responses/{id}/cancel", cancel_response, response_type=ResponseObject),
+    Operation("DELETE", "/v1/responses/{id}", delete_response, response_type=DeletedResponse),
 ]

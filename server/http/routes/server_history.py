@@ -38,4 +38,4 @@ async def get_history(request: Request, query: HistoryQuery) -> Response:
     )
 
 
-routes = [Operation("GET", "/v1/server/history", get_history, answers=ServerHistory)]
+routes = [Operation("GET", "/v1/server/history", get_history, response_type=ServerHistory)]

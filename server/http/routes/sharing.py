@@ -24,15 +24,17 @@ class ShareBody(Body):
 
 async def share(request: Request, body: ShareBody) -> Response:
     """Share an adapter with exactly these tenants."""
-    return await _answer(request, [EVERYBODY] if body.tenants == "all" else [tenant_of(name) for name in body.tenants])
+    return await _set_tenants(
+        request, [EVERYBODY] if body.tenants == "all" else [tenant_of(name) for name in body.tenants]
+    )
 
 
 async def unshare(request: Request) -> Response:
     """Stop sharing an adapter; running requests continue."""
-    return await _answer(request, [])
+    return await _set_tenants(request, [])
 
 
-async def _answer(request: Request, tenants: list[str]) -> Response:
+async def _set_tenants(request: Request, tenants: list[str]) -> Response:
     registry, caller, name = services_of(request).registry, caller_of(request), request.path_params["name"]
     with as_not_found(name):
         version = await registry.find_owned(caller, name)
@@ -41,6 +43,6 @@ async def _answer(request: Request, tenants: list[str]) -> Response:
 
 
 routes = [
-    Operation("POST", "/v1/adapters/{name:path}/share", share, answers=ShareObject),
-    Operation("DELETE", "/v1/adapters/{name:path}/share", unshare, answers=ShareObject),
+    Operation("POST", "/v1/adapters/{name:path}/share", share, response_type=ShareObject),
+    Operation("DELETE", "/v1/adapters/{name:path}/share", unshare, response_type=ShareObject),
 ]

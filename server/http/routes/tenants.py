@@ -24,7 +24,7 @@ from server.tenants.caller import Role, tenant_name, tenant_of
 from server.tenants.limits import Limits
 from server.tenants.rolls import Key, Tenant
 
-_MOST_DAYS = 36_500
+_MAX_DAYS = 36_500
 Limit = Annotated[int | None, Field(ge=1, le=2**53)]
 
 
@@ -64,7 +64,7 @@ class KeyBody(Body):
     name: str = Field("", max_length=128)
     roles: Items[Role] = Field(["serve"], min_length=1, max_length=8)
     adapters: Items[Annotated[str, Field(min_length=1, max_length=MAX_NAME)]] | None = Field(None, max_length=1024)
-    expires_in_days: float | None = Field(None, gt=0, le=_MOST_DAYS)
+    expires_in_days: float | None = Field(None, gt=0, le=_MAX_DAYS)
 
 
 class KeysQuery(WindowQuery):
@@ -112,8 +112,8 @@ async def delete_tenant(request: Request) -> Response:
 async def list_keys(request: Request, query: KeysQuery) -> Response:
     """List the keys by age, without secrets; all of them unless `limit` and `after` select a page."""
     tenants, own = services_of(request).tenants, caller_of(request).visible_tenant
-    wanted = own if query.tenant is None else _visible(request, query.tenant).id
-    keys = [key for key in list(tenants.keys.values()) if wanted in (None, key.tenant)]
+    tenant = own if query.tenant is None else _visible(request, query.tenant).id
+    keys = [key for key in list(tenants.keys.values()) if tenant in (None, key.tenant)]
     keys.sort(key=lambda key: (key.created_at, key.id))
     part, more = window(query, [key.id for key in keys])
     return page([_key(services_of(request), key) for key in keys[part]], more)
@@ -124,7 +124,7 @@ async def create_key(request: Request, body: KeyBody) -> Response:
     services = services_of(request)
     tenant = caller_of(request).tenant if body.tenant is None else _visible(request, body.tenant).id
     if body.adapters is not None and "admin" in body.roles:
-        raise InvalidRequest("`adapters`: an admin's key is bound to none.", param="adapters")
+        raise InvalidRequest("`adapters`: an admin's key cannot be bound to adapters.", param="adapters")
     key, secret = await asyncio.to_thread(
         services.tenants.create_key,
         tenant,
@@ -182,13 +182,15 @@ def _key(services: Services, key: Key) -> dict[str, Any]:
 
 
 routes = [
-    Operation("GET", "/v1/admin/tenants", list_tenants, answers=ListObject[TenantObject]),
-    Operation("POST", "/v1/admin/tenants", create_tenant, answers=TenantObject, statuses=(201,), refuses=(Conflict,)),
-    Operation("GET", "/v1/admin/tenants/{id}", get_tenant, answers=TenantObject),
-    Operation("POST", "/v1/admin/tenants/{id}", change_tenant, answers=TenantObject),
-    Operation("DELETE", "/v1/admin/tenants/{id}", delete_tenant, answers=DeletedObject, refuses=(Conflict,)),
-    Operation("GET", "/v1/admin/keys", list_keys, answers=ListObject[KeyObject], refuses=(NotFound,)),
-    Operation("POST", "/v1/admin/keys", create_key, answers=NewKeyObject, statuses=(201,), refuses=(NotFound,)),
-    Operation("GET", "/v1/admin/keys/{id}", get_key, answers=KeyObject),
-    Operation("DELETE", "/v1/admin/keys/{id}", revoke_key, answers=KeyObject, refuses=(Conflict,)),
+    Operation("GET", "/v1/admin/tenants", list_tenants, response_type=ListObject[TenantObject]),
+    Operation(
+        "POST", "/v1/admin/tenants", create_tenant, response_type=TenantObject, statuses=(201,), errors=(Conflict,)
+    ),
+    Operation("GET", "/v1/admin/tenants/{id}", get_tenant, response_type=TenantObject),
+    Operation("POST", "/v1/admin/tenants/{id}", change_tenant, response_type=TenantObject),
+    Operation("DELETE", "/v1/admin/tenants/{id}", delete_tenant, response_type=DeletedObject, errors=(Conflict,)),
+    Operation("GET", "/v1/admin/keys", list_keys, response_type=ListObject[KeyObject], errors=(NotFound,)),
+    Operation("POST", "/v1/admin/keys", create_key, response_type=NewKeyObject, statuses=(201,), errors=(NotFound,)),
+    Operation("GET", "/v1/admin/keys/{id}", get_key, response_type=KeyObject),
+    Operation("DELETE", "/v1/admin/keys/{id}", revoke_key, response_type=KeyObject, errors=(Conflict,)),
 ]

@@ -12,10 +12,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Send
 
 from server.errors import InvalidRequest
-from server.http.answer import Answer, send_json
+from server.http.answer import CancellableResponse, send_json
 from server.http.objects.generation import Detokenized, Tokens
 from server.http.objects.models import TokenizerInfo
-from server.http.operations import OPENING, Operation
+from server.http.operations import OPEN_ERRORS, Operation
 from server.openai.body import Body, Items
 from server.openai.conversation import Conversation
 from server.openai.target import open_target
@@ -46,9 +46,9 @@ class DetokenizeBody(Body):
     tokens: Items[Annotated[int, Field(ge=0)]]
 
 
-async def tokenize(request: Request, body: TokenizeChatBody | TokenizePromptBody) -> Answer:
+async def tokenize(request: Request, body: TokenizeChatBody | TokenizePromptBody) -> CancellableResponse:
     """Tokenize a text or a conversation."""
-    return Answer(partial(_tokenize, services_of(request), caller_of(request), body))
+    return CancellableResponse(partial(_tokenize, services_of(request), caller_of(request), body))
 
 
 async def _tokenize(
@@ -68,9 +68,9 @@ async def _tokenize(
     await send_json(send, {"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": texts}, {})
 
 
-async def detokenize(request: Request, body: DetokenizeBody) -> Answer:
+async def detokenize(request: Request, body: DetokenizeBody) -> CancellableResponse:
     """Decode token ids to text."""
-    return Answer(partial(_detokenize, services_of(request), caller_of(request), body))
+    return CancellableResponse(partial(_detokenize, services_of(request), caller_of(request), body))
 
 
 async def _detokenize(services: Services, caller: Caller, body: DetokenizeBody, send: Send) -> None:
@@ -99,7 +99,7 @@ async def tokenizer_info(request: Request) -> Response:
 
 
 routes = [
-    Operation("GET", "/tokenizer_info", tokenizer_info, answers=TokenizerInfo),
-    Operation("POST", "/tokenize", tokenize, answers=Tokens, refuses=OPENING),
-    Operation("POST", "/detokenize", detokenize, answers=Detokenized, refuses=OPENING),
+    Operation("GET", "/tokenizer_info", tokenizer_info, response_type=TokenizerInfo),
+    Operation("POST", "/tokenize", tokenize, response_type=Tokens, errors=OPEN_ERRORS),
+    Operation("POST", "/detokenize", detokenize, response_type=Detokenized, errors=OPEN_ERRORS),
 ]

@@ -32,23 +32,23 @@ async def list_usage(request: Request, query: UsageQuery) -> Response:
     A request counts once, when it has ended or when its client disconnects after the first token.
     """
     caller = caller_of(request)
-    wanted = None if query.tenant is None else tenant_of(query.tenant)
+    tenant = None if query.tenant is None else tenant_of(query.tenant)
     own = caller.visible_tenant
     rows: list[dict[str, Any]] = []
-    if own is None or wanted in (None, own):
+    if own is None or tenant in (None, own):
         find = services_of(request).ledger.rows
-        rows = await asyncio.to_thread(find, own if wanted is None else wanted, query.first_day, query.last_day)
-    shown = [_shown(row) for row in rows if not row["adapter"] or caller.sees(row["adapter"])]
-    shown = [row for row in shown if query.adapter in (None, row["adapter"])]
-    part, more = window(query, [row["id"] for row in shown])
-    return page(shown[part], more)
+        rows = await asyncio.to_thread(find, own if tenant is None else tenant, query.first_day, query.last_day)
+    visible = [_usage_row(row) for row in rows if not row["adapter"] or caller.sees(row["adapter"])]
+    visible = [row for row in visible if query.adapter in (None, row["adapter"])]
+    part, more = window(query, [row["id"] for row in visible])
+    return page(visible[part], more)
 
 
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
+def _usage_row(row: dict[str, Any]) -> dict[str, Any]:
     tenant = tenant_name(row["tenant"])
     id_ = f"{row['day']}/{tenant}/{row['adapter']}"
     named = {"tenant": tenant, "adapter": row["adapter"] or None, "device_seconds": round(row["device_seconds"], 6)}
     return {"object": "usage", "id": id_, **row, **named}
 
 
-routes = [Operation("GET", "/v1/usage", list_usage, answers=ListObject[UsageRow])]
+routes = [Operation("GET", "/v1/usage", list_usage, response_type=ListObject[UsageRow])]

@@ -39,39 +39,45 @@ async def list_versions(request: Request) -> Response:
     services, name = services_of(request), request.path_params["name"]
     with as_not_found(name):
         version = await services.registry.find(caller_of(request), name)
-        return _answer(request, services.store.pointer(version.tenant, version.name))
+        return _versions_response(request, services.store.pointer(version.tenant, version.name))
 
 
 async def promote(request: Request, body: PromoteBody) -> Response:
     """Promote one version of a name, or split its requests among several."""
-    name = await _name(request)
-    publisher, expected = services_of(request).registry.publisher, _expected(request)
+    name = await _owned_name(request)
+    publisher, expected = services_of(request).registry.publisher, _expected_etags(request)
     tenant = caller_of(request).tenant
     if body.split is None:
         assert body.digest is not None
-        return _answer(request, await _changed(publisher.promote(tenant, name, body.digest, expected), "digest"))
-    return _answer(request, await _changed(publisher.split(tenant, name, body.split, expected), "split"))
+        return _versions_response(
+            request, await _change_pointer(publisher.promote(tenant, name, body.digest, expected), "digest")
+        )
+    return _versions_response(
+        request, await _change_pointer(publisher.split(tenant, name, body.split, expected), "split")
+    )
 
 
 async def roll_back(request: Request) -> Response:
     """Roll back: end a split, or else return to the previous version."""
-    name = await _name(request)
+    name = await _owned_name(request)
     publisher = services_of(request).registry.publisher
     try:
-        pointer = await _changed(publisher.roll_back(caller_of(request).tenant, name, _expected(request)), "name")
+        pointer = await _change_pointer(
+            publisher.roll_back(caller_of(request).tenant, name, _expected_etags(request)), "name"
+        )
     except NotFound as error:
         raise Conflict(error.message, param="name", code="no_previous_version") from None
-    return _answer(request, pointer)
+    return _versions_response(request, pointer)
 
 
-async def _name(request: Request) -> str:
+async def _owned_name(request: Request) -> str:
     """Return the name in the path, which the caller must own; `name@digest` is not accepted."""
     name: str = request.path_params["name"]
     with as_not_found(name):
         return (await services_of(request).registry.find_owned(caller_of(request), name)).name
 
 
-async def _changed(change: Awaitable[Pointer], param: str) -> Pointer:
+async def _change_pointer(change: Awaitable[Pointer], param: str) -> Pointer:
     try:
         return await change
     except UnknownAdapter as fault:
@@ -86,7 +92,7 @@ async def _changed(change: Awaitable[Pointer], param: str) -> Pointer:
         ) from None
 
 
-def _expected(request: Request) -> frozenset[str] | None:
+def _expected_etags(request: Request) -> frozenset[str] | None:
     """Return the ETags that `If-Match` allows; None: any."""
     given = request.headers.get("if-match")
     if given is None or given.strip() == "*":
@@ -94,7 +100,7 @@ def _expected(request: Request) -> frozenset[str] | None:
     return frozenset(tag.strip().strip('"') for tag in given.split(","))
 
 
-def _answer(request: Request, pointer: Pointer) -> Response:
+def _versions_response(request: Request, pointer: Pointer) -> Response:
     store, shares, tenant = services_of(request).store, pointer.shares, caller_of(request).tenant
     data = [
         receipt(store, version, tenant)
@@ -114,13 +120,13 @@ def _answer(request: Request, pointer: Pointer) -> Response:
     return JSONResponse(body, headers={"ETag": f'"{pointer.etag}"'})
 
 
-_CHANGE: dict[str, Any] = {
-    "answers": Versions,
-    "refuses": (Conflict, PreconditionFailed),
-    "headers": {"If-Match": "The ETag that the versions must have still."},
+_CHANGE_OPTIONS: dict[str, Any] = {
+    "response_type": Versions,
+    "errors": (Conflict, PreconditionFailed),
+    "headers": {"If-Match": "The expected ETag of the versions."},
 }
 routes = [
-    Operation("GET", "/v1/adapters/{name:path}/versions", list_versions, answers=Versions),
-    Operation("POST", "/v1/adapters/{name:path}/promote", promote, **_CHANGE),
-    Operation("POST", "/v1/adapters/{name:path}/rollback", roll_back, **_CHANGE),
+    Operation("GET", "/v1/adapters/{name:path}/versions", list_versions, response_type=Versions),
+    Operation("POST", "/v1/adapters/{name:path}/promote", promote, **_CHANGE_OPTIONS),
+    Operation("POST", "/v1/adapters/{name:path}/rollback", roll_back, **_CHANGE_OPTIONS),
 ]

@@ -13,13 +13,13 @@ from starlette.responses import PlainTextResponse, Response
 from adapters.peft_format.fields import AdapterError
 from adapters.storage.versions import UnknownAdapter
 from server.errors import InvalidRequest, LorakeetError, NotFound, as_error, printable
-from server.http.answer import unless_gone
+from server.http.answer import until_disconnect
 from server.http.fetching import fetch
-from server.http.operations import PUBLISHING, Operation
-from server.http.quotas import check_room
+from server.http.operations import PUBLISH_ERRORS, Operation
+from server.http.quotas import check_storage_quota
 from server.hub import SCHEME
 from server.openai.body import Body, Label
-from server.openai.parts import renamed
+from server.openai.parts import with_renamed_param
 from server.registry.publish import FILES
 from server.services import Services, caller_of, check_bound, services_of
 from server.tenants.caller import Caller
@@ -65,11 +65,11 @@ async def load(request: Request, body: LoadBody) -> Response:
             _ = services.engine_info  # nothing can be checked without a base, so refuse before fetching
             async with services.uploads.slot():
                 fetched = fetch(request, body.lora_name, body.lora_path, param="lora_path")
-                await unless_gone(request.receive, fetched)
+                await until_disconnect(request.receive, fetched)
         else:
             await _import(request, services, caller, body)
     except (LorakeetError, AdapterError) as fault:
-        raise renamed(as_error(fault), [("name", "lora_name")]) from None
+        raise with_renamed_param(as_error(fault), [("name", "lora_name")]) from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -79,7 +79,7 @@ async def _import(request: Request, services: Services, caller: Caller, body: Lo
         raise _missing()
     root = root / caller.tenant  # the default tenant uses the directory itself
     directory = await run_in_threadpool(_directory_under, root, body.lora_path)
-    await check_room(request, directory)
+    await check_storage_quota(request, directory)
     await services.registry.publisher.import_directory(caller.tenant, body.lora_name, directory, root=root)
 
 
@@ -126,6 +126,8 @@ def _directory_under(root: Path, path: str) -> Path:
 
 
 routes = [
-    Operation("POST", "/v1/load_lora_adapter", load, answers="text/plain", refuses=(NotFoundError, *PUBLISHING)),
-    Operation("POST", "/v1/unload_lora_adapter", unload, answers="text/plain", refuses=(NotFoundError,)),
+    Operation(
+        "POST", "/v1/load_lora_adapter", load, response_type="text/plain", errors=(NotFoundError, *PUBLISH_ERRORS)
+    ),
+    Operation("POST", "/v1/unload_lora_adapter", unload, response_type="text/plain", errors=(NotFoundError,)),
 ]

@@ -98,7 +98,7 @@ class ObjectText:
             if self._string:
                 characters = _CHARACTERS.match(self._rest)
                 if characters is not None:
-                    yield from self._say(self._take(len(characters[0])))
+                    yield from self._emit(self._take(len(characters[0])))
                 elif self._rest[0] == '"':
                     yield from self._close_string()
                 elif _PART_OF_ESCAPE.fullmatch(self._rest):
@@ -118,7 +118,7 @@ class ObjectText:
         text, self._rest = self._rest[:count], self._rest[count:]
         return text
 
-    def _say(self, text: str) -> Iterator[str]:
+    def _emit(self, text: str) -> Iterator[str]:
         """Yield text of a string value; hold back that of a name."""
         if self._string == "name":
             self._held += text
@@ -140,7 +140,7 @@ class ObjectText:
         yield from self._value(word, "comma or end")
 
     def _close_string(self) -> Iterator[str]:
-        yield from self._say(self._take(1))
+        yield from self._emit(self._take(1))
         self._next = "colon" if self._string == "name" else "comma or end"
         self._string = ""
 

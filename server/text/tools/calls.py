@@ -16,7 +16,7 @@ def marked(read: Callable[[Source, str], Step[None]], *markers: str) -> Reader:
             try:
                 yield from read(source, marker)
             except (Malformed, RecursionError):
-                source.give_back()
+                source.abandon_call()
 
     return reader
 
@@ -31,7 +31,7 @@ def leading(read: Reader) -> Reader:
             yield from read(source)
         except (Malformed, RecursionError):
             pass
-        source.give_back()
+        source.abandon_call()
         yield from source.text()
 
     return reader

@@ -26,7 +26,7 @@ def _call(source: Source, marker: str) -> Step[None]:
     yield from source.expect(_END_ONE)
     yield from source.space()
     for end in (_END_ALL, _END_ALL.replace("function", "tool")):
-        yield from source.follows(end)
+        yield from source.read_if(end)
 
 
 def _named(source: Source) -> Step[tuple[str, str]]:
@@ -40,7 +40,7 @@ def _named(source: Source) -> Step[tuple[str, str]]:
 
 def _parameters(source: Source, function: str) -> Step[None]:
     first = True
-    while (yield from source.follows(_PARAMETER)):
+    while (yield from source.read_if(_PARAMETER)):
         name, tag = yield from _named(source)
         if first:
             source.begin(function)

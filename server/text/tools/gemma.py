@@ -47,13 +47,13 @@ def _value(source: Source, quote: str, depth: int) -> Step[Any]:
     if (yield from source.accept(quote)):
         text, _ = yield from source.until(quote)
         return text
-    if (yield from source.follows("{")):
+    if (yield from source.read_if("{")):
         members: dict[str, Any] = {}
         while not (yield from _closes(source, "}", not members)):
             key, _ = yield from source.until(":")
             members[key.strip()] = yield from _value(source, quote, depth - 1)
         return members
-    if (yield from source.follows("[")):
+    if (yield from source.read_if("[")):
         items: list[Any] = []
         while not (yield from _closes(source, "]", not items)):
             items.append((yield from _value(source, quote, depth - 1)))

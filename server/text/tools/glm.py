@@ -31,7 +31,7 @@ def _named(source: Source) -> Step[None]:
         first = False
         more = yield from source.accept("<arg_key>")
     source.close(first)
-    yield from source.follows("</tool_call>")
+    yield from source.read_if("</tool_call>")
 
 
 GLM = ToolFormat("glm", ("<arg_key>",), marked(_call, "<tool_call>"), FRAME, _TAGS)

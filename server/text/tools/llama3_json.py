@@ -8,7 +8,7 @@ _TAG = "<|python_tag|>"
 
 
 def _calls(source: Source) -> Step[None]:
-    yield from source.follows(_TAG)
+    yield from source.read_if(_TAG)
     while True:
         yield from json_call(source, source.parameters)
         if not (yield from source.accept(";")):

@@ -12,9 +12,9 @@ def _calls(source: Source, marker: str) -> Step[None]:
         yield from json_calls(source)
         return
     name = yield from source.name()
-    if (yield from source.follows("[CALL_ID]")):
+    if (yield from source.read_if("[CALL_ID]")):
         yield from source.name()
-    yield from source.follows("[ARGS]")
+    yield from source.read_if("[ARGS]")
     if (yield from source.peek()) != "{":
         raise Malformed
     source.begin(name)

@@ -29,7 +29,7 @@ def python_call(source: Source, known: Collection[str] | None) -> Step[None]:
         value = yield from source.value_text("\"'", ",")
         source.write_member(first, key, literal(value.strip()))
         first = False
-        if not (yield from source.follows(",")):
+        if not (yield from source.read_if(",")):
             yield from source.expect(")")
             break
     source.close(first)

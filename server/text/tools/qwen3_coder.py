@@ -40,7 +40,7 @@ def _function(source: Source) -> Step[None]:
         source.write_member(first, key.strip(), typed(source, name, key.strip(), value))
         first = False
     source.close(first)
-    if not (yield from source.follows("</function>")):
+    if not (yield from source.read_if("</function>")):
         raise Malformed
 
 

@@ -115,7 +115,7 @@ class Source:
         """End arguments added by `write_member`; `empty`: there were none."""
         self.write("{}" if empty else "}")
 
-    def give_back(self) -> None:
+    def abandon_call(self) -> None:
         """Turn the text of an attempt that is no call into text; drop it if it is the truncated beginning of a call."""
         attempt, self._attempt = self._attempt, None
         if self.cut and self._exhausted and (self._certain or self._calls_only):
@@ -134,7 +134,7 @@ class Source:
         """Start to record text that may be a call."""
         self._attempt, self._certain = "", False
 
-    def more(self) -> Step[bool]:
+    def wait_for_text(self) -> Step[bool]:
         """Wait for more text; return False at the end of the answer."""
         size = len(self.buffer)
         while not self.ended and len(self.buffer) == size:
@@ -167,7 +167,7 @@ class Source:
                 return self.take(len(marker)) and marker
             held = max((_overlap(self.buffer, marker) for marker in markers), default=0)
             self.emit(self.take(len(self.buffer) - held))
-            if not (yield from self.more()):
+            if not (yield from self.wait_for_text()):
                 rest = self.take(held)
                 self.emit("" if self.cut and (self._certain or self._calls_only) else rest)
                 return None
@@ -192,28 +192,28 @@ class Source:
                 return
             if self.ended:
                 return
-            yield from self.more()
+            yield from self.wait_for_text()
 
     def space(self) -> Step[None]:
         """Skip white space."""
         while True:
             self.take(len(self.buffer) - len(self.buffer.lstrip()))
-            if self.buffer or not (yield from self.more()):
+            if self.buffer or not (yield from self.wait_for_text()):
                 return
 
-    def follows(self, literal: str) -> Step[bool]:
+    def read_if(self, literal: str) -> Step[bool]:
         """Read this if it comes next, and return whether it did. At a cut answer's end, also read its beginning."""
         while len(self.buffer) < len(literal) and literal.startswith(self.buffer):
-            if not (yield from self.more()):
+            if not (yield from self.wait_for_text()):
                 if self.cut:
                     self.take(len(self.buffer))
                 return False
         return self.buffer.startswith(literal) and bool(self.take(len(literal)))
 
     def accept(self, literal: str) -> Step[bool]:
-        """Skip white space, then as `follows`."""
+        """Skip white space, then as `read_if`."""
         yield from self.space()
-        return (yield from self.follows(literal))
+        return (yield from self.read_if(literal))
 
     def expect(self, literal: str) -> Step[None]:
         """Skip white space, then read this. Raises Malformed if something else comes."""
@@ -223,7 +223,7 @@ class Source:
     def next(self) -> Step[str]:
         """Return the next character without reading it; empty at the end."""
         if not self.buffer:
-            yield from self.more()
+            yield from self.wait_for_text()
         return self.buffer[:1]
 
     def peek(self) -> Step[str]:
@@ -237,7 +237,7 @@ class Source:
         while True:
             part = _IN_NAME.match(self.buffer)
             parts.append(self.take(part.end() if part else 0))
-            if self.buffer or not (yield from self.more()):
+            if self.buffer or not (yield from self.wait_for_text()):
                 if not any(parts):
                     raise Malformed
                 return "".join(parts)
@@ -252,7 +252,7 @@ class Source:
                 text = self.take(at)
                 return text, self.take(len(end))
             start = max(0, len(self.buffer) - longest + 1)
-            if not (yield from self.more()):
+            if not (yield from self.wait_for_text()):
                 raise Malformed
 
     def value(self, write: Callable[[str], None], quotes: str = '"', ends: str = ",:; \t\r\n") -> Step[None]:
@@ -286,7 +286,7 @@ class Source:
             if ended or stopped:
                 return
             at = 0
-            if not (yield from self.more()):
+            if not (yield from self.wait_for_text()):
                 if depth or quote:
                     raise Malformed
                 return

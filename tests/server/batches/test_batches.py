@@ -15,7 +15,7 @@ from adapters.disk import StorageFull
 from server.batches import runner
 from server.batches.rows import Journal
 from server.client.engine import EngineDied
-from server.http.inside import answered
+from server.http.inside import respond
 from server.messages.protocol import Generate
 from tests.support.scripted import BASE, TEXT, Served, serving, unavailable
 from tests.support.site import eventually
@@ -34,7 +34,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 async def life(directory: Path, **settings: Any) -> AsyncIterator[Served]:
     """One life of the API process, with whatever batches it finds."""
     async with serving(directory, **settings) as served:
-        served.services.batches.answer = partial(answered, served.app)
+        served.services.batches.answer = partial(respond, served.app)
         await served.services.batches.start()
         try:
             yield served

@@ -203,12 +203,12 @@ async def test_a_stalled_engine_is_replaced(
             running = asyncio.create_task(client.post("/v1/completions", json=body | {"max_tokens": 450}))
             await until(lambda: bool(engine._streams))
             os.kill(stands, signal.SIGSTOP)
-        monkeypatch.setattr(process, "_QUIET_SECONDS", 2.0)
+        monkeypatch.setattr(process, "_SILENCE_SECONDS", 2.0)
         late = asyncio.create_task(client.post("/v1/completions", json=body))
         await until(lambda: engine.unready_reason is not None)
         ready = await client.get("/ready")
         assert (ready.status_code, engine.pid) == (503, pid), "it may still recover"
-        assert "has not answered for" in ready.text
+        assert "has sent no message for" in ready.text
         monkeypatch.setattr(engine._process, "_stall_seconds", 2.0)
         for response in await asyncio.wait_for(asyncio.gather(running, late), 60):
             assert response.status_code == 503, response.text
@@ -226,7 +226,7 @@ async def test_an_engine_not_loaded_in_time_is_restarted_and_finally_given_up(
     model_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The engine is given up however long it has lived, since it was never healthy."""
-    for name in ("_WATCH_SECONDS", "_QUIET_SECONDS"):
+    for name in ("_WATCH_SECONDS", "_SILENCE_SECONDS"):
         monkeypatch.setattr(process, name, 0.01)
     client = LocalEngine(config(model_dir, cache_dir), lambda _: None, start_seconds=0.03)
     await client.start()
@@ -383,7 +383,7 @@ async def test_the_last_words_of_a_closed_run_do_not_reach_the_jobs_next_run(mon
         return replies, first
 
     before, first = await begin()
-    engine._hear(JobNote(sent[0].id, "info", "one"))
+    engine._on_message(JobNote(sent[0].id, "info", "one"))
     assert (await first).id == "job"
     await before.aclose()
     _, first = await begin()
@@ -391,6 +391,6 @@ async def test_the_last_words_of_a_closed_run_do_not_reach_the_jobs_next_run(mon
     old, stopped, new, paused = (message.id for message in sent)
     assert (old, new) == (stopped, paused)
     assert old != new
-    engine._hear(JobEnded(id=old, outcome="cancelled"))
-    engine._hear(JobEnded(id=new, outcome="paused"))
+    engine._on_message(JobEnded(id=old, outcome="cancelled"))
+    engine._on_message(JobEnded(id=new, outcome="paused"))
     assert await first == JobEnded(id="job", outcome="paused")

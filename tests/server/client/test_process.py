@@ -1,4 +1,4 @@
-"""A wire to another socket: no message is lost, in any interleaving of sending and receiving."""
+"""The engine's socket, connected to another: no message is lost, in any interleaving of sending and receiving."""
 
 import asyncio
 import threading
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from server.client.process import _Wire
+from server.client.process import _Socket
 
 SECONDS = 30
 
@@ -22,7 +22,7 @@ def context() -> Iterator["zmq.Context[zmq.Socket[bytes]]"]:
 
 @pytest.fixture
 def address(tmp_path: Path) -> str:
-    return f"ipc://{tmp_path / 'wire.sock'}"
+    return f"ipc://{tmp_path / 'engine.sock'}"
 
 
 class Taken:
@@ -57,7 +57,7 @@ async def test_both_ways_at_once(context: "zmq.Context[zmq.Socket[bytes]]", addr
     """The other end sends its own messages and an echo of each received one."""
     count = 5000
     taken = Taken()
-    wire = _Wire(context, address, taken)
+    engine_socket = _Socket(context, address, taken)
 
     def engine() -> None:
         socket = other_end(context, address)
@@ -71,35 +71,35 @@ async def test_both_ways_at_once(context: "zmq.Context[zmq.Socket[bytes]]", addr
     thread.start()
     await taken.upto(1)
     for number in range(count):
-        wire.send(b"%d" % number)
+        engine_socket.send(b"%d" % number)
         if number % 7 == 0:
             await asyncio.sleep(0)
     messages = await taken.upto(1 + 2 * count)
     await asyncio.to_thread(thread.join)
     assert [m for m in messages if not m.startswith(b"own")] == [b"ready", *(b"%d" % n for n in range(count))]
     assert [m for m in messages if m.startswith(b"own")] == [b"own %d" % n for n in range(count)]
-    wire.close()
+    engine_socket.close()
 
 
 async def test_a_message_that_cannot_be_handled_does_not_block_the_next(
     context: "zmq.Context[zmq.Socket[bytes]]", address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     taken = Taken()
-    wire = _Wire(context, address, taken)
+    engine_socket = _Socket(context, address, taken)
     socket = other_end(context, address)
     for message in (b"a", b"odd", b"b"):
         socket.send(message)
     assert await taken.upto(3) == [b"a", b"odd", b"b"]
     assert "handling a message from the engine failed" in caplog.text
     socket.close()
-    wire.close()
+    engine_socket.close()
 
 
 async def test_nobody_there_and_closed(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> None:
-    wire = _Wire(context, address, Taken())
+    engine_socket = _Socket(context, address, Taken())
     with pytest.raises(zmq.ZMQError):
-        wire.send(b"x")
-    wire.close()
-    wire.close()
+        engine_socket.send(b"x")
+    engine_socket.close()
+    engine_socket.close()
     with pytest.raises(zmq.ZMQError):
-        wire.send(b"x")
+        engine_socket.send(b"x")

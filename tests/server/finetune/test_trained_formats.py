@@ -14,7 +14,7 @@ from server.finetune.tokenizer import TrainingTokenizer
 from server.messages.dataset import Dataset
 from server.text.chat_template import ChatTemplate
 from server.text.processor import TextProcessor
-from server.text.reasoning import REASONING_FORMATS, any_text, begun, thinking
+from server.text.reasoning import REASONING_FORMATS, any_text, ends_in_thought, thought_reader
 from server.text.tools.source import Arguments, Begin, Event, Parser, Text, Thought
 from server.text.tools.table import FORMATS
 from tests.support.templates import REASONING_TEMPLATES, TOOL_TEMPLATES
@@ -166,14 +166,14 @@ def test_trained_thoughts_are_the_thoughts_that_serving_reads(name: str, field: 
     assert (data.reasoning_format, data.tool_format) == (reasoning.name, None)
     before, said = trained(text, data)
     inside = True if before.rstrip().endswith(reasoning.begin) else None
-    events = read(Parser(thinking(reasoning, inside, any_text), {}), without_end(said).removesuffix("<turn|>"))
+    events = read(Parser(thought_reader(reasoning, inside, any_text), {}), without_end(said).removesuffix("<turn|>"))
     ends = ("<|return|>", "<seed:eos>", "<|end_of_text|>")
     assert [type(event) for event in events] == [Thought, Text]
     assert events[0] == Thought("In the\n south.")
     assert isinstance(events[1], Text)
     assert events[1].text.removesuffix(ends[0]).removesuffix(ends[1]).removesuffix(ends[2]) == "Warm."
     prompt = served_prompt(text, ASKED, [])
-    if begun(reasoning, prompt) is not False:  # if the template does not think by default, the answer begins earlier
+    if ends_in_thought(reasoning, prompt) is not False:  # else the answer begins earlier
         assert before.rstrip() == prompt.rstrip()
     whole = TrainingTokenizer(text, [IM_END]).render_chat(
         [*ASKED, {"role": "assistant", "content": "Warm.", "reasoning": "In the\n south."}], add_generation_prompt=False
@@ -189,7 +189,7 @@ def test_a_thought_and_a_call() -> None:
         assert (data.tool_format, data.reasoning_format) == ("hermes", "think")
         assert data.stop_tokens == (IM_END,)
         _, said = trained(text, data)
-        parser = Parser(thinking(REASONING_FORMATS["think"], None, FORMATS["hermes"].reader), PARAMETERS)
+        parser = Parser(thought_reader(REASONING_FORMATS["think"], None, FORMATS["hermes"].reader), PARAMETERS)
         expected = [Thought("It may rain."), Begin("get_weather"), Arguments(json.dumps(ARGUMENTS))]
         assert read(parser, without_end(said)) == expected
 

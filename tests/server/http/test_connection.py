@@ -212,7 +212,7 @@ async def test_a_slow_head_is_refused(port: int, monkeypatch: pytest.MonkeyPatch
 
 
 def test_limits_are_those_of_the_protocol_that_is_made() -> None:
-    made = LimitedHttpProtocol.limited(head_bytes=7, head_seconds=0.5)
+    made = LimitedHttpProtocol.with_limits(head_bytes=7, head_seconds=0.5)
     assert (made.max_head_bytes, made.head_seconds) == (7, 0.5)
     assert LimitedHttpProtocol.max_head_bytes == 64 * 1024
 

@@ -38,7 +38,7 @@ def server(**services: Any) -> _Server:
     ],
 )
 def test_the_greeting_has_an_address_that_works(host: str, shown: str) -> None:
-    made = server(settings=Settings(), tenants=SimpleNamespace(closed=False))
+    made = server(settings=Settings(), tenants=SimpleNamespace(requires_key=False))
     listener = SimpleNamespace(getsockname=lambda: (host, 81, 0, 0))
     made.servers = [cast("Any", SimpleNamespace(sockets=[listener]))]
     assert f" on {shown}. Try:" in made._greeting()
@@ -60,7 +60,7 @@ async def test_a_failure_during_startup_ends_the_server(monkeypatch: pytest.Monk
 
     made = server(registry=SimpleNamespace(discovery=SimpleNamespace(import_configured=import_configured)))
     made._engine = cast("Any", SimpleNamespace(failed_for_good=SimpleNamespace(wait=wait)))
-    await made._come_up()
+    await made._start()
     assert made.should_exit
     assert isinstance(made.failure, ModelError)
     assert "another process holds adapters.db" in str(made.failure)

@@ -63,7 +63,7 @@ UNDERSTOOD: dict[str, tuple[dict[str, Any], Grammar | None]] = {
 @pytest.mark.parametrize("name", UNDERSTOOD)
 def test_every_way_is_one_grammar(name: str) -> None:
     body, grammar = UNDERSTOOD[name]
-    asked = ConstrainedBody.validate_object(body).asked_grammar()
+    asked = ConstrainedBody.validate_object(body).requested_grammar()
     assert (asked and asked[0]) == grammar
     if asked is not None:
         assert asked[1].replace(".", "_").startswith(next(iter(body))) or asked[1] in body
@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_invalid_constraints_are_refused_by_name(name: str) -> None:
     body, param = REFUSED[name]
     with pytest.raises(Exception) as caught:  # noqa: PT011 - pydantic's or ours
-        ConstrainedBody.validate_object(body).asked_grammar()
+        ConstrainedBody.validate_object(body).requested_grammar()
     error: LorakeetError = as_error(caught.value)
     assert isinstance(error, InvalidRequest)
     assert error.param == param

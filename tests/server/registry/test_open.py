@@ -10,7 +10,7 @@ from adapters.peft_format.directory import SPEC_NAME, AdapterSpec
 from adapters.peft_format.text import AdapterText
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import Pointer
-from server.openai.target import brings_text
+from server.openai.target import has_own_text
 from server.tenants.caller import OPERATOR_CALLER
 from tests.support.harness import Site, write_adapter
 
@@ -38,8 +38,8 @@ async def test_a_template_that_is_not_allowed_brings_no_text(tmp_path: Path) -> 
     version, _ = await site.publisher.import_directory("", "a", write_adapter(tmp_path / "a"))
     assert site.services.text.renderer is None
     with_template = replace(version, receipt=version.receipt | {"chat_template": True})
-    assert not brings_text(site.services, with_template)
-    assert brings_text(site.services, replace(version, receipt=version.receipt | {"tokenizer_tokens": 1}))
+    assert not has_own_text(site.services, with_template)
+    assert has_own_text(site.services, replace(version, receipt=version.receipt | {"tokenizer_tokens": 1}))
     site.close()
 
 

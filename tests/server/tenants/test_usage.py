@@ -211,12 +211,12 @@ def test_fifty_killed_writers_lose_nothing_acknowledged(tmp_path: Path) -> None:
 
 
 async def test_a_batch_is_on_its_tenants_account(tmp_path: Path) -> None:
-    from server.http.inside import answered
+    from server.http.inside import respond
     from server.tenants.caller import Caller
 
     async with serving(tmp_path) as served:
         body = b'{"model": "tiny", "prompt": "Hi", "max_tokens": 2}'
-        reply = await answered(served.app, Caller("acme", roles=frozenset({"serve"})), "/v1/completions", body)
+        reply = await respond(served.app, Caller("acme", roles=frozenset({"serve"})), "/v1/completions", body)
         assert reply.status == 200
         asked: Generate = served.engine.requests[-1]
         assert asked.tenant == "acme"

@@ -149,7 +149,7 @@ async def test_many_tokens_of_an_adapter_are_added_at_once(text: TextProcessor) 
     first = text.tokenizer.get_vocab_size()
     tokens = tuple(NewToken(first + i, f"<new_{i}>", special=i % 2 == 0, lstrip=i % 3 == 0) for i in range(12_000))
     began = time.process_time()
-    adapted = await text.adapted("many", lambda: AdapterText(tokens))
+    adapted = await text.with_adapter_text("many", lambda: AdapterText(tokens))
     assert time.process_time() - began < 5
     assert {adapted.tokenizer.token_to_id(token.content) for token in tokens} == {token.id for token in tokens}
     known = adapted.tokenizer.get_added_tokens_decoder()

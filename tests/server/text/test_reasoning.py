@@ -19,10 +19,10 @@ from server.text.reasoning import (
     REASONING_FORMATS,
     ThoughtTokens,
     any_text,
-    begun,
-    lark_of_thought,
+    ends_in_thought,
     reasoning_of,
-    thinking,
+    thought_grammar,
+    thought_reader,
     with_thoughts,
 )
 from server.text.tools.grammar import calls_grammar
@@ -58,7 +58,7 @@ WRITTEN = [
 def read(name: str, *pieces: str, inside: bool | None = None, tools: str | None = None) -> list[Event]:
     """All events, thoughts, text and arguments that follow each other joined."""
     then = any_text if tools is None else FORMATS[tools].reader
-    parser = Parser(thinking(REASONING_FORMATS[name], inside, then), {})
+    parser = Parser(thought_reader(REASONING_FORMATS[name], inside, then), {})
     found: list[Event] = []
     for i, piece in enumerate(pieces):
         for event in parser.feed(piece, last=i == len(pieces) - 1):
@@ -116,7 +116,7 @@ def test_calls_come_after_the_thought_only() -> None:
     expected = [Thought(f"I could call {call}"), Text("So:"), Begin("f"), Arguments("{}")]
     assert read("think", text, tools="hermes") == read("think", *text, tools="hermes") == expected
     text = '<think>f?</think>\n\n{"name": "f", "parameters": {}}'
-    json_only = Parser(thinking(REASONING_FORMATS["think"], None, FORMATS["llama3_json"].reader), {"f": {}})
+    json_only = Parser(thought_reader(REASONING_FORMATS["think"], None, FORMATS["llama3_json"].reader), {"f": {}})
     assert json_only.feed(text, last=True) == [Thought("f?"), Begin("f"), Arguments("{}")]
 
 
@@ -208,14 +208,14 @@ async def test_a_prompt_may_have_begun_the_thought_or_ended_it(
 ) -> None:
     text = processor(REASONING_TEMPLATES[template])
     assert text.reasoning_format is not None
-    assert begun(text.reasoning_format, await rendered(text, [USER], **arguments)) is expected
+    assert ends_in_thought(text.reasoning_format, await rendered(text, [USER], **arguments)) is expected
 
 
 @pytest.mark.parametrize(
     ("continued", "expected"), [("<think>so", True), ("<think>so</think> it", False), ("It", False)]
 )
 def test_an_answer_that_goes_on_may_be_within_a_thought(continued: str, expected: bool) -> None:
-    assert begun(REASONING_FORMATS["think"], f"{continued}", continued) is expected
+    assert ends_in_thought(REASONING_FORMATS["think"], f"{continued}", continued) is expected
 
 
 @pytest.mark.parametrize(
@@ -282,9 +282,9 @@ def test_grammars_hold_after_the_thought_only(name: str, kind: str) -> None:
     tokens = {token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()}
     known = LLTokenizer(tokenizer.to_str(), eos_token=2)
     for inside in (None, True, False):
-        lark = lark_of_thought(reasoning, inside, tokens, [2])
+        lark = thought_grammar(reasoning, inside, tokens, [2])
         assert bool(lark) == (inside is not False)
-        thought = reasoning.written('maybe\n{"a": <tool_call> x}')
+        thought = reasoning.as_text('maybe\n{"a": <tool_call> x}')
         thoughts = {None: ["", thought], True: [thought.removeprefix(reasoning.begin)], False: [""]}[inside]
         for grammar, good, bad in ASKED:
             whole = Grammar(grammar.kind, grammar.text, lark)
