@@ -131,7 +131,7 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         ({}, {"LORAKEET_API_KEY": ","}, "LORAKEET_API_KEY: expected a value"),
         ({"allowed_origins": ["https://example.com/"]}, {}, "--allowed-origins: .* without a trailing slash"),
         ({"allowed_origins": ["example.com"]}, {}, "--allowed-origins: 'example.com' is neither"),
-        ({"tool_parser": "kimi_k2"}, {}, "--tool-parser: 'kimi_k2' is not one of .*hermes, .*qwen3_coder"),
+        ({"tool_parser": "gigachat3"}, {}, "--tool-parser: 'gigachat3' is not one of .*hermes, .*qwen3_coder"),
         ({"reasoning_parser": "step3"}, {}, "--reasoning-parser: 'step3' is not one of auto, none, .*think"),
     ],
 )

@@ -63,6 +63,13 @@ BODIES: dict[str, list[dict[str, Any]] | None] = {
         {"model": BASE, "input": "Hi", "previous_response_id": "{response}"},
         {"model": BASE, "input": [{"type": "item_reference", "id": "msg_{response}"}]},
     ],
+    "POST /v1/responses/input_tokens": [
+        {"model": "{adapter}", "input": "Hi"},
+        {"model": BASE, "adapter_id": "{adapter}", "input": "Hi"},
+        {"model": BASE, "adapters": [{"id": "{adapter}"}], "input": "Hi"},
+        {"model": BASE, "input": "Hi", "previous_response_id": "{response}"},
+        {"model": BASE, "input": [{"type": "item_reference", "id": "msg_{response}"}]},
+    ],
     "POST /v1/embeddings": [{"model": "{adapter}", "input": "Hi"}],
     "POST /v1/classify": [
         {"model": "{adapter}", "input": "Hi"},
