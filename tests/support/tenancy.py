@@ -95,7 +95,6 @@ def answer(response: httpx.Response, *names: str) -> tuple[int, str, list[tuple[
     text = response.text
     for name in sorted(names, key=len, reverse=True):
         text = text.replace(name, "NAME")
-    headers = [
-        (name, value) for name, value in response.headers.items() if name not in ("x-request-id", "content-length")
-    ]
+    ignored = {"x-request-id", "request-id", "content-length"}
+    headers = [(name, value) for name, value in response.headers.items() if name not in ignored]
     return response.status_code, text, sorted(headers)
