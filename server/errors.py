@@ -25,7 +25,7 @@ from adapters.storage.database import DatabaseBusy, UnknownCursorError
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter
 from server.logs import add_log_fields
 
-ANTHROPIC_PATH = "/v1/messages"  # where answers and errors have Anthropic's shapes, and below
+ANTHROPIC_PATH = "/v1/messages"  # this path and those below have Anthropic's formats
 _TYPE_ERRORS = ("literal_error", "model_type", "dict_type", "list_type", "string_type", "int_type", "float_type")
 _NOT_OBJECT = ("model_type", "model_attributes_type", "dict_type")  # their messages speak of pydantic and Python
 _ANTHROPIC_TYPES = {
@@ -90,13 +90,13 @@ class ContextLengthExceeded(InvalidRequest):
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, tokens: tuple[int, int] | None = None
     ) -> None:
-        """`tokens`: how many are needed, and how many there may be, where both are known."""
+        """`tokens`: the required and the maximum number of tokens, if both are known."""
         super().__init__(message, param=param, code=code)
         self._tokens = tokens
 
     @property
     def anthropic_message(self) -> str:
-        """The message, after the words by which clients of Anthropic's API know that they must send less."""
+        """The message, prefixed by the words that Anthropic's clients recognise as a context overflow."""
         numbers = "" if self._tokens is None else f"{self._tokens[0]} tokens > {self._tokens[1]} maximum. "
         return f"prompt is too long: {numbers}{self.message}"
 

@@ -221,7 +221,7 @@ class CountBody(_Cached):
     tool_choice: MessageToolChoice = MessageToolChoice(type="auto")
     thinking: Thinking = Thinking(type="disabled", budget_tokens=None)
     output_config: OutputConfig = OutputConfig()
-    output_format: JsonSchemaOutput | None = None  # the same as `output_config.format`, by its name in Anthropic's beta
+    output_format: JsonSchemaOutput | None = None  # beta name of `output_config.format`
 
     @model_validator(mode="after")
     def _check_form(self) -> Self:

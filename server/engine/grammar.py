@@ -25,7 +25,7 @@ from server.messages.protocol import AdapterRef, Grammar, Sampling, ThoughtBudge
 Mask = NDArray[np.int32]  # [ceil(vocabulary / 32)]: bit i % 32 of word i // 32 allows token i
 
 _TOKENIZERS = 8  # cached tokenizers of adapters with added tokens: 60 MB each and more
-_LEXER_FULL = "lexer error"  # how llguidance's error begins
+_LEXER_FULL = "lexer error"  # beginning of llguidance's error
 _LEAST_SIZE = 1 << 20  # smallest size assumed for a compiled grammar, in bytes
 
 

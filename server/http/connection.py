@@ -33,8 +33,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _reason: tuple[HTTPStatus, str] | None = None
     _refused = False
-    _received = b""  # being parsed
-    _offered = False  # another protocol, by the request whose head was last
+    _received = b""  # data being parsed
+    _offered = False  # whether the last request's head offers another protocol
 
     @classmethod
     def with_limits(cls, *, head_bytes: int, head_seconds: float) -> type["LimitedHttpProtocol"]:
@@ -124,7 +124,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         return False
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Called by uvicorn when the parser stops after a head with an offer: the same head without it is read."""
+        """Parse a head with an upgrade offer again without the offer; called by uvicorn when the parser stops there."""
         stopped = sys.exception()
         if not self._offered or not isinstance(stopped, httptools.HttpParserUpgrade):
             return
@@ -132,7 +132,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         head = b"%s %s HTTP/%s\r\n" % (method, self.url, version)
         head += b"".join(b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade")
         self.parser = httptools.HttpRequestParser(self)
-        with contextlib.suppress(AttributeError):  # as uvicorn does, of older httptools
+        with contextlib.suppress(AttributeError):  # as in uvicorn, for older versions of httptools
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._received = head + b"\r\n" + self._received[stopped.args[0] :]
         super().data_received(self._received)

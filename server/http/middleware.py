@@ -141,7 +141,7 @@ class _Exchange:
             given = MutableHeaders(scope=message)
             given["X-Request-Id"] = self.request_id
             if self._scope["path"].startswith(ANTHROPIC_PATH):
-                given["Request-Id"] = self.request_id  # where Anthropic's clients look for it
+                given["Request-Id"] = self.request_id  # the name that Anthropic's clients read
         await self._send(message)
 
     async def fail(self, error: LorakeetError) -> None:

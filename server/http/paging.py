@@ -64,7 +64,7 @@ def window(query: WindowQuery, ids: Sequence[str]) -> tuple[slice, bool]:
 
 
 def place(id_: str, ids: Sequence[str], param: str) -> int:
-    """Where an id is in a list. Raises InvalidRequest, which names the parameter."""
+    """Return the index of an id in a list. Raises InvalidRequest with the parameter's name."""
     try:
         return ids.index(id_)
     except ValueError:
@@ -72,7 +72,7 @@ def place(id_: str, ids: Sequence[str], param: str) -> int:
 
 
 def window_before(id_: str, limit: int | None, ids: Sequence[str]) -> tuple[slice, bool]:
-    """The part of a list that ends before an id, and whether more precedes it. Raises InvalidRequest."""
+    """Return the part of a list that ends before an id, and whether more precedes it. Raises InvalidRequest."""
     end = place(id_, ids, "before_id")
     start = max(0, end - (limit or end))
     return slice(start, end), start > 0

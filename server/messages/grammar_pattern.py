@@ -15,7 +15,7 @@ _ATOM = re.compile(rf"{_ESCAPE}|.", re.DOTALL)
 _ESCAPES = re.compile(
     r"\\(?:[^A-Za-z0-9<>]|[bBfnrtv]|x[0-9A-Fa-f]*|u[0-9A-Fa-f]*(\{[^}]*\})?|[pP]\{[^}]*\}|c|k|[0-9])", re.DOTALL
 )
-_MARKS = "[]&~-^"  # in Rust's classes, some where they are doubled
+_MARKS = "[]&~-^"  # special in Rust's classes, some only when doubled
 # llguidance treats a set with all control characters as if it contained the quote and the backslash, too. Most control
 # characters cannot occur in JSON, so one is left out of every set.
 _WRITABLE = r"[[^\x01]&&{}]"

@@ -52,7 +52,7 @@ _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00(?:[01]|7f)")
 def exact(schema: Any) -> Any:
     """Return a schema as strict as this one or stricter. Raises ValueError for a keyword that cannot be enforced."""
     if isinstance(schema, Mapping) and not _REFERENCE.fullmatch(str(schema.get("$id", ""))):
-        schema = {key: value for key, value in schema.items() if key != "$id"}  # a title, by which nothing can refer
+        schema = {key: value for key, value in schema.items() if key != "$id"}  # a title: no reference can use it
     return _exact(schema, Branches(schema))
 
 
@@ -87,7 +87,7 @@ def _exact(schema: Any, branches: Branches) -> Any:
 
 
 def of_any(schema: dict[str, Any]) -> None:
-    """Make the branches of its `oneOf` those of an `anyOf`."""
+    """Turn `oneOf` into `anyOf`."""
     alternatives = schema.pop("oneOf")
     if "anyOf" in schema:
         schema["allOf"] = [*schema.get("allOf", []), {"anyOf": schema["anyOf"]}]
@@ -162,11 +162,11 @@ def _inner(schema: Any, branches: Branches) -> Any:
 
 
 def _of_names(pattern: str, others: Any) -> str:
-    """A pattern of an object's names, where those that do not match it may be these `others`."""
+    """Return a pattern of `patternProperties`; names that do not match it fall under `others`."""
     if others is False:
         return portable(pattern, quoted=True)
     wide = portable(pattern, quoted=True, wide=True)
-    if not _allows_all(others):  # a name must be the one or the other
+    if not _allows_all(others):  # each name must match clearly or not at all
         end = re.sub(r"(?<!\\)\.\*$", "", pattern)
         if portable(end) != portable(end, wide=True):
             raise ValueError(

@@ -128,7 +128,7 @@ class DeletedResponse(_Object, frozen=True, kw_only=True):
 
 
 class InputCount(_Object, frozen=True, kw_only=True):
-    """How many tokens the prompt has."""
+    """The number of prompt tokens."""
 
     object: Literal["response.input_tokens"] = "response.input_tokens"
     input_tokens: int

@@ -1,6 +1,6 @@
 """`/v1/models`: the base and every adapter as OpenAI's model objects, with vLLM's additions.
 
-Clients of Anthropic's API ask the same path, and page by other names; their model objects' fields come beside OpenAI's.
+Clients of Anthropic's API use the same path with other paging parameters; the objects have their fields, too.
 """
 
 import time
@@ -25,7 +25,7 @@ _STARTED = int(time.time())  # the base has no creation time
 
 
 class ModelsQuery(WindowQuery):
-    """Which models: `after_id` is Anthropic's name of `after`; `before_id` asks for the page before that one."""
+    """Paging: `after_id` is Anthropic's name of `after`; `before_id` requests the page before that model."""
 
     after_id: str | None = None
     before_id: str | None = None

@@ -181,7 +181,7 @@ async def _run(work: _Work, running: Running, started: asyncio.Future[ResponseOb
 
 
 async def count_input_tokens(request: Request, body: ResponseBody) -> Response:
-    """How many tokens the prompt of a response would have; none is made."""
+    """Count the prompt tokens of a response, without generating it."""
     services, caller = services_of(request), caller_of(request)
     work = await asyncio.to_thread(_work, services, caller, body)
     try:

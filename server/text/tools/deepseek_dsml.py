@@ -6,7 +6,7 @@ from server.text.tools.calls import literal, marked
 from server.text.tools.format import Frame, ToolFormat
 from server.text.tools.source import Malformed, Source, Step
 
-_SIGN = "｜DSML｜"  # a token of its own
+_SIGN = "｜DSML｜"  # a single token
 _ALL, _ALL_LATER, _ONE = f"<{_SIGN}function_calls>", f"<{_SIGN}tool_calls>", f"<{_SIGN}invoke"
 _PARAMETER = f"<{_SIGN}parameter"
 _END_ALL, _END_ONE, _END_PARAMETER = f"</{_SIGN}function_calls>", f"</{_SIGN}invoke>", f"</{_SIGN}parameter>"

@@ -25,7 +25,7 @@ class Frame:
     free: str = ""  # without a marker: the regex of an answer without calls
 
     def written(self, calls: Iterable[tuple[str, str]]) -> str:
-        """Calls, as names and arguments."""
+        """The calls as (name, arguments)."""
         texts = [
             f"{self.head}{name}{f'{self.number}{i}' if self.number else ''}{self.middle}{arguments}{self.tail}"
             for i, (name, arguments) in enumerate(calls)

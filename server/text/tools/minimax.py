@@ -11,13 +11,13 @@ from server.text.tools.format import Frame, ToolFormat
 from server.text.tools.source import Malformed, Source, Step
 
 _NAME = re.compile(r'\s*name="([^"]+)"')
-_MARK = "]<]minimax[>["  # a token of its own
+_MARK = "]<]minimax[>["  # a single token
 _ALL, _ALL_M3 = "<minimax:tool_call>", f"{_MARK}<tool_call>"
 _MEMBER = re.compile(rf"{re.escape(_MARK)}<([^<>/]+)>(.*?){re.escape(_MARK)}</\1>", re.DOTALL)
 
 
 def _calls(source: Source, marker: str) -> Step[None]:
-    """All calls of a block, or one that stands alone."""
+    """Read all calls of a block, or a single one without a block."""
     mark = _MARK if marker.startswith(_MARK) else ""
     yield from source.space()
     if not marker.endswith("<invoke"):
@@ -28,7 +28,7 @@ def _calls(source: Source, marker: str) -> Step[None]:
 
 def _call(source: Source, mark: str) -> Step[None]:
     function, _ = yield from _named(source)
-    if (yield from source.peek()) == "{":  # how a grammar has it written
+    if (yield from source.peek()) == "{":  # the layout under a grammar
         source.begin(function)
         yield from source.value(source.write)
     else:
@@ -55,7 +55,7 @@ def _member(source: Source, mark: str, function: str, first: bool) -> Step[None]
 
 
 def _value(source: Source, function: str, key: str, text: str) -> Any:
-    """An argument, which M3 may write in tags, too."""
+    """Convert an argument; M3 may write it in tags, too."""
     members = _MEMBER.findall(text)
     if not members:
         return typed(source, function, key, text)

@@ -113,7 +113,7 @@ def _call(call: Mapping[str, Any], tool_format: ToolFormat, ids: "_Ids") -> dict
 
 
 class _Ids:
-    """Ids of calls as the template takes them."""
+    """Call ids in the template's form."""
 
     def __init__(self, tool_format: ToolFormat) -> None:
         self._length, self._form = tool_format.id_length, tool_format.id_form
@@ -121,14 +121,14 @@ class _Ids:
         self._count = 0
 
     def of_call(self, id_: str, name: str) -> str:
-        """Of the conversation's next call."""
+        """Return the id of the conversation's next call."""
         if self._form:
             self._formed[id_] = self._form.format(name=name, number=self._count)
             self._count += 1
         return self.of_result(id_)
 
     def of_result(self, id_: str) -> str:
-        """Of an earlier call."""
+        """Return the id of an earlier call."""
         if id_ in self._formed:
             return self._formed[id_]
         if self._length is None or (len(id_) == self._length and id_.isalnum()):

@@ -1,4 +1,4 @@
-"""Python's calls on lines of their own between two tags: MiniCPM 3, in a fenced block, and OLMo 3."""
+"""Python calls, one per line, between two tags: MiniCPM 3 (in a fenced block) and OLMo 3."""
 
 from server.text.tools.calls import listed, marked
 from server.text.tools.format import JSON_LIST, Frame, ToolFormat
@@ -9,7 +9,7 @@ from server.text.tools.source import Source, Step
 def _format(name: str, signs: tuple[str, ...], begin: str, end: str, fences: tuple[str, str]) -> ToolFormat:
     def calls(source: Source, marker: str) -> Step[None]:
         yield from source.accept(fences[0])
-        if (yield from source.peek()) == "[":  # how a grammar has them written
+        if (yield from source.peek()) == "[":  # the layout under a grammar
             yield from listed(source, lambda: python_call(source, None))
         else:
             yield from python_call(source, None)

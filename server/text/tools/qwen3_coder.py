@@ -14,7 +14,7 @@ def _format(name: str, signs: tuple[str, ...], begin: str, end: str) -> ToolForm
     def call(source: Source, marker: str) -> Step[None]:
         if marker == begin:
             yield from source.space()
-        if (yield from source.next()) == "{":  # how a grammar has it written
+        if (yield from source.next()) == "{":  # the layout under a grammar
             yield from json_call(source)
         else:
             if marker == begin:

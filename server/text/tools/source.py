@@ -84,7 +84,7 @@ class Source:
     def emit(self, text: str) -> None:
         """Add text outside of calls, without white space around calls and after a thought."""
         if self._calls_only and self.cut:
-            return  # part of a call's marker, or of a character in it
+            return  # an incomplete marker, or character of one
         text = self._spaces + text
         if self._begins:
             text = text.lstrip()

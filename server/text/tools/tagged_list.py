@@ -1,4 +1,4 @@
-"""A list of calls in JSON between two tags, as several families have it, or at the beginning of the answer."""
+"""A JSON list of calls between two tags, as in several families, or at the beginning of the answer."""
 
 from server.text.tools.calls import json_call, json_calls, leading, listed, marked
 from server.text.tools.format import JSON_LIST, Frame, ToolFormat
@@ -8,7 +8,7 @@ from server.text.tools.source import Source, Step
 def _format(name: str, begin: str, end: str, call: dict[str, str] = JSON_LIST) -> ToolFormat:
     def calls(source: Source, marker: str) -> Step[None]:
         yield from json_calls(source)
-        while (yield from source.peek()) == "{":  # MiniMax M1's, one a line
+        while (yield from source.peek()) == "{":  # MiniMax M1 writes one call per line
             yield from json_call(source)
         yield from source.accept(end)
 
