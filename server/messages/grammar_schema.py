@@ -7,7 +7,7 @@ spellings could occur twice in an object.
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from server.messages.grammar_branches import Branches, begins_document
@@ -18,7 +18,8 @@ from server.messages.grammar_pattern import portable
 EXACT: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "json_allowed_escapes": 'nrbtf\\"'}
 
 DATA = ("const", "enum", "default", "examples", "x-guidance")  # members that are not schemas
-NAMED = ("properties", "patternProperties", "$defs", "definitions")  # mappings from names to schemas
+DEFINITIONS = ("$defs", "definitions")
+NAMED = ("properties", "patternProperties", *DEFINITIONS)  # mappings from names to schemas
 _DATE = (
     r"(?:[0-9]{4}-(?:(?:0[13-9]|1[0-2])-[0-9]{2}|02-(?:[01][0-9]|2[0-8]))"
     r"|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
@@ -68,7 +69,7 @@ def _exact(schema: Any, branches: Branches) -> Any:
     }
     if isinstance(patterns := schema.get("patternProperties"), Mapping):
         others = schema.get("additionalProperties", True)
-        made["patternProperties"] = {_of_names(name, others): _exact(part, branches) for name, part in patterns.items()}
+        made["patternProperties"] = {_of_names(name, others): _inner(part, branches) for name, part in patterns.items()}
     if isinstance(schema.get("oneOf"), list) and branches.exclude_each_other(schema["oneOf"]):
         of_any(made)
     least, required = schema.get("minProperties"), schema.get("required", [])
@@ -84,6 +85,21 @@ def _exact(schema: Any, branches: Branches) -> Any:
     if schema.get("type") != "integer":
         made |= {key: _nudged_bound(made[key], away) for key, away in _ENDS.items() if key in made}
     return made
+
+
+def subschemas(schema: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Yield all schemas in a schema, itself included, with their paths; definitions last."""
+    if isinstance(schema, list):
+        for index, part in enumerate(schema):
+            yield from subschemas(part, (*path, str(index)))
+    elif isinstance(schema, dict):
+        yield path, schema
+        for key, part in sorted(schema.items(), key=lambda item: item[0] in DEFINITIONS):
+            if key in NAMED and isinstance(part, dict):
+                for name, each in part.items():
+                    yield from subschemas(each, (*path, key, name))
+            elif key not in DATA:
+                yield from subschemas(part, (*path, key))
 
 
 def of_any(schema: dict[str, Any]) -> None:

@@ -5,14 +5,14 @@ fails on an unknown argument, and a small model invents more of them until the a
 schemas must set `additionalProperties: false` everywhere.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from server.messages.grammar_schema import DATA, DEFINITIONS, NAMED, subschemas
 
 Schema = Mapping[str, Any]
 
-_DATA = {"const", "enum", "default", "examples", "x-guidance"}  # members that are not schemas
-_NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # mappings from names to schemas
-_ANNOTATIONS = {"title", "description", "$comment", "default", "examples", "deprecated", *("$defs", "definitions")}
+_ANNOTATIONS = {"title", "description", "$comment", "default", "examples", "deprecated", *DEFINITIONS}
 # Keywords that make a value match several schemas: one may name members that another does not.
 _JOINING = {"allOf", "oneOf", "if", "not", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef"}
 _CHOOSING = {"anyOf", "$ref"}
@@ -24,7 +24,7 @@ def closed(schema: Schema) -> dict[str, Any]:
     Every match of the result also matches `schema`. In a schema that combines parts (`allOf` and its like) only the
     outermost object is closed, since a part need not name all members of the whole.
     """
-    parts = list(_parts(schema))
+    parts = [part for _, part in subschemas(schema)]
     if any(_joins(part) for part in parts):
         return dict(schema) if any(part.get("$ref") == "#" for part in parts) else _object(schema)
     return _object(_closed(schema))
@@ -37,9 +37,9 @@ def _closed(schema: Any) -> Any:
         return schema
     made = {}
     for key, value in schema.items():
-        if key in _DATA:
+        if key in DATA:
             made[key] = value
-        elif key in _NAMED and isinstance(value, Mapping):
+        elif key in NAMED and isinstance(value, Mapping):
             made[key] = {name: _closed(part) for name, part in value.items()}
         else:
             made[key] = _closed(value)
@@ -69,18 +69,3 @@ def _joins(schema: Schema) -> bool:
     joining = others & _JOINING
     single = joining == others == {"allOf"} and isinstance(schema["allOf"], list) and len(schema["allOf"]) == 1
     return bool(joining) and not single
-
-
-def _parts(schema: Any) -> Iterator[Schema]:
-    """Yield all schemas in a schema, itself included."""
-    if isinstance(schema, list):
-        for part in schema:
-            yield from _parts(part)
-    elif isinstance(schema, Mapping):
-        yield schema
-        for key, value in schema.items():
-            if key in _NAMED and isinstance(value, Mapping):
-                for part in value.values():
-                    yield from _parts(part)
-            elif key not in _DATA:
-                yield from _parts(value)

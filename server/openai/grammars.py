@@ -133,9 +133,8 @@ def _from_response_format(
         case JsonObjectFormat():
             return [(Grammar("json_object", ""), "response_format")]
         case JsonSchemaFormat():
-            schema = (
-                closed(requested.json_schema.schema_) if requested.json_schema.strict else requested.json_schema.schema_
-            )
+            given = requested.json_schema
+            schema = closed(given.schema_) if given.strict else given.schema_
             return [(Grammar("json", json.dumps(schema)), "response_format.json_schema.schema")]
         case StructuralTags():
             return [(_tags(requested, "response_format"), "response_format")]

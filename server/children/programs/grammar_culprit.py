@@ -5,9 +5,8 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from server.messages.grammar_schema import DATA, NAMED, of_any
+from server.messages.grammar_schema import DEFINITIONS, of_any, subschemas
 
-_LATE = ("$defs", "definitions")  # members that others refer to are searched last
 _OURS = re.compile(r"([A-Za-z]+): ")
 _UNKNOWN = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
 _ABOUT = {  # beginning of an llguidance error -> the keywords it is about
@@ -65,20 +64,9 @@ def _keyword(schema: Any, is_refused: Callable[[Any], bool], keywords: Collectio
     return [*path, next(key for key in part if key in keywords)]
 
 
-def _places(schema: Any, keywords: Collection[str], path: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Schema]]:
+def _places(schema: Any, keywords: Collection[str]) -> Iterator[tuple[tuple[str, ...], Schema]]:
     """Yield the subschemas with any of the keywords, and their paths."""
-    if isinstance(schema, list):
-        for index, part in enumerate(schema):
-            yield from _places(part, keywords, (*path, str(index)))
-    elif isinstance(schema, dict):
-        if not schema.keys().isdisjoint(keywords):
-            yield list(path), schema
-        for key, part in sorted(schema.items(), key=lambda item: item[0] in _LATE):
-            if key in NAMED and isinstance(part, dict):
-                for name, each in part.items():
-                    yield from _places(each, keywords, (*path, key, name))
-            elif key not in DATA:
-                yield from _places(part, keywords, (*path, key))
+    return ((path, part) for path, part in subschemas(schema) if not part.keys().isdisjoint(keywords))
 
 
 def _without(schema: Schema, keywords: Collection[str]) -> None:
@@ -117,7 +105,7 @@ def _members(part: dict[str, Any] | list[Any]) -> list[tuple[Any, Any]]:
     """Return the part's members with their keys, scalars first, since these determine the meaning of the others."""
     if isinstance(part, list):
         return list(enumerate(part))
-    return sorted(part.items(), key=lambda item: (item[0] in _LATE, isinstance(item[1], dict | list)))
+    return sorted(part.items(), key=lambda item: (item[0] in DEFINITIONS, isinstance(item[1], dict | list)))
 
 
 def _keep(part: dict[str, Any] | list[Any], members: list[tuple[Any, Any]]) -> None:

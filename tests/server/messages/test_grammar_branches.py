@@ -106,3 +106,13 @@ def test_no_value_fits_two_branches_that_are_told_apart(defined: Any, one: Any, 
     values: list[Any] = [None, True, 0, 1, 0.5, "a", [], {}, {"k": "a"}, {"k": 1, "l": "b"}, {"l": {"k": "a"}}]
     for value in values:
         assert not all(validator.is_valid(value) for validator in validators)
+
+
+def test_references_below_a_pattern_of_names_belong_to_their_own_document() -> None:
+    branches = [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}]
+    inner = {"$id": "urn:inner", "oneOf": branches}
+    outer = {"$defs": {"a": {"type": "string"}, "b": {"type": "integer"}}}
+    for keyword in ("properties", "patternProperties"):
+        made = exact(outer | {keyword: {"x": inner}})[keyword]
+        assert next(iter(made.values()))["oneOf"] == branches
+    assert exact(outer | {"oneOf": branches})["anyOf"] == branches
