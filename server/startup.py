@@ -191,7 +191,7 @@ def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batche
             batches,
             settings.store_poll_seconds / 2,
             after_import=shared.share_all,
-            remove_orphans=partial(shared.remove_orphans, settings.orphan_seconds),
+            remove_orphans=shared.remove_orphans,
             orphan_seconds=settings.orphan_seconds,
         )
     return batches

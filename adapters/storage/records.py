@@ -165,6 +165,15 @@ class Records:
         with self._lock:
             return key in self._known
 
+    @contextlib.contextmanager
+    def forgetting_on_failure(self, key: str) -> Iterator[None]:
+        """Change a record and its row together. If one fails, the record counts as changed and is read again."""
+        try:
+            yield
+        except BaseException:
+            self.forget(key)
+            raise
+
     def forget(self, key: str) -> None:
         """Forget a record: its next state is news again."""
         with self._lock:

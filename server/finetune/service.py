@@ -102,14 +102,15 @@ class _Shared:
         """Synchronise the workers with other servers."""
         from server.finetune.sharing import Sharing
 
-        seconds, age = settings.store_poll_seconds / 2, settings.orphan_seconds
+        seconds = settings.store_poll_seconds / 2
 
         def share_all() -> None:
             self.files.share_all()
             self.jobs.share_all(settings.data_dir / "jobs")
 
-        def remove_orphans() -> int:
+        def remove_orphans(age: float) -> int:
             return sum(table.remove_orphans(age) for table in (self.files, self.jobs, self.evaluations))
 
         evaluations.sharing = Sharing(self.evaluations, evaluations, seconds, after_import=self.evaluations.share_all)
-        manager.sharing = Sharing(self.jobs, manager, seconds, self.files.follow, share_all, remove_orphans, age)
+        steps = self.files.follow, share_all, remove_orphans
+        manager.sharing = Sharing(self.jobs, manager, seconds, *steps, settings.orphan_seconds)

@@ -52,13 +52,9 @@ class Shared(RecordTable[R, S]):
 
     @contextlib.contextmanager
     def _changing_both(self, id_: str) -> Iterator[None]:
-        """Change a record and its row together. If one fails, the record counts as changed and is read again."""
-        with self._writing[id_]:
-            try:
-                yield
-            except BaseException:
-                self._stored.forget(id_)
-                raise
+        """Change a record and its row together, one thread at a time."""
+        with self._writing[id_], self._stored.forgetting_on_failure(id_):
+            yield
 
     # --- a record and its row ------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Files shared by several servers in an object store, a record and an object each. Local rows and bytes are copies."""
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,18 +57,9 @@ class SharedFiles(FileStore):
 
     def _import(self, record: "Record") -> None:
         """Update the local row from a record, if the record is new."""
-        with self._copying, self._changing_both(record.key):
+        with self._copying, self._records.forgetting_on_failure(record.key):
             if self._records.remember(record):
                 self._copy(record)
-
-    @contextmanager
-    def _changing_both(self, file_id: str) -> Iterator[None]:
-        """Change a record and its row together. If one fails, the record counts as changed and is read again."""
-        try:
-            yield
-        except BaseException:
-            self._records.forget(file_id)
-            raise
 
     def _copy(self, record: "Record") -> None:
         if record.content is None:
@@ -134,7 +125,7 @@ class SharedFiles(FileStore):
 
     def delete(self, tenant: str, file_id: str) -> None:
         self.get(tenant, file_id)
-        with self._changing_both(file_id):
+        with self._records.forgetting_on_failure(file_id):
             self._forget(file_id)
             super().delete(tenant, file_id)
 

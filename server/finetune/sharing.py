@@ -28,7 +28,7 @@ class Sharing:
         seconds: between two polls.
         before_poll: called first in every poll, to follow further records.
         after_import: called once, after the first successful import.
-        remove_orphans: called every `orphan_seconds`, unless that is 0; returns the number of removed objects.
+        remove_orphans: called with `orphan_seconds` at that interval, unless it is 0; returns the count.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Sharing:
         seconds: float,
         before_poll: Callable[[], None] = lambda: None,
         after_import: Callable[[], None] = lambda: None,
-        remove_orphans: Callable[[], int] = lambda: 0,
+        remove_orphans: Callable[[float], int] = lambda seconds: 0,
         orphan_seconds: float = 0.0,
     ) -> None:
         self.records = records
@@ -118,7 +118,7 @@ class Sharing:
 
     async def _collect_orphans(self) -> None:
         async def collect() -> None:
-            if count := await asyncio.to_thread(self._remove_orphans):
+            if count := await asyncio.to_thread(self._remove_orphans, self._orphan_seconds):
                 log.info("removed %d unneeded objects from the object store", count)
 
         if self._orphan_seconds:
