@@ -48,7 +48,7 @@ def best_instruction_set() -> str:
     return capability if capability in instruction_sets() else "portable"
 
 
-def library_path(instruction_set: str) -> Path:
+def compiled_library(instruction_set: str) -> Path:
     """Return the library for an instruction set: prebuilt, cached, or compiled now.
 
     Raises:

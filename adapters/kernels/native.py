@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adapters.kernels import build
 from adapters.kernels.experts import ExpertWeights
-from adapters.kernels.placement import on_huge_pages
+from adapters.kernels.placement import empty_on_huge_pages
 from adapters.kernels.weight import Int8Copy, QuantizedWeight, Sketch
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def switched_off() -> Iterator[None]:
 @cache
 def _load(instruction_set: str) -> "Kernels | None":
     try:
-        return Kernels(ctypes.CDLL(str(build.library_path(instruction_set))), instruction_set)
+        return Kernels(ctypes.CDLL(str(build.compiled_library(instruction_set))), instruction_set)
     except (build.BuildError, OSError) as fault:
         log.warning("running without the C++ kernels, several times slower on a CPU: %s", fault)
         return None
@@ -250,12 +250,12 @@ class Kernels:
         levels, unit = single.int8_levels()
         layout = -(-weight.shape[0] // 16), weight.shape[1] // _BLOCK, 9 * _BLOCK
         if isinstance(weight, QuantizedWeight):
-            data = on_huge_pages(torch.empty(layout, dtype=torch.uint8))
+            data = empty_on_huge_pages(layout, torch.uint8)
             self._lib.lk_int8_copy(byref(self.weight(weight)), unit, data.data_ptr())
         elif weight.blocksize != _BLOCK:
             raise ValueError(f"no int8 inputs for experts in blocks of {weight.blocksize}")
         else:
-            data = on_huge_pages(torch.empty(len(weight), *layout, dtype=torch.uint8))
+            data = empty_on_huge_pages((len(weight), *layout), torch.uint8)
             self._lib.lk_int8_experts(byref(experts_struct(weight)), len(weight), unit, data.data_ptr())
         return replace(weight, int8=Int8Copy(data, levels))
 

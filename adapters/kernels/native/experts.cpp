@@ -35,14 +35,11 @@ void decode_nested(const float* code, const uint8_t* at, int64_t count, float sc
     for (; i < count; i++) to[i] = code[at[i]] * scale + offset;
 }
 
-// The number of output groups of an expert's int8 copy.
-int64_t groups_of(const Weight& w) { return (w.out + 15) / 16; }
-
 // The weight of one expert, with scales valid for outputs [first, last).
 Weight weight_of(const Experts& experts, int expert, int first, int last) {
     Weight w = experts.first;
     w.data = (const char*)w.data + expert * experts.bytes;
-    if (w.int8) w.int8 = int8_group(w, (int64_t)expert * groups_of(w));
+    if (w.int8) w.int8 = int8_group(w, (int64_t)expert * int8_groups(w));
     if (w.scales) w.scales += expert * experts.scales;
     if (!experts.absmax || w.int8) return w;
     const int64_t a_row = experts.scales / w.out, begin = first * a_row, end = last * a_row, size = experts.nested_blocksize;
@@ -63,7 +60,7 @@ Weight weight_of(const Experts& experts, int expert, int first, int last) {
 void prefetch_for_expert(const Experts& experts, int expert, int first, int last, PrefetchList& prefetch) {
     constexpr int64_t PAGE = 4096;
     if (experts.first.int8) {
-        const int64_t before = (int64_t)expert * groups_of(experts.first) + first / 16;
+        const int64_t before = (int64_t)expert * int8_groups(experts.first) + first / 16;
         const char* const from = (const char*)int8_group(experts.first, before);
         return prefetch.add(from, PAGE);
     }
@@ -112,7 +109,7 @@ EXPORT void lk_grouped_linear(const Experts* experts, const float* x, const int6
 
 // The int8 copies of all experts, side by side.
 EXPORT void lk_int8_experts(const Experts* experts, int count, float unit, Int8Weights* to) {
-    const int groups = (int)groups_of(experts->first), out = experts->first.out;
+    const int groups = (int)int8_groups(experts->first), out = experts->first.out;
     parallel_for(count * groups, [&](int task) {
         const int expert = task / groups, group = task % groups, first = group * 16;
         const Weight w = weight_of(*experts, expert, first, least(first + 16, out));

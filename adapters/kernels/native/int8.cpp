@@ -179,7 +179,7 @@ void multiply_tiles(const Weight& w, const Int8Block* x, int rows, int first, in
 
 void int8_copy_group(const Weight& w, int group, float unit, Int8Weights* to) {
     const int blocks = w.in / BLOCK;
-    memset(to, 0, sizeof *to * blocks);
+    if (w.out < group * 16 + 16) memset(to, 0, sizeof *to * blocks);  // the missing outputs
     for (int o = group * 16; o < least(group * 16 + 16, w.out); o++) {
         const uint8_t* from = (const uint8_t*)w.data + (int64_t)o * w.in / 2;
         const float* scales = w.scales + (int64_t)o * blocks;
@@ -237,7 +237,7 @@ void int8_tile(const Weight& w, const Int8Block* x, int rows, int first, int las
 }
 
 EXPORT void lk_int8_copy(const Weight* w, float unit, Int8Weights* to) {
-    parallel_for((w->out + 15) / 16, [&](int group) { int8_copy_group(*w, group, unit, to + (int64_t)group * (w->in / BLOCK)); });
+    parallel_for((int)int8_groups(*w), [&](int group) { int8_copy_group(*w, group, unit, to + (int64_t)group * (w->in / BLOCK)); });
 }
 
 EXPORT void lk_set_vnni(int allowed) { vnni = allowed && vnni_available; }

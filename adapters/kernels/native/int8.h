@@ -15,6 +15,9 @@ struct Int8Weights {
     float scales[16];         // a level times this is a weight
 };
 
+// The number of a weight's groups of outputs.
+inline int64_t int8_groups(const Weight& w) { return (w.out + 15) / 16; }
+
 // Of one weight, from a group's outputs on.
 inline const Int8Weights* int8_group(const Weight& w, int64_t group) { return (const Int8Weights*)w.int8 + group * (w.in / 64); }
 

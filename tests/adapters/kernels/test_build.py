@@ -36,16 +36,16 @@ def forgetful() -> Iterator[None]:
 
 def test_concurrent_loads_compile_a_library_once(elsewhere: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), ThreadPoolExecutor(4) as executor:
-        paths = set(executor.map(build.library_path, ["portable"] * 4))
+        paths = set(executor.map(build.compiled_library, ["portable"] * 4))
     assert len(paths) == 1
     assert list(build.cache_dir().glob("*.so")) == [paths.pop()]
     assert caplog.text.count("compiling") == 1
 
 
 def test_changed_sources_are_another_library(elsewhere: Path) -> None:
-    before = build.library_path("portable")
+    before = build.compiled_library("portable")
     (elsewhere / "one.cpp").write_text('extern "C" int one() { return 2; }\n')
-    assert build.library_path("portable") != before
+    assert build.compiled_library("portable") != before
 
 
 def test_a_user_without_a_home_has_nowhere_to_keep_it(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,20 +55,20 @@ def test_a_user_without_a_home_has_nowhere_to_keep_it(elsewhere: Path, monkeypat
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", home)
     with pytest.raises(build.BuildError, match="home"):
-        build.library_path("portable")
+        build.compiled_library("portable")
 
 
 def test_prebuilt_needs_no_compiler(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.main()
     assert len(list((elsewhere / "build").iterdir())) == len(build.instruction_sets())
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert build.library_path("portable").parent == elsewhere / "build"
+    assert build.compiled_library("portable").parent == elsewhere / "build"
 
 
 def test_broken_sources_name_the_error(elsewhere: Path) -> None:
     (elsewhere / "one.cpp").write_text("int one() { return }\n")
     with pytest.raises(build.BuildError, match="expected"):
-        build.library_path("portable")
+        build.compiled_library("portable")
     assert not any(path.suffix == ".so" for path in build.cache_dir().rglob("*"))
 
 
