@@ -11,7 +11,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -306,6 +306,23 @@ class Fleet:
                 self.calm()
             case _:
                 await asyncio.sleep(self.choose.random() / 10)
+
+    async def steer(
+        self, move: Callable[[], Awaitable[None]], moves: int, *, concurrent: Sequence[int], disturbed: float
+    ) -> None:
+        """Make random moves, then calm down.
+
+        Args:
+            concurrent: numbers of moves at a time, of which one is drawn.
+            disturbed: the probability of a disturbance beside them.
+        """
+        for _ in range(moves):
+            works = [move() for _ in range(self.choose.choice(concurrent))]
+            if self.choose.random() < disturbed:
+                works.append(self.disturb())
+            await asyncio.gather(*works)
+            await asyncio.sleep(random.random() / 30)
+        self.calm()
 
     def calm(self) -> None:
         """End all disturbances."""

@@ -27,19 +27,18 @@ def _calls(source: Source, marker: str) -> Step[None]:
 
 
 def _call(source: Source, mark: str) -> Step[None]:
-    function, _ = yield from _named(source)
-    if (yield from source.peek()) == "{":  # the layout under a grammar
-        source.begin(function)
+    function = yield from _named(source)
+    is_json = (yield from source.peek()) == "{"  # the layout under a grammar
+    source.begin(function)
+    if is_json:
         yield from source.value(source.write)
-    else:
-        source.begin(function)
-        first = True
-        while not (yield from source.accept(f"{mark}</invoke>")):
-            yield from _member(source, mark, function, first)
-            first = False
-        source.close(first)
+        yield from source.expect(f"{mark}</invoke>")
         return
-    yield from source.expect(f"{mark}</invoke>")
+    first = True
+    while not (yield from source.accept(f"{mark}</invoke>")):
+        yield from _member(source, mark, function, first)
+        first = False
+    source.close(first)
 
 
 def _member(source: Source, mark: str, function: str, first: bool) -> Step[None]:
@@ -49,7 +48,7 @@ def _member(source: Source, mark: str, function: str, first: bool) -> Step[None]
         text, _ = yield from source.until(f"{mark}</{key}>")
     else:
         yield from source.expect("<parameter")
-        key, _ = yield from _named(source)
+        key = yield from _named(source)
         text, _ = yield from source.until("</parameter>")
     source.write_member(first, key, _value(source, function, key, text))
 
@@ -64,12 +63,13 @@ def _value(source: Source, function: str, key: str, text: str) -> Any:
     return values if set(names) == {"item"} else dict(zip(names, values, strict=True))
 
 
-def _named(source: Source) -> Step[tuple[str, str]]:
-    tag, end = yield from source.until(">")
+def _named(source: Source) -> Step[str]:
+    """Read the rest of a tag; return its name."""
+    tag, _ = yield from source.until(">")
     found = _NAME.fullmatch(tag)
     if found is None:
         raise Malformed
-    return found[1], end
+    return found[1]
 
 
 MINIMAX = ToolFormat(

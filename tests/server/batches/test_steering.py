@@ -1,8 +1,6 @@
 """Batches while servers and engines come and go, at random: each request is answered once, and nothing is left."""
 
-import asyncio
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -148,13 +146,7 @@ class Steered:
 async def test_batches_steered_at_random_answer_each_request_once(tmp_path: Path, seed: int, count: int) -> None:
     async with fleet(tmp_path, count, seed, batch_requests=4) as servers:
         steered = Steered(servers)
-        for _ in range(MOVES):
-            works = [steered.move() for _ in range(servers.choose.choice((1, 1, 3)))]
-            if servers.choose.random() < 0.5:
-                works.append(servers.disturb())
-            await asyncio.gather(*works)
-            await asyncio.sleep(random.random() / 30)
-        servers.calm()
+        await servers.steer(steered.move, MOVES, concurrent=(1, 1, 3), disturbed=0.5)
         await servers.wait_until(steered.all_ended)
         await servers.wait_until_idle()
         await steered.check()

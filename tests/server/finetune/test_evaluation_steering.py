@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +161,7 @@ async def test_evaluations_steered_at_random_have_the_numbers_of_their_version(
     async with fleet(tmp_path, count, seed, reply=reply, evaluation_requests=8) as servers:
         steered = Steered(servers)
         await steered.upload(servers.any)
-        for _ in range(MOVES):
-            works = [steered.move() for _ in range(servers.choose.choice((1, 2, 4)))]
-            if servers.choose.random() < 0.4:
-                works.append(servers.disturb())
-            await asyncio.gather(*works)
-            await asyncio.sleep(random.random() / 30)
-        servers.calm()
+        await servers.steer(steered.move, MOVES, concurrent=(1, 2, 4), disturbed=0.4)
         await servers.wait_until(steered.all_ended)
         await servers.wait_until_idle()
         await servers.wait_until(steered.results_listed)

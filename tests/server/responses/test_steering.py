@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -189,13 +188,7 @@ class Steered:
 async def test_responses_steered_at_random_have_one_end(tmp_path: Path, seed: int, count: int) -> None:
     async with fleet(tmp_path, count, seed) as servers:
         steered = Steered(servers)
-        for _ in range(MOVES):
-            works = [steered.move() for _ in range(servers.choose.choice((1, 2, 4)))]
-            if servers.choose.random() < 0.4:
-                works.append(servers.disturb())
-            await asyncio.gather(*works)
-            await asyncio.sleep(random.random() / 30)
-        servers.calm()
+        await servers.steer(steered.move, MOVES, concurrent=(1, 2, 4), disturbed=0.4)
         await servers.wait_until(steered.all_ended)
         await asyncio.gather(*steered.following)
         await servers.wait_until_idle()
